@@ -1,0 +1,32 @@
+# Every command in the README. Each target does all of its own set-up.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+
+.PHONY: help install data demo test test-all lint clean
+
+help:  ## Show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+install: $(INSTALLED)  ## Make .venv and install everything into it
+
+$(INSTALLED): setup.cfg pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[serving,models,test,lint]'
+	touch $@
+
+test: $(INSTALLED)  ## Run all tests but the slow ones
+	$(BIN)/python -m pytest -n 2 -m 'not slow'
+
+test-all: $(INSTALLED)  ## Run all tests
+	$(BIN)/python -m pytest -n 2
+
+lint: $(INSTALLED)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:  ## Remove what the other targets made, but the data
+	rm -rf $(VENV) .demo build dist *.egg-info
