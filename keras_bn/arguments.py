@@ -1,0 +1,94 @@
+"""Checks of the layer's arguments: each returns the value in its plain form, or says what is allowed."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Mapping
+
+import keras
+
+from keras_bn import statistics
+
+
+def is_schedule(value):
+    return isinstance(value, keras.optimizers.schedules.LearningRateSchedule)
+
+
+def clipping_limits(clipping):
+    return statistics.renorm_warmup() if clipping == "warmup" else clipping
+
+
+def axes(axis):
+    axes = list(axis) if isinstance(axis, (list, tuple)) else [axis]
+    if not axes or not all(isinstance(one, numbers.Integral) for one in axes):
+        raise TypeError(f"`axis` must be an int or a list of ints, at least one. Received: axis={axis!r}.")
+    return [int(one) for one in axes]
+
+
+def momentum(momentum):
+    if isinstance(momentum, dict):
+        momentum = keras.saving.deserialize_keras_object(momentum)
+    if momentum is None or is_schedule(momentum):
+        return momentum
+    return number("momentum", momentum, 0.0, 1.0, ", or None, or a LearningRateSchedule")
+
+
+def number(name, value, low, high=math.inf, alternative=""):
+    allowed = f"a number in [{low:g}, {high:g}]" if high < math.inf else f"a number not below {low:g}"
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"`{name}` must be {allowed}{alternative}. Received: {name}={value!r}.")
+    if not low <= value <= high:
+        raise ValueError(f"`{name}` must be {allowed}{alternative}. Received: {name}={value!r}.")
+    return float(value)
+
+
+def choice(name, value, choices):
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}. Received: {name}={value!r}.")
+    return value
+
+
+def group_size(size):
+    if size is None:
+        return None
+    if isinstance(size, bool) or not isinstance(size, numbers.Integral):
+        raise TypeError(f"`virtual_batch_size` must be an int above 0, or None. Received: virtual_batch_size={size!r}.")
+    if size < 1:
+        raise ValueError(f"`virtual_batch_size` must be an int above 0, or None. Received: virtual_batch_size={size}.")
+    return int(size)
+
+
+def clipping(clipping):
+    if clipping is None or clipping == "warmup":
+        return clipping or {}
+    if not isinstance(clipping, Mapping):
+        raise TypeError(
+            "`renorm_clipping` must be a dictionary with some of the keys 'rmax', 'rmin', 'dmax', or 'warmup', or "
+            f"None. Received: renorm_clipping={clipping!r}."
+        )
+    unknown = sorted(set(clipping) - set(statistics.RENORM_LIMITS))
+    if unknown:
+        raise ValueError(
+            f"`renorm_clipping` may have the keys {', '.join(map(repr, statistics.RENORM_LIMITS))}. Received invalid "
+            f"keys: {', '.join(map(repr, unknown))}."
+        )
+    limits = {
+        name: keras.saving.deserialize_keras_object(limit) if isinstance(limit, dict) else limit
+        for name, limit in clipping.items()
+        if limit is not None
+    }
+    fixed = {name: limit for name, limit in limits.items() if not is_schedule(limit)}
+    for name, limit in fixed.items():
+        if isinstance(limit, bool) or not isinstance(limit, numbers.Real):
+            raise TypeError(
+                f"`{name}` in `renorm_clipping` must be a number or a LearningRateSchedule. Received: {name}={limit!r}."
+            )
+    if "rmax" in fixed and "rmin" in fixed and fixed["rmax"] < fixed["rmin"]:
+        raise ValueError(
+            "In `renorm_clipping`, rmax should be greater than rmin. "
+            f"Received: rmax={fixed['rmax']}, rmin={fixed['rmin']}."
+        )
+    if fixed.get("dmax", 0) < 0:
+        raise ValueError(f"In `renorm_clipping`, dmax should be non-negative. Received: dmax={fixed['dmax']}.")
+    return limits

@@ -1,0 +1,391 @@
+"""Normalization as stateless functions of tensors, each the fastest that is right for where it runs."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import keras
+import tensorflow as tf
+from tensorflow.python.ops import control_flow_util
+
+from keras_bn.layouts import along, as_image, as_rows
+from keras_bn.statistics import Moments, merged_across_replicas, weighted_moments
+
+# The fused kernel sums in float32, so that its mean is off by up to 8e-6 of itself (measured, 64x56x56x64). Up to this
+# many standard deviations from zero that stays below 5e-5 of a standard deviation; beyond, the input is shifted first.
+_TRUSTED_OFFSET = 4.0
+
+
+Activation = Callable[[tf.Tensor], tf.Tensor]
+
+
+def normalize_with_batch(
+    x: tf.Tensor,
+    gamma: tf.Tensor | None = None,
+    beta: tf.Tensor | None = None,
+    *,
+    axes: Sequence[int],
+    epsilon: float,
+    weights: tf.Tensor | None = None,
+    group_size: int | None = None,
+    synchronized: bool = False,
+    activation: Activation = keras.activations.linear,
+    kernel: str = "auto",
+) -> tuple[tf.Tensor, Moments]:
+    """Normalizes with the statistics of this batch.
+
+    y = activation(gamma * (x - mean) / sqrt(variance + epsilon) + beta)
+
+    with the biased variance, from a centred second moment. Half types are accumulated in float32.
+
+    Args:
+        x: Floating-point tensor of rank 2 or more.
+        gamma: Shape `(C,)`, C the product of the sizes of `axes`, or None for ones; float32, or float64 where `x` is.
+        beta: Shape `(C,)`, or None for zeros.
+        axes: The channel axes, not negative, ascending.
+        epsilon: Added to the variance; its unit is that of `x` squared.
+        weights: How often each value counts, of a shape that broadcasts to that of `x`. Default: once.
+        group_size: Number of examples (along axis 0) that are normalized together; the last group may be smaller.
+            Default: all.
+        synchronized: Whether the statistics are those of all replicas' batches together.
+        activation: Applied last.
+        kernel: "auto", "fused", "xla" or "stable". Weights, groups and synchronization have one kernel each.
+
+    Returns:
+        y, of the shape and dtype of `x`, differentiable twice; and the moments of `x` (per group where there is a
+        `group_size`), not differentiable.
+
+    Raises:
+        ValueError: If `kernel` is "fused" and `x` is float64, which the fused operation does not take.
+
+    Reference: Ioffe & Szegedy 2015 (arXiv 1502.03167), Algorithm 1.
+    """
+    dtype = statistics_dtype(x.dtype)
+    channels = math.prod(x.shape[axis] for axis in axes)
+    gamma = tf.ones([channels], dtype) if gamma is None else gamma
+    beta = tf.zeros([channels], dtype) if beta is None else beta
+    if weights is None and group_size is None and not synchronized:
+        if kernel == "auto":
+            kernel = "stable" if dtype == tf.float64 or in_xla_context() else "fused"
+        if kernel == "fused":
+            if dtype == tf.float64:
+                raise ValueError(
+                    "`kernel` must be 'auto', 'xla' or 'stable' for float64 inputs, which TensorFlow's fused "
+                    "operation does not take. Received: kernel='fused'."
+                )
+            image, data_format, restore = as_image(x, axes)
+            y, moments = _fused(image, gamma, beta, epsilon, data_format)
+            return activation(restore(y)), moments
+        rows, restore = as_rows(x, axes)
+        compiled = kernel == "xla" and not in_xla_context()
+        y, moments = (_compiled_two_pass if compiled else _two_pass)(rows, gamma, beta, epsilon, activation)
+        return restore(y), moments
+
+    rows, restore = as_rows(x, axes)
+    if weights is not None:
+        weights, _ = as_rows(tf.broadcast_to(tf.cast(weights, dtype), tf.shape(x)), axes)
+        weights = tf.ensure_shape(weights, rows.shape)
+
+    def normalize(rows, weights):
+        if weights is None and not synchronized:
+            return _two_pass(rows, gamma, beta, epsilon, activation)
+        y, moments = _composed(rows, gamma, beta, epsilon, weights, synchronized)
+        return activation(y), moments
+
+    if group_size is None:
+        y, moments = normalize(rows, weights)
+        return restore(y), moments
+    examples = tf.shape(x)[0]
+    parts = _split_groups(rows, examples, group_size)
+    part_weights = [None, None] if weights is None else _split_groups(weights, examples, group_size)
+    normalized = [normalize(*part) for part in zip(parts, part_weights, strict=True)]
+    y = tf.concat([tf.reshape(y, [-1, channels]) for y, _ in normalized], 0)
+    moments = [_with_count_per_channel(moments) for _, moments in normalized]
+    return restore(tf.ensure_shape(y, rows.shape)), Moments(
+        *(tf.concat(part, 0) for part in zip(*moments, strict=True))
+    )
+
+
+def normalize_with(
+    x: tf.Tensor,
+    mean: tf.Tensor,
+    variance: tf.Tensor,
+    gamma: tf.Tensor | None = None,
+    beta: tf.Tensor | None = None,
+    *,
+    axes: Sequence[int],
+    epsilon: float,
+) -> tf.Tensor:
+    """Normalizes with statistics that are given.
+
+    y = gamma * (x - mean) / sqrt(variance + epsilon) + beta
+
+    The mean is subtracted before anything is multiplied, so no digits are lost far from zero.
+
+    Args:
+        x: Floating-point tensor of rank 2 or more.
+        mean: Shape `(C,)`, C the product of the sizes of `axes`; float32, or float64 where `x` is.
+        variance: Shape `(C,)`, of the dtype of `mean`.
+        gamma: Shape `(C,)`, or None for ones.
+        beta: Shape `(C,)`, or None for zeros.
+        axes: The channel axes, not negative, ascending.
+        epsilon: Added to the variance; its unit is that of `x` squared.
+
+    Returns:
+        y, of the shape and dtype of `x`.
+
+    Reference: Ioffe & Szegedy 2015 (arXiv 1502.03167), Algorithm 2, step 11.
+    """
+    dtype = statistics_dtype(x.dtype)
+    if dtype == tf.float64 or in_xla_context():
+        factor = tf.math.rsqrt(variance + epsilon)
+        if gamma is not None:
+            factor *= gamma
+        y = (tf.cast(x, dtype) - along(axes, mean, x)) * along(axes, factor, x)
+        if beta is not None:
+            y += along(axes, beta, x)
+        return tf.cast(y, x.dtype)
+    image, data_format, restore = as_image(x, axes)
+    fused = tf.raw_ops.FusedBatchNormV3(
+        x=image,
+        scale=tf.ones_like(mean) if gamma is None else gamma,
+        offset=tf.zeros_like(mean) if beta is None else beta,
+        mean=mean,
+        variance=variance,
+        epsilon=epsilon,
+        data_format=data_format,
+        is_training=False,
+    )
+    return restore(fused.y)
+
+
+def scale_and_shift(
+    x: tf.Tensor, gamma: tf.Tensor | None = None, beta: tf.Tensor | None = None, *, axes: Sequence[int]
+) -> tf.Tensor:
+    """One multiply-add per channel.
+
+    y = gamma * x + beta
+
+    Args:
+        x: Floating-point tensor.
+        gamma: Shape `(C,)`, C the product of the sizes of `axes`, or None for ones.
+        beta: Shape `(C,)`, or None for zeros.
+        axes: The channel axes, not negative, ascending.
+
+    Returns:
+        y, of the shape and dtype of `x`.
+    """
+    if gamma is not None:
+        x = x * tf.cast(along(axes, gamma, x), x.dtype)
+    if beta is not None:
+        x = x + tf.cast(along(axes, beta, x), x.dtype)
+    return x
+
+
+def statistics_dtype(dtype: tf.DType) -> tf.DType:
+    """The dtype in which inputs of `dtype` are summed: float64 for float64, else float32."""
+    return tf.float64 if dtype == tf.float64 else tf.float32
+
+
+def in_xla_context() -> bool:
+    """Whether the graph that is being traced will be compiled by XLA."""
+    return not tf.executing_eagerly() and control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
+
+
+def _fused(
+    image: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float, data_format: str
+) -> tuple[tf.Tensor, Moments]:
+    """The fused kernel where its own statistics say that it keeps its digits, and on shifted input elsewhere."""
+    channel_axis = 3 if data_format == "NHWC" else 1
+    count = _count(image, channel_axis, gamma.dtype)
+
+    def train(image):
+        return tf.raw_ops.FusedBatchNormV3(
+            x=image,
+            scale=gamma,
+            offset=beta,
+            mean=tf.zeros([0], gamma.dtype),
+            variance=tf.zeros([0], gamma.dtype),
+            epsilon=epsilon,
+            data_format=data_format,
+            is_training=True,
+        )
+
+    def train_shifted(image):
+        shift = _central_value(image, data_format)
+        fused = train(tf.cast(image, gamma.dtype) - shift)
+        return (tf.cast(fused.y, image.dtype), fused.batch_mean + tf.reshape(shift, [-1]), *fused[2:])
+
+    @tf.custom_gradient
+    def normalize(image, gamma, beta):
+        fused = train(image)
+        # A constant channel fails this too, so that its output is beta to the last digit. So does a NaN.
+        trusted = tf.reduce_all(tf.square(fused.batch_mean) <= _TRUSTED_OFFSET**2 * fused.batch_variance)
+        y, mean, variance, *reserved = tf.cond(trusted, lambda: tuple(fused), lambda: train_shifted(image))
+
+        def gradient(dy, *_):
+            def back(dy, image):
+                return tuple(
+                    tf.raw_ops.FusedBatchNormGradV3(
+                        y_backprop=dy,
+                        x=image,
+                        scale=gamma,
+                        reserve_space_1=reserved[0],
+                        reserve_space_2=reserved[1],
+                        reserve_space_3=reserved[2],
+                        epsilon=epsilon,
+                        data_format=data_format,
+                        is_training=True,
+                    )
+                )[:3]
+
+            def back_shifted():
+                shift = _central_value(image, data_format)
+                dx, *rest = back(tf.cast(dy, gamma.dtype), tf.cast(image, gamma.dtype) - shift)
+                return (tf.cast(dx, image.dtype), *rest)
+
+            return tf.cond(trusted, lambda: back(dy, image), back_shifted)
+
+        return (y, mean, variance), gradient
+
+    y, mean, unbiased = normalize(image, gamma, beta)
+    return y, Moments(count, tf.stop_gradient(mean), tf.stop_gradient(unbiased) * (count - 1))
+
+
+def _two_pass(
+    rows: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float, activation: Activation
+) -> tuple[tf.Tensor, Moments]:
+    """Two reductions over the rows of a matrix, forward and backward: what XLA's CPU compiler does best.
+
+    Every deviation is (x - shift) - delta with a shift taken from the data: the first difference is exact where the
+    offset is large, so no digits are lost there, and it is zero for a constant channel. A rectifier is made part of it:
+    the backward pass finds its sign from the input again.
+
+    Args:
+        rows: Shape `(M, C)`, or `(G, M, C)` for groups.
+    """
+    channel_axis = len(rows.shape) - 1
+    count = _count(rows, channel_axis, gamma.dtype)
+    rectified = activation is keras.activations.relu
+
+    @tf.custom_gradient
+    def normalize(rows, gamma, beta):
+        shift = _central_value(rows)
+
+        def shifted():
+            return tf.cast(rows, gamma.dtype) - shift
+
+        delta = tf.reduce_sum(shifted(), -2, keepdims=True) / count
+        m2 = tf.reduce_sum(tf.square(shifted() - delta), -2, keepdims=True)
+        inverse_std = tf.math.rsqrt(m2 / count + epsilon)
+        y = (shifted() - delta) * (inverse_std * gamma) + beta
+        if rectified:
+            y = tf.nn.relu(y)
+
+        def gradient(dy, *_):
+            dy = tf.cast(dy, gamma.dtype)
+            deviation = shifted() - delta
+            if rectified:
+                dy = tf.where(deviation * (inverse_std * gamma) + beta > 0, dy, 0)
+            dbeta = tf.reduce_sum(dy, -2, keepdims=True)
+            dgamma = tf.reduce_sum(dy * deviation, -2, keepdims=True) * inverse_std
+            dx = (dy - dbeta / count - deviation * (dgamma * inverse_std / count)) * (inverse_std * gamma)
+            return tf.cast(dx, rows.dtype), *(tf.reduce_sum(d, range(channel_axis)) for d in (dgamma, dbeta))
+
+        return (tf.cast(y, rows.dtype), tf.squeeze(shift + delta, -2), tf.squeeze(m2, -2)), gradient
+
+    y, mean, m2 = normalize(rows, gamma, beta)
+    y = y if rectified else activation(y)
+    return y, Moments(count, tf.stop_gradient(mean), tf.stop_gradient(m2))
+
+
+@functools.partial(tf.function, jit_compile=True, reduce_retracing=True)
+def _compiled_two_pass(rows, gamma, beta, epsilon, activation):
+    return _two_pass(rows, gamma, beta, epsilon, activation)
+
+
+def _composed(
+    rows: tf.Tensor,
+    gamma: tf.Tensor,
+    beta: tf.Tensor,
+    epsilon: float,
+    weights: tf.Tensor | None,
+    synchronized: bool,
+) -> tuple[tf.Tensor, Moments]:
+    """From differentiable pieces, for what is rarer: weights and several replicas.
+
+    Args:
+        rows: Shape `(M, C)`, or `(G, M, C)` for groups.
+        weights: The shape of `rows`.
+    """
+    values = tf.cast(rows, gamma.dtype)
+    if weights is None:
+        shift = _central_value(rows)
+    else:
+        # The largest value that counts: a value of the channel, whatever the others hold.
+        largest = tf.reduce_max(tf.where(weights > 0, values, gamma.dtype.min), -2, keepdims=True)
+        shift = tf.stop_gradient(tf.where(tf.reduce_any(weights > 0, -2, keepdims=True), largest, 0))
+    shifted = values - shift
+    moments = weighted_moments(shifted, weights)
+    if synchronized:
+        moments = merged_across_replicas(moments, tf.squeeze(shift, -2))
+    variance = tf.math.divide_no_nan(moments.m2, moments.count)
+    inverse_std = tf.math.rsqrt(variance + epsilon)
+    y = (shifted - moments.mean[..., None, :]) * (inverse_std * gamma)[..., None, :] + beta
+    return tf.cast(y, rows.dtype), Moments(
+        tf.stop_gradient(moments.count),
+        tf.stop_gradient(moments.mean + tf.squeeze(shift, -2)),
+        tf.stop_gradient(moments.m2),
+    )
+
+
+def _split_groups(rows: tf.Tensor, examples: tf.Tensor, group_size: int) -> list[tf.Tensor]:
+    """The whole groups, shape `(G, group_size * S, C)`, and the rest, shape `(1, R * S, C)`; each may be empty."""
+    channels = rows.shape[-1]
+    rows_per_example = tf.math.floordiv(tf.shape(rows)[0], tf.maximum(examples, 1))
+    groups = examples // group_size
+    whole = groups * group_size * rows_per_example
+    return [
+        tf.reshape(rows[:whole], tf.stack([groups, group_size * rows_per_example, channels])),
+        tf.reshape(rows[whole:], tf.stack([1, tf.shape(rows)[0] - whole, channels])),
+    ]
+
+
+def _with_count_per_channel(moments: Moments) -> Moments:
+    count = tf.cast(moments.count, moments.mean.dtype)
+    return moments._replace(count=tf.broadcast_to(count, tf.shape(moments.mean)))
+
+
+def _central_value(x: tf.Tensor, data_format: str = "NHWC") -> tf.Tensor:
+    """Per channel the median of its first, middle and last value: near the mean, and itself a value of the channel.
+
+    Args:
+        x: Shape `(M, C)` or `(G, M, C)`, with a value of its own for each of G; or an image of `data_format`.
+
+    Returns:
+        Shape of `x` with 1 along what is reduced, in the dtype of the statistics; zero where `x` is empty.
+    """
+    reduced = [len(x.shape) - 2]
+    if len(x.shape) == 4:
+        reduced = [0, 1, 2] if data_format == "NHWC" else [0, 2, 3]
+    sizes = tf.unstack(tf.shape(x), len(x.shape))
+
+    def pick(position):
+        begin = [position(size) if axis in reduced else 0 for axis, size in enumerate(sizes)]
+        size = [tf.minimum(size, 1) if axis in reduced else size for axis, size in enumerate(sizes)]
+        # The sum of the one value, or of none.
+        return tf.reduce_sum(tf.cast(tf.slice(x, begin, size), statistics_dtype(x.dtype)), reduced, keepdims=True)
+
+    first, middle, last = pick(lambda n: 0), pick(lambda n: n // 2), pick(lambda n: tf.maximum(n - 1, 0))
+    low, high = tf.minimum(first, middle), tf.maximum(first, middle)
+    return tf.stop_gradient(tf.maximum(low, tf.minimum(high, last)))
+
+
+def _count(x: tf.Tensor, channel_axis: int, dtype: tf.DType) -> tf.Tensor | float:
+    """How many values a channel (of a group, in rank 3) has: a Python number where the shape is known."""
+    counted = [axis for axis in range(len(x.shape)) if axis != channel_axis and (axis != 0 or len(x.shape) != 3)]
+    if all(x.shape[axis] is not None for axis in counted):
+        return float(math.prod(x.shape[axis] for axis in counted))
+    return tf.cast(tf.reduce_prod(tf.gather(tf.shape(x), counted)), dtype)

@@ -1,0 +1,51 @@
+"""The layouts in which the kernels see a tensor, and the way back from each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import tensorflow as tf
+
+Restore = Callable[[tf.Tensor], tf.Tensor]
+
+
+def as_rows(x: tf.Tensor, axes: Sequence[int]) -> tuple[tf.Tensor, Restore]:
+    """`x` as a matrix of channels in columns, and the way back."""
+    rank = len(x.shape)
+    if rank == 2 and axes[0] == 1:
+        return x, lambda y: y
+    others = [axis for axis in range(rank) if axis not in axes]
+    if others == list(range(len(others))):
+        return tf.reshape(x, [-1, math.prod(x.shape[axis] for axis in axes)]), _reshape_like(x)
+    order = [*others, *axes]
+    back = [order.index(axis) for axis in range(rank)]
+    rows, restore = as_rows(tf.transpose(x, order), range(len(others), rank))
+    return rows, lambda y: tf.transpose(restore(y), back)
+
+
+def as_image(x: tf.Tensor, axes: Sequence[int]) -> tuple[tf.Tensor, str, Restore]:
+    """`x` as a rank-4 tensor that the fused kernel takes, its data format, and the way back."""
+    rank, channels = len(x.shape), math.prod(x.shape[axis] for axis in axes)
+    if rank == 4 and len(axes) == 1 and axes[0] in (1, 3):
+        return x, "NHWC" if axes[0] == 3 else "NCHW", lambda y: y
+    first, last = axes[0], axes[-1]
+    if last == rank - 1 or last - first + 1 != len(axes):
+        rows, restore = as_rows(x, axes)
+        return tf.reshape(rows, [-1, 1, 1, channels]), "NHWC", lambda y: restore(tf.reshape(y, [-1, channels]))
+    sizes = tf.shape(x)
+    shape = tf.stack([tf.reduce_prod(sizes[:first]), channels, tf.reduce_prod(sizes[last + 1 :]), 1])
+    return tf.ensure_shape(tf.reshape(x, shape), [None, channels, None, 1]), "NCHW", _reshape_like(x)
+
+
+def along(axes: Sequence[int], values: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
+    """`values`, shape `(C,)`, with the rank of `x` and its sizes along `axes`."""
+    return tf.reshape(values, [size if axis in axes else 1 for axis, size in enumerate(x.shape)])
+
+
+def _reshape_like(x: tf.Tensor) -> Restore:
+    """Reshapes to the shape of `x`, without asking for it at run time where one size at most is unknown."""
+    static = [-1 if size is None else size for size in x.shape]
+    if static.count(-1) <= 1 and 0 not in static:
+        return lambda y: tf.reshape(y, static)
+    return lambda y: tf.ensure_shape(tf.reshape(y, tf.shape(x)), x.shape)

@@ -1,0 +1,248 @@
+"""Batch statistics as (count, mean, m2): how they are measured, merged, corrected and averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+RENORM_LIMITS = ("rmax", "rmin", "dmax")
+
+
+class Moments(NamedTuple):
+    """Count, mean and sum of squared deviations from the mean (m2), per channel.
+
+    variance = m2 / count (biased)
+
+    Attributes:
+        count: Number of values behind each channel: a Python number, a scalar, or of a shape that broadcasts to `mean`.
+        mean: Shape `(C,)`, or `(G, C)` for G groups that are normalized separately.
+        m2: `sum((x - mean)**2)`, the shape of `mean`, never negative.
+    """
+
+    count: Any
+    mean: tf.Tensor
+    m2: tf.Tensor
+
+
+class BatchStatistics(NamedTuple):
+    """What one batch contributes to the moving averages.
+
+    Attributes:
+        mean: Shape `(C,)`.
+        variance: Shape `(C,)`; biased or unbiased, as asked for.
+        worth: 1 for the channels that have a finite mean and variance of more than one value, else 0. Shape `(C,)`.
+    """
+
+    mean: tf.Tensor
+    variance: tf.Tensor
+    worth: tf.Tensor
+
+
+def batch_statistics(moments: Moments, unbiased: bool) -> BatchStatistics:
+    """The mean and variance that a batch contributes to the moving averages.
+
+    variance = m2 / count (biased) or m2 / (count - 1) (unbiased)
+
+    Of several groups, the averages weighted by their counts, without the channels of a group that are not finite or
+    have one value only.
+
+    Args:
+        moments: Of the batch, or of its groups.
+        unbiased: Which variance.
+    """
+    count, mean, m2 = moments
+    worth = tf.cast(tf.math.is_finite(m2), m2.dtype)
+    if not isinstance(count, float):
+        worth *= tf.cast(count > 1, m2.dtype)
+        variance = tf.math.divide_no_nan(m2, count - 1 if unbiased else count)
+    elif count > 1:
+        variance = m2 / (count - 1 if unbiased else count)
+    else:
+        variance, worth = m2, tf.zeros_like(worth)
+    if len(mean.shape) == 1:
+        return BatchStatistics(mean, variance, worth)
+    weight = worth * count
+    total = tf.reduce_sum(weight, 0)
+
+    def average(value):
+        return tf.math.divide_no_nan(tf.reduce_sum(tf.math.multiply_no_nan(value, weight), 0), total)
+
+    return BatchStatistics(average(mean), average(variance), tf.cast(total > 0, m2.dtype))
+
+
+def weighted_moments(x: tf.Tensor, weights: tf.Tensor | None) -> Moments:
+    """Moments over the last axis but one, each value counted as often as its weight says.
+
+    count = sum(w), mean = sum(w x) / count, m2 = sum(w (x - mean)**2)
+
+    A value of weight 0 has no influence, whatever it is. Where all weights are 0, everything is 0.
+
+    Args:
+        x: Shape `(..., M, C)`.
+        weights: Shape `(..., M, C)` or `(..., M, 1)`, or None for ones.
+
+    Returns:
+        Moments with a count of shape `(..., C)` or `(..., 1)`, differentiable.
+    """
+    if weights is None:
+        weights = tf.ones_like(x[..., :1])
+    x = tf.where(weights > 0, x, 0)
+    count = tf.reduce_sum(weights, -2)
+    mean = tf.math.divide_no_nan(tf.reduce_sum(weights * x, -2), count)
+    m2 = tf.reduce_sum(weights * tf.square(x - mean[..., None, :]), -2)
+    return Moments(count, mean, m2)
+
+
+def merged(moments: Moments) -> Moments:
+    """Merges moments stacked along the first axis: Chan's parallel formula for any number of parts.
+
+    count = sum(count_i), mean = sum(count_i mean_i) / count, m2 = sum(m2_i + count_i (mean_i - mean)**2)
+
+    Empty parts (count 0) change nothing.
+
+    Reference: Chan, Golub & LeVeque 1979, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances".
+    """
+    count = tf.reduce_sum(moments.count, 0)
+    mean = tf.math.divide_no_nan(tf.reduce_sum(moments.count * moments.mean, 0), count)
+    m2 = tf.reduce_sum(moments.m2 + moments.count * tf.square(moments.mean - mean), 0)
+    return Moments(count, mean, m2)
+
+
+def merged_across_replicas(moments: Moments, shift: tf.Tensor) -> Moments:
+    """The moments of all replicas' values together, known to each of them after one all-reduce.
+
+    Args:
+        moments: Of the values of this replica minus `shift`.
+        shift: Near the mean of this replica, of the shape of `moments.mean`; may differ between replicas.
+
+    Returns:
+        Moments of all values, minus the `shift` of this replica. Differentiable. Without a distribution strategy, or
+        with one replica, `moments`.
+    """
+    context = tf.distribute.get_replica_context()
+    if context is None or context.num_replicas_in_sync == 1:
+        return moments
+    count = tf.broadcast_to(moments.count, tf.shape(moments.mean))
+    packed = tf.stack([count, shift, moments.mean, moments.m2])
+    slots = tf.scatter_nd(
+        tf.reshape(tf.cast(context.replica_id_in_sync_group, tf.int32), [1, 1]),
+        packed[None],
+        tf.concat([[context.num_replicas_in_sync], tf.shape(packed)], 0),
+    )
+    counts, shifts, means, m2s = tf.unstack(context.all_reduce(tf.distribute.ReduceOp.SUM, slots), axis=1)
+    common = tf.stop_gradient(tf.reduce_max(tf.where(counts > 0, shifts, shifts.dtype.min), 0))
+    together = merged(Moments(counts, tf.where(counts > 0, means + (shifts - common), 0), m2s))
+    return together._replace(mean=tf.where(together.count > 0, together.mean + (common - shift), 0))
+
+
+def moved(moving: tf.Tensor, batch: tf.Tensor, rate: tf.Tensor) -> tf.Tensor:
+    """One step of a moving average.
+
+    moved = moving + rate * (batch - moving)
+
+    where a rate of zero gives `moving` also when `batch` is NaN or infinite.
+
+    Args:
+        moving: Shape `(C,)`.
+        batch: Shape `(C,)`.
+        rate: 1 - momentum, shape `(C,)`.
+    """
+    return moving + tf.math.multiply_no_nan(batch - moving, rate)
+
+
+def renorm_correction(
+    batch: BatchStatistics,
+    renorm_mean: tf.Tensor,
+    renorm_stddev: tf.Tensor,
+    limits: Mapping[str, Any],
+    epsilon: float,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """The correction of batch renormalization, which makes training see what inference will.
+
+    r = clip(stddev / renorm_stddev, rmin, rmax)
+    d = clip((mean - renorm_mean) / renorm_stddev, -dmax, dmax)
+
+    with stddev = sqrt(variance + epsilon), and renorm_stddev not below sqrt(epsilon). Not differentiated.
+
+    Args:
+        batch: With the biased variance.
+        renorm_mean: Shape `(C,)`.
+        renorm_stddev: Shape `(C,)`.
+        limits: `rmax`, `rmin`, `dmax`, each a number or a scalar tensor; those missing do not limit.
+        epsilon: Added to the variance.
+
+    Returns:
+        r and d, each of shape `(C,)`. Channels without statistics of their own are not corrected.
+
+    Reference: Ioffe 2017 (arXiv 1702.03275), Algorithm 1.
+    """
+    scale = tf.maximum(renorm_stddev, tf.cast(epsilon, renorm_stddev.dtype) ** 0.5)
+    r = tf.sqrt(batch.variance + epsilon) / scale
+    d = (batch.mean - renorm_mean) / scale
+    if "rmin" in limits:
+        r = tf.maximum(r, tf.cast(limits["rmin"], r.dtype))
+    if "rmax" in limits:
+        r = tf.minimum(r, tf.cast(limits["rmax"], r.dtype))
+    if "dmax" in limits:
+        dmax = tf.cast(limits["dmax"], d.dtype)
+        d = tf.clip_by_value(d, -dmax, dmax)
+    return tf.stop_gradient(r), tf.stop_gradient(d)
+
+
+@keras.saving.register_keras_serializable(package="keras_bn")
+class LinearRamp(keras.optimizers.schedules.LearningRateSchedule):
+    """Goes from one value to another in a straight line, and stays before and after.
+
+    value(step) = start + (end - start) * clip((step - begin) / (finish - begin), 0, 1)
+
+    Args:
+        start: The value up to step `begin`.
+        end: The value from step `finish` on.
+        begin: Step, an update of the moving statistics.
+        finish: Step, after `begin`.
+    """
+
+    def __init__(self, start: float, end: float, begin: int, finish: int):
+        super().__init__()
+        self.start, self.end, self.begin, self.finish = start, end, begin, finish
+
+    def __call__(self, step):
+        done = tf.clip_by_value((tf.cast(step, tf.float32) - self.begin) / (self.finish - self.begin), 0.0, 1.0)
+        return self.start + (self.end - self.start) * done
+
+    def get_config(self):
+        return {"start": self.start, "end": self.end, "begin": self.begin, "finish": self.finish}
+
+
+def renorm_warmup() -> dict[str, Any]:
+    """The clipping limits of the paper: plain batch norm for 5,000 steps, then ever looser up to rmax 3 and dmax 5.
+
+    Reference: Ioffe 2017 (arXiv 1702.03275), section 4.
+    """
+    return {
+        "rmax": LinearRamp(1.0, 3.0, 5_000, 40_000),
+        "rmin": _Reciprocal(LinearRamp(1.0, 3.0, 5_000, 40_000)),
+        "dmax": LinearRamp(0.0, 5.0, 5_000, 25_000),
+    }
+
+
+@keras.saving.register_keras_serializable(package="keras_bn")
+class _Reciprocal(keras.optimizers.schedules.LearningRateSchedule):
+    """1 / schedule: the paper clips r to [1 / rmax, rmax]."""
+
+    def __init__(self, schedule):
+        super().__init__()
+        self.schedule = schedule
+
+    def __call__(self, step):
+        return 1.0 / self.schedule(step)
+
+    def get_config(self):
+        return {"schedule": keras.saving.serialize_keras_object(self.schedule)}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(keras.saving.deserialize_keras_object(config["schedule"]))
