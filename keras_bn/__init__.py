@@ -2,5 +2,6 @@
 
 from keras_bn._version import __version__
 from keras_bn.batch_normalization import BatchNormalization
+from keras_bn.exporting import export
 
-__all__ = ["BatchNormalization", "__version__"]
+__all__ = ["BatchNormalization", "__version__", "export"]

@@ -1,0 +1,63 @@
+"""Numbered versions below a model_base_path: found, written beside the others and renamed into place."""
+
+import contextlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def versions_below(model_base_path: Path) -> list[int]:
+    """The version numbers a server would find below `model_base_path`, ascending."""
+    if not model_base_path.is_dir():
+        return []
+    return sorted(int(child.name) for child in model_base_path.iterdir() if child.name.isdecimal() and child.is_dir())
+
+
+@contextlib.contextmanager
+def temporary_sibling(model_base_path: Path) -> Iterator[Path]:
+    """A new folder below `model_base_path` that no server takes for a version; gone at the end unless it was renamed.
+
+    Raises:
+        ValueError: when `model_base_path` is a file.
+    """
+    if model_base_path.exists() and not model_base_path.is_dir():
+        raise ValueError(
+            "`model_base_path` must be a folder, or a path where one can be made. "
+            f"Received: model_base_path={str(model_base_path)!r}, which is a file."
+        )
+    made = [path for path in (model_base_path, *model_base_path.parents) if not path.exists()]
+    model_base_path.mkdir(parents=True, exist_ok=True)
+    folder = model_base_path / f".exporting-{uuid.uuid4().hex}"
+    try:
+        folder.mkdir()
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        for path in made:
+            with contextlib.suppress(OSError):  # It holds the version now, or someone else's file.
+                path.rmdir()
+
+
+def rename_into_place(folder: Path, model_base_path: Path, version: int | None) -> Path:
+    """Gives `folder` its version number in one step: the given one, or the next that is free.
+
+    Raises:
+        ValueError: when the given version is there already.
+    """
+    while True:
+        number = version if version is not None else max(versions_below(model_base_path), default=0) + 1
+        target = model_base_path / str(number)
+        if not target.exists():
+            try:
+                os.rename(folder, target)  # Refused by the system where another process was faster.
+                return target
+            except OSError:
+                if not target.exists():
+                    raise
+        if version is not None:
+            raise ValueError(
+                f"`version` must be a version that is not there yet, or pass `overwrite=True`. "
+                f"Received: version={version}, with versions {versions_below(model_base_path)} in {model_base_path}."
+            )
