@@ -10,7 +10,6 @@ import tensorflow as tf
 from keras_bn import arguments, kernels, statistics
 
 _KERNELS = ("auto", "fused", "xla", "stable")
-_STATISTICS = ("auto", "batch", "moving")
 
 
 @keras.saving.register_keras_serializable(package="keras_bn")

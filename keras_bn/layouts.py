@@ -27,12 +27,14 @@ def as_rows(x: tf.Tensor, axes: Sequence[int]) -> tuple[tf.Tensor, Restore]:
 def as_image(x: tf.Tensor, axes: Sequence[int]) -> tuple[tf.Tensor, str, Restore]:
     """`x` as a rank-4 tensor that the fused kernel takes, its data format, and the way back."""
     rank, channels = len(x.shape), math.prod(x.shape[axis] for axis in axes)
-    if rank == 4 and len(axes) == 1 and axes[0] in (1, 3):
-        return x, "NHWC" if axes[0] == 3 else "NCHW", lambda y: y
+    if rank == 4 and tuple(axes) == (3,):
+        return x, "NHWC", lambda y: y
     first, last = axes[0], axes[-1]
     if last == rank - 1 or last - first + 1 != len(axes):
         rows, restore = as_rows(x, axes)
         return tf.reshape(rows, [-1, 1, 1, channels]), "NHWC", lambda y: restore(tf.reshape(y, [-1, channels]))
+    # Reshaped also where it is an NCHW image already: TensorFlow's graph rewriter merges an NHWC convolution with an
+    # NCHW normalization that directly follows, as if the channels were last, and answers wrong.
     sizes = tf.shape(x)
     shape = tf.stack([tf.reduce_prod(sizes[:first]), channels, tf.reduce_prod(sizes[last + 1 :]), 1])
     return tf.ensure_shape(tf.reshape(x, shape), [None, channels, None, 1]), "NCHW", _reshape_like(x)

@@ -1,0 +1,207 @@
+"""Which statistics batch norms use, and whether they learn, switched from outside and in force at once."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_bn import arguments, kernels
+from keras_bn.batch_normalization import BatchNormalization
+
+STATISTICS = ("auto", "batch", "moving")
+
+
+class StatisticsSwitch:
+    """What `use_statistics` did. As a context manager it is undone at the end, also after an error."""
+
+    def __init__(self, layers: list[keras.layers.BatchNormalization], statistics: str):
+        self.layers = layers
+        self._before = [_statistics_of(layer) for layer in layers]
+        for layer in layers:
+            _set_statistics(layer, statistics)
+        _trace_again(layers)
+
+    def __enter__(self) -> StatisticsSwitch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for layer, statistics in zip(self.layers, self._before, strict=True):
+            _set_statistics(layer, statistics)
+        _trace_again(self.layers)
+
+
+def use_statistics(model_or_layer: keras.Layer, statistics: str) -> StatisticsSwitch:
+    """Chooses the statistics that all batch norms below a model normalize with, whatever `training` says.
+
+    "auto":   the batch's if `training` and the layer is trainable, else the moving ones (what Keras does)
+    "batch":  the batch's, always; the moving ones follow only if `training` and the layer is trainable
+    "moving": the moving ones, always; nothing follows
+
+    It holds at once for `fit`, `evaluate`, `predict`, `train_on_batch` and direct calls of every model that contains
+    one of the layers, also for functions already traced, which are traced again; a `tf.function` of your own has to be
+    made again. It is not saved with the model.
+
+    Args:
+        model_or_layer: A model, a wrapper or a layer; its batch norms (ours and stock Keras's, nested and shared ones)
+            are switched.
+        statistics: "auto", "batch" or "moving".
+
+    Returns:
+        What can be used as a context manager, to go back at the end of the block:
+
+    ```python
+    with keras_bn.use_statistics(model, "batch"):
+        model.evaluate(x, y)
+    ```
+
+    Raises:
+        ValueError: If `statistics` is none of the three, or there is no batch norm below `model_or_layer`.
+        TypeError: If `model_or_layer` is not a Keras layer.
+    """
+    arguments.choice("statistics", statistics, STATISTICS)
+    return StatisticsSwitch(batch_normalizations(model_or_layer), statistics)
+
+
+def freeze(model_or_layer: keras.Layer) -> None:
+    """Stops all batch norms below a model from learning: gamma, beta and the moving statistics stay as they are.
+
+    They normalize with the moving statistics from now on, as Keras defines `trainable = False`; it holds at once, also
+    after `compile` and in the middle of `fit`.
+
+    Args:
+        model_or_layer: A model, a wrapper or a layer; its batch norms (ours and stock Keras's) are frozen.
+
+    Raises:
+        ValueError: If there is no batch norm below `model_or_layer`.
+        TypeError: If `model_or_layer` is not a Keras layer.
+    """
+    _set_trainable(model_or_layer, False)
+
+
+def unfreeze(model_or_layer: keras.Layer) -> None:
+    """Lets all batch norms below a model learn again: the opposite of `freeze`, also of `layer.trainable = False`.
+
+    An optimizer that was built while they were frozen gets room for their gamma and beta; what it remembers of the
+    other variables stays.
+
+    Args:
+        model_or_layer: A model, a wrapper or a layer; its batch norms (ours and stock Keras's) are unfrozen.
+
+    Raises:
+        ValueError: If there is no batch norm below `model_or_layer`.
+        TypeError: If `model_or_layer` is not a Keras layer.
+    """
+    _set_trainable(model_or_layer, True)
+
+
+def batch_normalizations(model_or_layer: keras.Layer) -> list[keras.layers.BatchNormalization]:
+    """All batch norms at or below a layer, each once, ours and stock Keras's.
+
+    Raises:
+        ValueError: If there is none.
+        TypeError: If `model_or_layer` is not a Keras layer.
+    """
+    if not isinstance(model_or_layer, keras.Layer):
+        raise TypeError(
+            f"`model_or_layer` must be a Keras model or layer. Received: {type(model_or_layer).__name__}, "
+            f"{model_or_layer!r}."
+        )
+    found = [layer for layer in _all_layers(model_or_layer) if isinstance(layer, keras.layers.BatchNormalization)]
+    if not found:
+        raise ValueError(
+            "`model_or_layer` must be or contain a batch normalization that was made already (a subclassed model "
+            f"makes some when it is built). Received: {model_or_layer.name!r}, with none."
+        )
+    return found
+
+
+def _all_layers(layer: keras.Layer) -> Iterable[keras.Layer]:
+    return {id(one): one for one in layer._flatten_layers()}.values()
+
+
+def _set_trainable(model_or_layer: keras.Layer, trainable: bool) -> None:
+    layers = batch_normalizations(model_or_layer)
+    for layer in layers:
+        layer.trainable = trainable
+    for model in _trace_again(layers):
+        if trainable and getattr(model, "optimizer", None) is not None and model.optimizer.built:
+            _make_room(model.optimizer, model.trainable_variables)
+
+
+def _statistics_of(layer: keras.layers.BatchNormalization) -> str:
+    if isinstance(layer, BatchNormalization):
+        return layer.statistics
+    return getattr(layer.__dict__.get("call"), "statistics", "auto")
+
+
+def _set_statistics(layer: keras.layers.BatchNormalization, statistics: str) -> None:
+    if isinstance(layer, BatchNormalization):
+        layer.statistics = statistics
+    elif statistics == "auto":
+        layer.__dict__.pop("call", None)
+    else:
+        # Into `__dict__`, past Keras's tracking: this belongs to the process, not to the model.
+        layer.__dict__["call"] = _stock_call(layer, statistics)
+
+
+def _stock_call(layer: keras.layers.BatchNormalization, statistics: str) -> Callable[..., Any]:
+    """The `call` of a stock Keras layer with its statistics chosen."""
+
+    def call(inputs, training=None, mask=None):
+        if statistics == "moving":
+            return type(layer).call(layer, inputs, training=False, mask=mask)
+        if training and layer.trainable:
+            return type(layer).call(layer, inputs, training=True, mask=mask)
+        x = tf.convert_to_tensor(inputs)
+        dtype = kernels.statistics_dtype(x.dtype)
+        y, _ = kernels.normalize_with_batch(
+            x,
+            tf.cast(layer.gamma, dtype) if layer.scale else None,
+            tf.cast(layer.beta, dtype) if layer.center else None,
+            axes=[layer.axis % len(x.shape)],
+            epsilon=layer.epsilon,
+            weights=None if mask is None else tf.expand_dims(mask, -1),
+            synchronized=layer.synchronized,
+        )
+        return tf.cast(y, layer.compute_dtype)
+
+    call.statistics = statistics  # type: ignore[attr-defined]
+    return call
+
+
+def _trace_again(layers: Iterable[keras.Layer]) -> list[keras.Model]:
+    """Makes anew the compiled functions of every live model that contains one of `layers`; returns those models.
+
+    Nothing leads from a layer to the models it is part of, and a model may train another one's layers, so all live
+    models are looked at.
+    """
+    wanted = {id(layer) for layer in layers}
+    # By `type`, since `isinstance` may run code of the objects it looks at.
+    models = [candidate for candidate in gc.get_objects() if issubclass(type(candidate), keras.Model)]
+    owners = [model for model in models if any(id(layer) in wanted for layer in model._flatten_layers())]
+    for model in owners:
+        for kind in ("train", "test", "predict"):
+            # Not reset to None: a running `fit` calls them without asking.
+            if getattr(model, f"{kind}_function", None) is not None:
+                getattr(model, f"make_{kind}_function")(force=True)
+    return owners
+
+
+def _make_room(optimizer: keras.optimizers.Optimizer, variables: list[keras.Variable]) -> None:
+    """Rebuilds an optimizer in place for more variables, with all that it remembers of those it knew."""
+    known = {id(variable) for variable in optimizer._trainable_variables}
+    if all(id(variable) in known for variable in variables):
+        return
+    before = {variable.name: variable.numpy() for variable in optimizer.variables}
+    new = type(optimizer).from_config(optimizer.get_config())
+    with keras.name_scope(new.name):
+        new.build(variables)
+    for variable in new.variables:
+        if variable.name in before:
+            variable.assign(before[variable.name])
+    vars(optimizer).clear()
+    vars(optimizer).update(vars(new))
