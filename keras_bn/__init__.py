@@ -3,5 +3,6 @@
 from keras_bn._version import __version__
 from keras_bn.batch_normalization import BatchNormalization
 from keras_bn.exporting import export
+from keras_bn.population import Recalibrate, recalibrate
 
-__all__ = ["BatchNormalization", "__version__", "export"]
+__all__ = ["BatchNormalization", "Recalibrate", "__version__", "export", "recalibrate"]
