@@ -4,5 +4,6 @@ from keras_bn._version import __version__
 from keras_bn.batch_normalization import BatchNormalization
 from keras_bn.exporting import export
 from keras_bn.population import Recalibrate, recalibrate
+from keras_bn.reporting import health
 
-__all__ = ["BatchNormalization", "Recalibrate", "__version__", "export", "recalibrate"]
+__all__ = ["BatchNormalization", "Recalibrate", "__version__", "export", "health", "recalibrate"]

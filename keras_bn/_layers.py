@@ -3,28 +3,16 @@
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-
-class Moments(NamedTuple):
-    """Number of values, mean and sum of squared deviations (m2) per channel; float64.
-
-    variance = m2 / count (biased)
-
-    Attributes:
-        count: shape `(C,)`; a sum of weights where values are weighted.
-        mean: shape `(C,)`.
-        m2: shape `(C,)`.
-    """
-
-    count: Any
-    mean: Any
-    m2: Any
+from keras_bn.batch_normalization import BatchNormalization
+from keras_bn.layouts import as_rows
+from keras_bn.statistics import Moments, merged, weighted_moments
 
 
 def layers_below(model: keras.Layer) -> list[keras.Layer]:
@@ -65,7 +53,9 @@ def set_statistics(layer: keras.layers.BatchNormalization, mean: Any, variance: 
     """Gives `layer` these moving statistics, and what its options derive from them."""
     layer.moving_mean.assign(np.asarray(mean, layer.moving_mean.dtype))
     layer.moving_variance.assign(np.asarray(variance, layer.moving_variance.dtype))
-    if layer.renorm:
+    if getattr(layer, "initial_weight", None) is not None:  # What is there now has nothing of the initial values.
+        layer.initial_weight.assign(np.zeros(layer.initial_weight.shape, "float32"))
+    if getattr(layer, "renorm", False):
         stddev = np.sqrt(np.asarray(variance, "float64") + layer.epsilon)
         layer.moving_stddev.assign(stddev.astype("float32"))
         layer.renorm_mean.assign(np.asarray(mean, "float32"))
@@ -111,34 +101,23 @@ def input_moments(
     Returns:
         Moments, each of shape `(C,)` (of the rank of `axis` where that is a list). All zero where nothing counts.
     """
-    x = tf.cast(inputs, tf.float64)
-    rank = len(x.shape)
+    rank = len(inputs.shape)
     channels = [axis % rank for axis in channel_axes(layer)]
-    reduced = [axis for axis in range(rank) if axis not in channels]
     weights = tf.ones([1] * rank, tf.float64)
     if mask is not None:
-        weights *= _broadcast_weights(tf.convert_to_tensor(mask), x, channels)
+        weights *= _broadcast_weights(tf.convert_to_tensor(mask), rank, channels)
     if sample_weight is not None:
-        weights *= _broadcast_weights(tf.convert_to_tensor(sample_weight), x, channels)
-    weights = tf.broadcast_to(weights, tf.shape(x))
-    counted = tf.where(weights > 0, x, 0)  # What is masked may be NaN.
-    count = tf.reduce_sum(weights, reduced, keepdims=True)
-    mean = tf.math.divide_no_nan(tf.reduce_sum(counted * weights, reduced, keepdims=True), count)
-    m2 = tf.reduce_sum(tf.where(weights > 0, (counted - mean) ** 2 * weights, 0), reduced)
-    return Moments(tf.squeeze(count, reduced), tf.squeeze(mean, reduced), m2)
+        weights *= _broadcast_weights(tf.convert_to_tensor(sample_weight), rank, channels)
+    weights = tf.ensure_shape(tf.broadcast_to(weights, tf.shape(inputs)), inputs.shape)
+    sizes = [inputs.shape[axis] for axis in sorted(channels)]
+    rows, _ = as_rows(tf.cast(inputs, tf.float64), sorted(channels))
+    moments = weighted_moments(rows, as_rows(weights, sorted(channels))[0])
+    return Moments(*(tf.reshape(part, sizes) for part in moments))
 
 
-def merged(parts: list[Moments]) -> Moments:
-    """Moments of all values together: Chan's parallel formula for any number of parts, in float64.
-
-    count = sum(count_i), mean = sum(count_i * mean_i) / count, m2 = sum(m2_i + count_i * (mean_i - mean)**2)
-
-    Reference: Chan, Golub & LeVeque 1979, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances".
-    """
-    count, mean, m2 = (tf.stack(values) for values in zip(*parts, strict=True))
-    total = tf.reduce_sum(count, 0)
-    center = tf.math.divide_no_nan(tf.reduce_sum(count * mean, 0), total)
-    return Moments(total, center, tf.reduce_sum(m2 + count * (mean - center) ** 2, 0))
+def merge(parts: Sequence[Moments]) -> Moments:
+    """Moments of all values of `parts` together."""
+    return merged(Moments(*(tf.stack(values) for values in zip(*parts, strict=True))))
 
 
 def observed_call(layer: keras.Layer, observe: Callable[[tf.Tensor, Any], None]) -> Callable[..., Any]:
@@ -154,10 +133,9 @@ def observed_call(layer: keras.Layer, observe: Callable[[tf.Tensor, Any], None])
     return observe_and_call
 
 
-def _broadcast_weights(weights: tf.Tensor, x: tf.Tensor, channels: list[int]) -> tf.Tensor:
-    """`weights` in float64 with the rank of `x`: without the channel axes, or with the first axes only."""
+def _broadcast_weights(weights: tf.Tensor, rank: int, channels: list[int]) -> tf.Tensor:
+    """`weights` in float64 with that rank: without the channel axes, or with the first axes only."""
     weights = tf.cast(weights, tf.float64)
-    rank = len(x.shape)
     if len(weights.shape) == rank - len(channels):
         for axis in sorted(channels):
             weights = tf.expand_dims(weights, axis)
@@ -188,10 +166,17 @@ def calls_replaced(replacements: dict[keras.Layer, Callable[..., Any]]) -> Itera
 @contextlib.contextmanager
 def inference_mode(model: keras.Layer) -> Iterator[None]:
     """Every layer below `model` runs with `training=False`, also where its author passed `training=True` or nothing."""
-    with calls_replaced(
-        {layer: _without_training(layer.call) for layer in layers_below(model) if _takes_training(layer.call)}
-    ):
-        yield
+    layers = layers_below(model)
+    ours = [layer for layer in layers if isinstance(layer, BatchNormalization)]
+    chosen = [layer.statistics for layer in ours]
+    try:
+        for layer in ours:
+            layer.statistics = "moving"
+        with calls_replaced({layer: _without_training(layer.call) for layer in layers if _takes_training(layer.call)}):
+            yield
+    finally:
+        for layer, statistics in zip(ours, chosen, strict=True):
+            layer.statistics = statistics
 
 
 def _takes_training(call: Callable[..., Any]) -> bool:

@@ -1,7 +1,8 @@
 """Passes over the data in which every normalization measures what it is given."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import keras
@@ -10,14 +11,14 @@ import tensorflow as tf
 
 from keras_bn._batches import Batches
 from keras_bn._layers import (
-    Moments,
     calls_replaced,
     inference_mode,
     input_moments,
-    merged,
+    merge,
     observed_call,
     set_statistics,
 )
+from keras_bn.statistics import Moments
 
 METHODS = ("pooled", "algorithm2")
 Layers = dict[str, keras.layers.BatchNormalization]
@@ -45,8 +46,8 @@ def measure_joint(
 
     Alters the moving statistics of `layers`: wrap it in `variables_restored`.
     """
-    progress = _Progress(1, batches, verbose)
-    return _one_pass(model, layers, batches, progress, targets=set(layers), known=set(), calls=None).populations(method)
+    accumulators = _one_pass(model, layers, batches, _Progress(1, batches, verbose), targets=set(layers))
+    return {name: accumulator.population(method) for name, accumulator in accumulators.items()}
 
 
 def measure_sequential(
@@ -62,65 +63,111 @@ def measure_sequential(
     progress = _Progress(len(set(calls)), batches, verbose)
     done: dict[str, Population] = {}
     for name in dict.fromkeys(calls):
-        done |= _one_pass(
+        accumulators = _one_pass(
             model, layers, batches, progress, targets={name}, known=set(done), calls=calls.count(name)
-        ).populations(method)
+        )
+        done[name] = accumulators[name].population(method)
         set_statistics(layers[name], done[name].mean, done[name].variance)
     return done
 
 
-class _Reached(BaseException):
-    """Ends a forward pass early: all that it was for has been measured. Not an error, so no `Exception`."""
+def measure_leniently(
+    model: keras.Model, layers: Layers, batches: Batches, verbose: int | str
+) -> tuple[dict[str, "Accumulator"], dict[str, int]]:
+    """As `measure_joint`, but batches with a non-finite value are left out and counted instead of refused.
+
+    Returns:
+        The accumulator of each layer, and by the name of the layer that saw it first the number of non-finite batches.
+    """
+    skipped: dict[str, int] = {}
+    accumulators = _one_pass(
+        model, layers, batches, _Progress(1, batches, verbose), targets=set(layers), skipped=skipped
+    )
+    return accumulators, skipped
 
 
-class _Accumulator:
-    """Moments of one layer over the batches."""
+class Accumulator:
+    """Moments of one layer's input over the batches, pooled and batch by batch.
 
-    def __init__(self) -> None:
-        self.pooled: Moments | None = None
-        self._batch: list[Moments] = []
-        self._sum_mean: Any = 0.0
-        self._sum_variance: Any = 0.0
-        self._batches: Any = 0.0
+    Args:
+        epsilon: the layer's.
+    """
+
+    def __init__(self, epsilon: float):
+        self._epsilon = epsilon
+        self._calls: list[Moments] = []
+        self._pooled: Moments | None = None
+        self._means: Moments | None = None
+        self._sum_unbiased: Any = 0.0
+        self._sum_biased: Any = 0.0
+        self._sum_log: Any = 0.0
 
     def add_call(self, moments: Moments) -> None:
-        self._batch.append(moments)
+        """One call of the layer, of several for the same batch where it is shared."""
+        self._calls.append(moments)
 
-    def end_batch(self) -> None:
-        if not self._batch:
+    def end_batch(self, counts: bool = True) -> None:
+        """What was added since the last batch is a batch, or is dropped."""
+        calls, self._calls = self._calls, []
+        if not calls or not counts:
             return
-        batch = merged(self._batch)
-        self._batch = []
-        self.pooled = batch if self.pooled is None else merged([self.pooled, batch])
-        counted = np.asarray(batch.count) > 1  # Of one value there is no unbiased variance.
-        self._sum_mean = self._sum_mean + np.where(counted, batch.mean, 0)
-        unbiased = np.asarray(batch.m2) / np.where(counted, batch.count - 1, 1)
-        self._sum_variance = self._sum_variance + np.where(counted, unbiased, 0)
-        self._batches = self._batches + counted
+        batch = merge(calls)
+        count, m2 = np.asarray(batch.count), np.asarray(batch.m2)
+        several = (count > 1).astype("float64")  # Of one value there is no unbiased variance.
+        self._pooled = batch if self._pooled is None else merge([self._pooled, batch])
+        as_value = Moments(tf.constant(several), batch.mean, tf.zeros_like(batch.m2))
+        self._means = as_value if self._means is None else merge([self._means, as_value])
+        self._sum_unbiased = self._sum_unbiased + several * m2 / np.where(several > 0, count - 1, 1)
+        biased = m2 / np.where(several > 0, count, 1)
+        self._sum_biased = self._sum_biased + several * biased
+        self._sum_log = self._sum_log + several * np.log(biased + self._epsilon)
 
     def population(self, method: str) -> Population:
-        if self.pooled is None or not np.all(self.pooled.count > 0):
+        """By the `method` of `recalibrate`."""
+        if self._pooled is None or self._means is None or not np.all(self._pooled.count > 0):
             raise ValueError("`data` must hold values that count. Received: only masked values or weights of zero.")
-        count = float(np.max(self.pooled.count))
+        count = float(np.max(self._pooled.count))
         if method == "pooled":
-            return Population(count, np.asarray(self.pooled.mean), np.asarray(self.pooled.m2 / self.pooled.count))
-        if not np.all(self._batches > 0):
+            return Population(count, np.asarray(self._pooled.mean), np.asarray(self._pooled.m2 / self._pooled.count))
+        if not np.all(self._means.count > 0):
             raise ValueError(
                 '`method="algorithm2"` needs batches with more than one value per channel; use `method="pooled"`. '
                 "Received: batches with one value only."
             )
-        return Population(count, self._sum_mean / self._batches, self._sum_variance / self._batches)
+        return Population(count, np.asarray(self._means.mean), self._sum_unbiased / np.asarray(self._means.count))
+
+    def batch_divergence(self, mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
+        """Average over the batches of their Kullback-Leibler divergence from N(mean, variance), as `drift.distance`.
+
+        mean_b(((v_b + (m_b - mean)**2) / r - 1 - log(v_b / r)) / 2), v_b = variance_b + epsilon, r = variance + epsilon
+
+        Args:
+            mean: shape `(C,)`.
+            variance: shape `(C,)`.
+
+        Returns:
+            Shape `(C,)`, nats; with the biased variances of the batches, those of one value left out (NaN if all are).
+        """
+        if self._means is None:
+            return np.full_like(mean, np.nan)
+        count, center, m2 = (np.asarray(part) for part in self._means)
+        n = np.where(count > 0, count, np.nan)
+        r = variance + self._epsilon
+        from_mean = m2 / n + (center - mean) ** 2
+        return ((self._sum_biased / n + self._epsilon + from_mean) / r - 1 - self._sum_log / n + np.log(r)) / 2
 
 
-class _Pass:
-    """The accumulators that one pass fills."""
+class _Stop(BaseException):
+    """Ends a forward pass early. Not an error, so no `Exception`, which Keras would wrap.
 
-    def __init__(self) -> None:
-        self.by_name: dict[str, _Accumulator] = {}
-        self.problem: str | None = None
+    Attributes:
+        problem: what to tell the person, or None when all that the pass was for has been measured.
+        non_finite: name of the layer whose input holds a NaN or an infinity.
+    """
 
-    def populations(self, method: str) -> dict[str, Population]:
-        return {name: accumulator.population(method) for name, accumulator in self.by_name.items()}
+    def __init__(self, problem: str | None = None, non_finite: str | None = None):
+        super().__init__(problem)
+        self.problem, self.non_finite = problem, non_finite
 
 
 class _Progress:
@@ -146,64 +193,64 @@ def _one_pass(
     batches: Batches,
     progress: _Progress,
     targets: set[str],
-    known: set[str],
-    calls: int | None,
-) -> _Pass:
-    """Measures `targets`; all but the `known` layers normalize with the batch's statistics; stops after `calls`."""
-    this = _Pass()
-    for index, (inputs, weight) in enumerate(batches):
-        remaining = [calls]
+    known: Collection[str] = (),
+    calls: int | None = None,
+    skipped: dict[str, int] | None = None,
+) -> dict[str, Accumulator]:
+    """Measures `targets`; all but the `known` layers normalize with the batch's statistics; stops after `calls`.
 
-        def measure(name: str, x: tf.Tensor, mask: Any, index=index, weight=weight, remaining=remaining) -> None:
-            layer = layers[name]
+    Non-finite batches are counted in `skipped`, or refused where that is None.
+    """
+    accumulators: dict[str, Accumulator] = {}
+    for index, (inputs, weight) in enumerate(batches):
+        calls_left = itertools.count(calls or 0, -1)
+        next(calls_left)
+
+        def measure(name: str, x: tf.Tensor, mask: Any, index=index, weight=weight, calls_left=calls_left) -> None:
             if name in known:
                 return
-            moments = _checked_moments(this, name, layer, x, mask, weight, index)
+            layer = layers[name]
+            moments = _checked_moments(name, layer, x, mask, weight, index)
             if name in targets:
-                this.by_name.setdefault(name, _Accumulator()).add_call(moments)
-                if remaining[0] is not None:
-                    remaining[0] -= 1
-                    if remaining[0] == 0:
-                        raise _Reached
-            set_statistics(layer, moments.mean, np.asarray(moments.m2) / np.maximum(moments.count, 1e-300))
+                accumulators.setdefault(name, Accumulator(layer.epsilon)).add_call(moments)
+                if calls is not None and next(calls_left) == 0:
+                    raise _Stop
+            set_statistics(layer, moments.mean, np.asarray(tf.math.divide_no_nan(moments.m2, moments.count)))
 
-        _forward(model, layers, inputs, measure)
-        if this.problem is not None:
-            raise ValueError(this.problem)
-        for accumulator in this.by_name.values():
-            accumulator.end_batch()
+        stop = _forward(model, layers, inputs, measure)
+        refused = stop is not None and stop.problem is not None
+        if stop is not None and stop.non_finite is not None and skipped is not None:
+            skipped[stop.non_finite] = skipped.get(stop.non_finite, 0) + 1
+        elif stop is not None and stop.problem is not None:
+            raise ValueError(stop.problem)
+        for accumulator in accumulators.values():
+            accumulator.end_batch(counts=not refused)
         progress.batch_done()
-    return this
+    if not accumulators and skipped is None:
+        raise ValueError("`data` must hold at least one batch. Received: no batch.")
+    return accumulators
 
 
 def _checked_moments(
-    this: _Pass,
-    name: str,
-    layer: keras.layers.BatchNormalization,
-    x: tf.Tensor,
-    mask: Any,
-    weight: Any,
-    index: int,
+    name: str, layer: keras.layers.BatchNormalization, x: tf.Tensor, mask: Any, weight: Any, index: int
 ) -> Moments:
     if not hasattr(x, "numpy"):
-        this.problem = (
+        raise _Stop(
             "`model` must call its normalizations where they can be watched, not inside `tf.vectorized_map` or "
             f"`tf.map_fn`; call the layer on the whole tensor instead. Received: {name!r} called there."
         )
-        raise _Reached
     if weight is not None and (np.ndim(weight) != 1 or np.shape(weight)[0] != x.shape[0]):
-        this.problem = (
+        raise _Stop(
             f"`data` must have sample weights of shape (batch,) = ({x.shape[0]},) at the input of {name!r}. "
             f"Received: shape {np.shape(weight)} in batch {index}."
         )
-        raise _Reached
     moments = input_moments(layer, x, mask, weight)
     if not (np.all(np.isfinite(moments.mean)) and np.all(np.isfinite(moments.m2))):
-        this.problem = (
+        raise _Stop(
             f"`data` must be finite. Received: batch {index} (counted from 0) with non-finite values at the input of "
-            f"{name!r}. The model is left as it was; leave that batch out or mend it."
+            f"{name!r}. The model is left as it was; leave that batch out or mend it.",
+            non_finite=name,
         )
-        raise _Reached
     return moments
 
 
@@ -216,7 +263,9 @@ def _calls_in_order(model: keras.Model, layers: Layers, batches: Batches) -> lis
     raise ValueError("`data` must hold at least one batch. Received: no batch.")
 
 
-def _forward(model: keras.Model, layers: Layers, inputs: Any, observe: Callable[[str, tf.Tensor, Any], None]) -> None:
+def _forward(
+    model: keras.Model, layers: Layers, inputs: Any, observe: Callable[[str, tf.Tensor, Any], None]
+) -> _Stop | None:
     """Runs the model eagerly in inference mode, `observe(name, inputs, mask)` before each normalization."""
 
     def observed(name: str, layer: keras.layers.BatchNormalization) -> Callable[..., Any]:
@@ -226,8 +275,11 @@ def _forward(model: keras.Model, layers: Layers, inputs: Any, observe: Callable[
         stack.enter_context(_functions_run_eagerly())
         stack.enter_context(inference_mode(model))
         stack.enter_context(calls_replaced({layer: observed(name, layer) for name, layer in layers.items()}))
-        stack.enter_context(contextlib.suppress(_Reached))
-        model(inputs, training=False)
+        try:
+            model(inputs, training=False)
+        except _Stop as stop:
+            return stop
+    return None
 
 
 @contextlib.contextmanager

@@ -7,14 +7,14 @@ import keras
 import tensorflow as tf
 
 from keras_bn._layers import (
-    Moments,
     calls_replaced,
     inference_mode,
     input_moments,
-    merged,
+    merge,
     named_batch_norms,
     observed_call,
 )
+from keras_bn.statistics import Moments
 
 
 class Distance(NamedTuple):
@@ -48,10 +48,15 @@ def distance(mean: Any, variance: Any, reference_mean: Any, reference_variance: 
     Returns:
         A `Distance` of float64 tensors of shape `(C,)`.
     """
-    m, v, m0, v0 = (tf.cast(x, tf.float64) for x in (mean, variance, reference_mean, reference_variance))
+    m, v, m0, v0 = map(_in_float64, (mean, variance, reference_mean, reference_variance))
     shift = (m - m0) / tf.sqrt(v0 + epsilon)
     ratio = (v + epsilon) / (v0 + epsilon)
     return Distance(shift, ratio, (ratio + shift**2 - 1 - tf.math.log(ratio)) / 2)
+
+
+def _in_float64(x: Any) -> tf.Tensor:
+    """Straight from Python numbers too, which `tf.cast` takes to float32 first."""
+    return tf.cast(x, tf.float64) if hasattr(x, "dtype") else tf.constant(x, tf.float64)
 
 
 def input_distances(model: keras.Model, inputs: Any) -> dict[str, Distance]:
@@ -73,7 +78,7 @@ def input_distances(model: keras.Model, inputs: Any) -> dict[str, Distance]:
 
     with inference_mode(model), calls_replaced({layer: measuring(name, layer) for name, layer in layers.items()}):
         model(inputs, training=False)
-    return {name: _from_own_statistics(layers[name], merged(parts)) for name, parts in seen.items()}
+    return {name: _from_own_statistics(layers[name], merge(parts)) for name, parts in seen.items()}
 
 
 def _from_own_statistics(layer: keras.layers.BatchNormalization, moments: Moments) -> Distance:
