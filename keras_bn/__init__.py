@@ -4,5 +4,17 @@ from keras_bn._version import __version__
 from keras_bn.batch_normalization import BatchNormalization
 from keras_bn.exporting import export
 from keras_bn.modes import freeze, unfreeze, use_statistics
+from keras_bn.population import Recalibrate, recalibrate
+from keras_bn.reporting import health
 
-__all__ = ["BatchNormalization", "__version__", "export", "freeze", "unfreeze", "use_statistics"]
+__all__ = [
+    "BatchNormalization",
+    "Recalibrate",
+    "__version__",
+    "export",
+    "freeze",
+    "health",
+    "recalibrate",
+    "unfreeze",
+    "use_statistics",
+]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_bn._inference import inference_mode, layers_below
+from keras_bn._layers import inference_mode, layers_below
 from keras_bn._versions import rename_into_place, temporary_sibling
 
 
