@@ -1,0 +1,318 @@
+"""HTTP/1.1 on asyncio: one protocol object a connection, requests in, responses out, every buffer bounded."""
+
+import asyncio
+import logging
+import zlib
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from email.utils import formatdate
+from http import HTTPStatus
+from typing import Any, NamedTuple
+
+import httptools
+
+_log = logging.getLogger(__name__)
+
+Headers = dict[bytes, bytes]
+
+
+class Request(NamedTuple):
+    """One request, complete.
+
+    Attributes:
+        method: As it came.
+        target: Path and query, as they came.
+        headers: By lower-case name; of equal names the last counts.
+        body: Decompressed.
+    """
+
+    method: str
+    target: str
+    headers: Headers
+    body: bytes
+
+
+class Response(NamedTuple):
+    """One answer.
+
+    Attributes:
+        status: The HTTP status code.
+        body: The bytes, of the type that `content_type` says.
+        content_type: For the header of that name.
+        headers: More headers.
+    """
+
+    status: int
+    body: bytes
+    content_type: str = "application/json"
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class HttpLimits:
+    """What one connection may cost.
+
+    Attributes:
+        header_bytes: Request line and headers together.
+        body_bytes: A body as it comes over the wire.
+        inflated_bytes: A body after decompression.
+        idle_seconds: How long a connection may stay without a request.
+        read_seconds: How long a request may take to arrive.
+    """
+
+    header_bytes: int = 64 * 1024
+    body_bytes: int = 256 * 1024 * 1024
+    inflated_bytes: int = 100 * 1024 * 1024
+    idle_seconds: float = 300.0
+    read_seconds: float = 30.0
+
+
+@dataclass
+class HttpService:
+    """What all connections of a server share.
+
+    Attributes:
+        handle: Answers a request; raises nothing.
+        refuse: Makes the answer for a request that cannot be read: a status and why.
+        limits: What one connection may cost.
+        connections: Those open now.
+        closing: Set once no further request is taken on.
+    """
+
+    handle: Callable[[Request], Awaitable[Response]]
+    refuse: Callable[[int, str], Response]
+    limits: HttpLimits = field(default_factory=HttpLimits)
+    connections: set["HttpConnection"] = field(default_factory=set)
+    closing: bool = False
+
+
+class _Refused(Exception):
+    def __init__(self, status: int, reason: str):
+        super().__init__(reason)
+        self.status = status
+        self.reason = reason
+
+
+class HttpConnection(asyncio.Protocol):
+    """One connection. Requests that come in one go are answered in order, one at a time."""
+
+    def __init__(self, service: HttpService, loop: asyncio.AbstractEventLoop):
+        self._service = service
+        self._loop = loop
+        self._transport: asyncio.Transport | None = None
+        self._parser = httptools.HttpRequestParser(self)
+        self._waiting: deque[tuple[Request | _Refused, bool, str]] = deque()
+        self._task: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._can_write = asyncio.Event()
+        self._can_write.set()
+        self._unreadable = False
+        self._in_request = False
+        self._target = b""
+        self._headers: Headers = {}
+        self._header_bytes = 0
+        self._body: list[bytes] = []
+        self._received = 0
+        self._inflated = 0
+        self._inflater: Any = None
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport  # type: ignore[assignment]
+        self._service.connections.add(self)
+        self._await(self._service.limits.idle_seconds)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._service.connections.discard(self)
+        self._transport = None
+        self._can_write.set()
+        self._await(None)
+        if self._task is not None:
+            self._task.cancel()
+
+    def data_received(self, data: bytes) -> None:
+        if self._unreadable:
+            return
+        if self._task is None and not self._waiting and not self._in_request:
+            self._await(self._service.limits.read_seconds)
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self._refuse_rest(_Refused(HTTPStatus.NOT_IMPLEMENTED, "The server speaks HTTP/1.1 only."))
+        except httptools.HttpParserCallbackError as error:
+            if not isinstance(error.__context__, _Refused):
+                raise
+            self._refuse_rest(error.__context__)
+        except httptools.HttpParserError as error:
+            self._refuse_rest(_Refused(HTTPStatus.BAD_REQUEST, f"Not an HTTP request: {error}"))
+        self._answer_next()
+
+    def eof_received(self) -> bool:
+        # A client that is done sending may still wait for its answers.
+        return self._task is not None
+
+    def pause_writing(self) -> None:
+        self._can_write.clear()
+
+    def resume_writing(self) -> None:
+        self._can_write.set()
+
+    # httptools callbacks
+
+    def on_message_begin(self) -> None:
+        self._in_request = True
+        self._target = b""
+        self._headers = {}
+        self._header_bytes = 0
+        self._body = []
+        self._received = 0
+        self._inflated = 0
+        self._inflater = None
+
+    def on_url(self, url: bytes) -> None:
+        self._count_header(len(url))
+        self._target += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count_header(len(name) + len(value))
+        self._headers[name.lower()] = value
+
+    def on_headers_complete(self) -> None:
+        length = self._headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length) > self._service.limits.body_bytes:
+            raise self._too_large()
+        if self._headers.get(b"expect", b"").lower() == b"100-continue" and self._transport is not None:
+            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if self._headers.get(b"content-encoding", b"").lower() in (b"gzip", b"x-gzip"):
+            self._inflater = zlib.decompressobj(zlib.MAX_WBITS | 16)
+
+    def on_body(self, body: bytes) -> None:
+        self._received += len(body)
+        if self._received > self._service.limits.body_bytes:
+            raise self._too_large()
+        if self._inflater is not None:
+            limit = self._service.limits.inflated_bytes
+            try:
+                body = self._inflater.decompress(body, limit - self._inflated + 1)
+            except zlib.error as error:
+                raise _Refused(HTTPStatus.BAD_REQUEST, f"The body is not gzip data: {error}.") from error
+            self._inflated += len(body)
+            if self._inflated > limit:
+                raise _Refused(
+                    HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"A body may hold {limit} bytes once it is decompressed."
+                )
+        self._body.append(body)
+
+    def on_message_complete(self) -> None:
+        self._in_request = False
+        if self._inflater is not None and not self._inflater.eof:
+            raise _Refused(HTTPStatus.BAD_REQUEST, "The body is not gzip data: it ends early.")
+        request = Request(
+            self._parser.get_method().decode("latin-1"),
+            self._target.decode("latin-1"),
+            self._headers,
+            b"".join(self._body),
+        )
+        self._waiting.append((request, self._parser.should_keep_alive(), self._parser.get_http_version()))
+        self._body = []
+
+    # Ours
+
+    def shut_down(self) -> None:
+        """Closes the connection now if it is idle, else after the answer under way."""
+        if self._task is None and self._transport is not None:
+            self._transport.close()
+
+    def _count_header(self, size: int) -> None:
+        self._header_bytes += size
+        limit = self._service.limits.header_bytes
+        if self._header_bytes > limit:
+            raise _Refused(
+                HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"Request line and headers may take {limit} bytes."
+            )
+
+    def _too_large(self) -> _Refused:
+        limit = self._service.limits.body_bytes
+        return _Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"A body may take {limit} bytes.")
+
+    def _refuse_rest(self, refusal: _Refused) -> None:
+        self._unreadable = True
+        self._body = []
+        self._waiting.append((refusal, False, "1.1"))
+
+    def _answer_next(self) -> None:
+        if self._task is not None or not self._waiting or self._transport is None:
+            return
+        self._await(None)
+        # What comes after this request waits in the kernel, not here.
+        self._transport.pause_reading()
+        self._task = self._loop.create_task(self._answer(*self._waiting.popleft()))
+        self._task.add_done_callback(self._answered)
+
+    async def _answer(self, request: Request | _Refused, keep_alive: bool, version: str) -> None:
+        if isinstance(request, _Refused):
+            response = self._service.refuse(request.status, request.reason)
+            head_only = False
+        else:
+            response = await self._service.handle(request)
+            head_only = request.method == "HEAD"
+        keep_alive = keep_alive and not self._service.closing
+        if self._transport is None:
+            return
+        self._transport.write(_serialize(response, keep_alive, version, head_only))
+        if not keep_alive:
+            self._transport.close()
+        # A client that does not read its answers gets no further ones.
+        self._await(self._service.limits.read_seconds)
+        await self._can_write.wait()
+
+    def _answered(self, task: asyncio.Task[None]) -> None:
+        self._task = None
+        if self._transport is None or self._transport.is_closing():
+            return
+        if task.cancelled() or task.exception() is not None:
+            if not task.cancelled():
+                _log.error("a request could not be answered", exc_info=task.exception())
+            self._transport.abort()
+            return
+        self._transport.resume_reading()
+        self._await(self._service.limits.read_seconds if self._in_request else self._service.limits.idle_seconds)
+        self._answer_next()
+
+    def _await(self, seconds: float | None) -> None:
+        """Gives the peer this long to do its next part; `None` stops the clock."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None if seconds is None else self._loop.call_later(seconds, self._give_up)
+
+    def _give_up(self) -> None:
+        if self._transport is None:
+            return
+        if self._in_request and self._task is None:
+            refusal = self._service.refuse(HTTPStatus.REQUEST_TIMEOUT, "The request did not arrive in time.")
+            self._transport.write(_serialize(refusal, False, "1.1", False))
+            self._transport.close()
+        else:
+            self._transport.abort()
+
+
+def _serialize(response: Response, keep_alive: bool, version: str, head_only: bool) -> bytes:
+    try:
+        reason = HTTPStatus(response.status).phrase
+    except ValueError:
+        reason = "Client Closed Request"
+    lines = [
+        f"HTTP/1.1 {response.status} {reason}",
+        f"Content-Type: {response.content_type}",
+        f"Date: {formatdate(usegmt=True)}",
+        f"Content-Length: {len(response.body)}",
+        *(f"{name}: {value}" for name, value in response.headers),
+    ]
+    if not keep_alive:
+        lines.append("Connection: close")
+    elif version == "1.0":
+        lines.append("Connection: keep-alive")
+    head = "\r\n".join(lines) + "\r\n\r\n"
+    return head.encode("latin-1") + (b"" if head_only else response.body)

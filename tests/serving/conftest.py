@@ -1,0 +1,47 @@
+"""Models and servers that the serving tests share."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.serving import saved_models
+from tests.serving.servers import RunningServer, running_server
+
+CONFIG = """
+model_config_list {{
+  config {{
+    name: "half_plus_two" base_path: "{base}/half_plus_two" model_platform: "tensorflow"
+    model_version_policy {{ all {{}} }}
+    version_labels {{ key: "stable" value: 1 }}
+    version_labels {{ key: "canary" value: 2 }}
+  }}
+  {others}
+}}
+"""
+OTHERS = ("multi", "strings", "types", "scalar", "matrix", "image", "totals", "faulty", "examples")
+
+
+@pytest.fixture(scope="session")
+def models_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The models of the recorded answers, one folder each."""
+    return saved_models.build_all(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def models_config(models_folder: Path) -> Path:
+    """The configuration that the recorded answers were given under."""
+    path = models_folder / "models.config"
+    others = "\n".join(
+        f'  config {{ name: "{name}" base_path: "{models_folder / name}" model_platform: "tensorflow" }}'
+        for name in OTHERS
+    )
+    path.write_text(CONFIG.format(base=models_folder, others=others))
+    return path
+
+
+@pytest.fixture(scope="session")
+def server(models_config: Path) -> Iterator[RunningServer]:
+    """A server of all the models."""
+    with running_server(f"--model_config_file={models_config}") as running:
+        yield running

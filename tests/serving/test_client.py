@@ -1,0 +1,129 @@
+"""The client against a real server."""
+
+import json
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from serving.client import Client
+from serving.errors import Code, DeadlineExceededError, InvalidArgumentError, ServingError
+from tests.serving.servers import ROOT, RunningServer, environment
+
+
+@pytest.fixture(scope="module")
+def client(server: RunningServer):
+    with Client(server.url) as client:
+        yield client
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "int8", "int32", "int64", "uint8", "uint32", "uint64", "bool"])
+def test_an_array_comes_back_with_its_type_shape_and_values(client: Client, dtype: str):
+    array = np.array([[0, 1], [100, 7]]).astype(dtype)
+    answer = client.predict("types", array, signature_name=dtype)
+    assert answer.dtype == array.dtype
+    np.testing.assert_array_equal(answer, array)
+
+
+def test_numbers_that_are_not_finite_go_and_come(client: Client):
+    array = np.array([np.nan, np.inf, -np.inf, 1.5], np.float32)
+    np.testing.assert_array_equal(client.predict("types", array), array)
+
+
+def test_every_float32_survives_the_way_there_and_back(client: Client):
+    array = np.random.default_rng(7).integers(0, 2**32, 10_000, np.uint32).view(np.float32)
+    array = array[np.isfinite(array) & (np.abs(array) > np.finfo(np.float32).tiny)]
+    np.testing.assert_array_equal(client.predict("types", array), array)
+
+
+def test_several_inputs_and_outputs_go_by_name(client: Client):
+    answer = client.predict("multi", {"a": np.float32([[1, 2]]), "b": np.int32([3])})
+    assert answer["s"].tolist() == [[4.0, 5.0]]
+    assert answer["t"].tolist() == [6]
+    assert answer["t"].dtype == np.int32
+
+
+def test_strings_and_bytes_come_back_as_bytes(client: Client):
+    answer = client.predict("strings", [b"a", b"\xff"])
+    assert answer["raw_bytes"].tolist() == [b"a", b"\xff"]
+    assert answer["length"].tolist() == [1, 1]
+
+
+def test_a_version_and_a_label_can_be_asked_for(client: Client):
+    assert client.predict("half_plus_two", [2.0], version=1).tolist() == [3.0]
+    assert client.predict("half_plus_two", [2.0], label="canary").tolist() == [4.0]
+    with pytest.raises(ValueError, match=r"Received: version=1, label='canary'"):
+        client.predict("half_plus_two", [2.0], version=1, label="canary")
+
+
+def test_an_error_carries_code_and_message(client: Client):
+    with pytest.raises(ServingError, match=r"Servable not found for request: Latest\(nobody\)") as caught:
+        client.predict("nobody", [1.0])
+    assert caught.value.code is Code.NOT_FOUND
+    with pytest.raises(ServingError, match="Type: String is not of expected type: float") as caught:
+        client.predict("half_plus_two", "a")
+    assert caught.value.code is InvalidArgumentError.code
+
+
+def test_status_and_metadata_tell_versions_and_signatures(client: Client):
+    assert [(each.version, each.state) for each in client.status("half_plus_two")] == [
+        (2, "AVAILABLE"),
+        (1, "AVAILABLE"),
+    ]
+    metadata = client.metadata("image")
+    assert [dim["size"] for dim in metadata["serving_default"]["inputs"]["image"]["tensor_shape"]["dim"]] == [
+        *("-1", "2", "2", "1")
+    ]
+
+
+def test_waiting_for_a_server_that_is_not_there_ends_with_what_was_seen():
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+    with Client(f"http://127.0.0.1:{port}") as client, pytest.raises(DeadlineExceededError, match="UNAVAILABLE"):
+        client.wait_until_ready("m", timeout=0.5)
+
+
+def test_waiting_for_a_model_that_is_ready_returns(client: Client):
+    client.wait_until_ready("half_plus_two")
+
+
+def test_an_address_of_another_kind_is_refused():
+    with pytest.raises(ValueError, match=re.escape("Received: url='ftp://x'")):
+        Client("ftp://x")
+
+
+def ask(server: RunningServer, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "serving.client", f"--url={server.url}", *arguments],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+
+
+def test_the_command_asks_about_a_picture_an_array_and_a_json_file(server: RunningServer, tmp_path: Path):
+    image = pytest.importorskip("PIL.Image")
+    pixels = np.array([[0, 255], [127, 1]], np.uint8)
+    image.fromarray(pixels).save(tmp_path / "shoe.png")
+    np.save(tmp_path / "shoe.npy", pixels.reshape(1, 2, 2, 1))
+    (tmp_path / "shoe.json").write_text(json.dumps(pixels.reshape(1, 2, 2, 1).tolist()))
+    for name in ("shoe.png", "shoe.npy", "shoe.json"):
+        result = ask(server, "--model_name=image", str(tmp_path / name))
+        assert result.returncode == 0, result.stderr
+        assert json.loads(result.stdout)["mean"] == [95.75]
+
+
+def test_the_command_without_a_file_describes_the_model(server: RunningServer):
+    result = ask(server, "--model_name=image")
+    assert "version 1: AVAILABLE" in result.stdout
+    assert "serving_default input image: uint8 [-1, 2, 2, 1]" in result.stdout
+
+
+def test_the_command_says_in_one_line_what_is_wrong(server: RunningServer, tmp_path: Path):
+    (tmp_path / "shoe.txt").write_text("no picture")
+    result = ask(server, "--model_name=image", str(tmp_path / "shoe.txt"))
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1
+    assert "must end in .npy, .json" in result.stderr
