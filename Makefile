@@ -20,6 +20,9 @@ $(INSTALLED): setup.cfg pyproject.toml
 data: $(INSTALLED)  ## Fetch Fashion-MNIST, or check what DATA=path names
 	$(BIN)/python -m models.data $(if $(DATA),--data '$(DATA)')
 
+demo: $(INSTALLED)  ## Train, export, serve and ask: all of it, once
+	$(BIN)/python -m models.demo $(if $(DATA),--data '$(DATA)')
+
 test: $(INSTALLED)  ## Run all tests but the slow ones
 	-$(BIN)/python -m models.data
 	$(BIN)/python -m pytest -n 2 -m 'not slow'

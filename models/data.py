@@ -89,6 +89,27 @@ def load(source: str | Path | None = None) -> ImageData:
     return data
 
 
+def fetch_and_load(source: str | Path | None = None) -> ImageData:
+    """As `load`, but where no `source` is given, first fetch Debian's package where it is missing and apt-get is there.
+
+    Args:
+        source: As in `load`.
+
+    Returns:
+        As `load`.
+
+    Raises:
+        FileNotFoundError: As in `load`.
+        ValueError: As in `load`.
+    """
+    if source is None and not INSTALLED.is_dir():
+        try:
+            debian_package.fetch(DEBIAN_PACKAGE, UNPACKED)
+        except debian_package.FetchError as error:
+            print(f"Data: no Debian package: {error}", file=sys.stderr)
+    return load(source)
+
+
 def training_batches(
     x: np.ndarray,
     y: np.ndarray,
@@ -231,13 +252,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--data", metavar="PATH", help="check this folder of IDX files or .npz instead; fetch nothing")
     named = parser.parse_args(arguments).data
-    if named is None and not INSTALLED.is_dir():
-        try:
-            debian_package.fetch(DEBIAN_PACKAGE, UNPACKED)
-        except debian_package.FetchError as error:
-            print(f"Data: no Debian package: {error}", file=sys.stderr)
     try:
-        load(named)
+        fetch_and_load(named)
     except (FileNotFoundError, ValueError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
 
