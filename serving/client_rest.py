@@ -1,16 +1,19 @@
 """What a client sends and reads over REST: each operation yields calls and is sent their replies."""
 
 import base64
+import contextlib
 import json
 import math
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
+import httpx
 import numpy as np
 import orjson
 
-from serving.errors import Code, ServingError
+from serving.client_types import ModelVersion, Target
+from serving.errors import Code, DeadlineExceededError, ServingError, UnavailableError
 
 _CODES = {
     400: Code.INVALID_ARGUMENT,
@@ -28,6 +31,7 @@ _CODES = {
     504: Code.DEADLINE_EXCEEDED,
 }
 _BASE_PATH = "/v1/models/"
+Operation = Generator["Call", "Reply", Any]
 
 
 class Call(NamedTuple):
@@ -45,77 +49,123 @@ class Reply(NamedTuple):
     body: bytes
 
 
-class ModelVersion(NamedTuple):
-    """One version of a model as the server reports it."""
-
-    version: int
-    state: str
-    error_code: Code
-    error_message: str
-
-
-Operation = Generator[Call, Reply, Any]
-
-
-class OutputTypes:
-    """Element types of inputs and outputs, asked for once a model: JSON does not carry them."""
+class RestProtocol:
+    """The operations; each yields calls, is sent their replies, and returns its result."""
 
     def __init__(self) -> None:
+        # JSON carries no element types; they are asked for once a model.
         self._signatures: dict[str, dict[str, Any]] = {}
 
-    def signature(self, place: str, name: str, fresh: bool = False) -> Generator[Call, Reply, dict[str, Any]]:
-        if fresh or place not in self._signatures:
-            self._signatures[place] = yield from metadata(place)
-        return self._signatures[place].get(name or "serving_default", {})
+    def predict(self, target: Target, inputs: Any, signature_name: str) -> Operation:
+        """Asks for a prediction in column format; returns an array, or several by name."""
+        place = _place(target)
+        body: dict[str, Any] = {"signature_name": signature_name} if signature_name else {}
+        if isinstance(inputs, Mapping):
+            body["inputs"] = {name: _jsonable(value) for name, value in inputs.items()}
+        else:
+            body["inputs"] = _jsonable(inputs)
+        reply = yield Call("POST", f"{place}:predict", _dumps(body))
+        outputs = _loads(reply.body)["outputs"]
+        names = yield from self._outputs(place, target, signature_name)
+        if len(names) != 1 and not (isinstance(outputs, dict) and outputs.keys() == names.keys()):
+            # Another version has come since.
+            del self._signatures[place]
+            names = yield from self._outputs(place, target, signature_name)
+        if len(names) == 1:
+            return _array(outputs, next(iter(names.values()))["dtype"])
+        return {name: _array(value, names[name]["dtype"]) for name, value in outputs.items()}
+
+    def classify(self, target: Target, examples: Any, context: Any, signature_name: str) -> Operation:
+        """Asks for a classification; returns a list of labels with scores for every example."""
+        body = _examples_body(examples, context, signature_name)
+        reply = yield Call("POST", f"{_place(target)}:classify", body)
+        return [[(label, float(score)) for label, score in classes] for classes in _loads(reply.body)["results"]]
+
+    def regress(self, target: Target, examples: Any, context: Any, signature_name: str) -> Operation:
+        """Asks for a regression; returns an array."""
+        body = _examples_body(examples, context, signature_name)
+        reply = yield Call("POST", f"{_place(target)}:regress", body)
+        return np.array(_loads(reply.body)["results"], np.float32)
+
+    def status(self, target: Target) -> Operation:
+        """Asks for a model's versions; returns them newest first."""
+        reply = yield Call("GET", _place(target))
+        return [
+            ModelVersion(
+                int(each["version"]),
+                each["state"],
+                Code[each["status"]["error_code"]],
+                each["status"]["error_message"],
+            )
+            for each in _loads(reply.body)["model_version_status"]
+        ]
+
+    def metadata(self, target: Target) -> Operation:
+        """Asks for a model's signatures; returns them by name."""
+        reply = yield Call("GET", f"{_place(target)}/metadata")
+        return _loads(reply.body)["metadata"]["signature_def"]["signature_def"]
+
+    def _outputs(self, place: str, target: Target, signature_name: str) -> Generator[Call, Reply, dict[str, Any]]:
+        if place not in self._signatures:
+            self._signatures[place] = yield from self.metadata(target)
+        return self._signatures[place].get(signature_name or "serving_default", {}).get("outputs", {})
 
 
-def where(model_name: str, version: int | None, label: str | None) -> str:
-    """Returns the path of a model or one of its versions."""
-    if version is not None and label is not None:
-        raise ValueError(f"Give `version` or `label`, not both. Received: version={version}, label={label!r}.")
-    path = _BASE_PATH + quote(model_name, safe="")
-    if version is not None:
-        return f"{path}/versions/{version}"
-    return path if label is None else f"{path}/labels/{quote(label, safe='')}"
+class RestTransport:
+    """Sends calls and waits for them."""
+
+    def __init__(self, url: str):
+        self._url = url
+        self._http = httpx.Client(base_url=url, trust_env=False)
+
+    def send(self, call: Call, seconds: float) -> Reply:
+        with _translated(self._url, call):
+            response = self._http.request(call.method, call.path, content=call.body, timeout=seconds)
+        return check(Reply(response.status_code, response.content))
+
+    def close(self) -> None:
+        self._http.close()
 
 
-def predict(types: OutputTypes, place: str, inputs: Any, signature_name: str) -> Operation:
-    """Asks for a prediction in column format; returns an array, or several by name."""
+class AsyncRestTransport:
+    """Sends calls and lets others go on meanwhile."""
+
+    def __init__(self, url: str):
+        self._url = url
+        self._http = httpx.AsyncClient(base_url=url, trust_env=False)
+
+    async def send(self, call: Call, seconds: float) -> Reply:
+        with _translated(self._url, call):
+            response = await self._http.request(call.method, call.path, content=call.body, timeout=seconds)
+        return check(Reply(response.status_code, response.content))
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+
+@contextlib.contextmanager
+def _translated(url: str, call: Call) -> Iterator[None]:
+    try:
+        yield
+    except httpx.TimeoutException as error:
+        raise DeadlineExceededError(f"{call.method} {url}{call.path}: no answer in time.") from error
+    except httpx.TransportError as error:
+        raise UnavailableError(f"{call.method} {url}{call.path}: {error}") from error
+
+
+def _place(target: Target) -> str:
+    path = _BASE_PATH + quote(target.model_name, safe="")
+    if target.version is not None:
+        return f"{path}/versions/{target.version}"
+    return path if target.label is None else f"{path}/labels/{quote(target.label, safe='')}"
+
+
+def _examples_body(examples: Any, context: Any, signature_name: str) -> bytes:
     body: dict[str, Any] = {"signature_name": signature_name} if signature_name else {}
-    if isinstance(inputs, Mapping):
-        body["inputs"] = {name: _jsonable(value) for name, value in inputs.items()}
-    else:
-        body["inputs"] = _jsonable(inputs)
-    reply = yield Call("POST", f"{place}:predict", _dumps(body))
-    outputs = _loads(reply.body)["outputs"]
-    signature = yield from types.signature(place, signature_name)
-    names = signature.get("outputs", {})
-    if len(names) != 1 and not (isinstance(outputs, dict) and outputs.keys() == names.keys()):
-        signature = yield from types.signature(place, signature_name, fresh=True)
-        names = signature.get("outputs", {})
-    if len(names) == 1:
-        return _array(outputs, next(iter(names.values()))["dtype"])
-    return {name: _array(value, names[name]["dtype"]) for name, value in outputs.items()}
-
-
-def status(place: str) -> Operation:
-    """Asks for a model's versions; returns them newest first."""
-    reply = yield Call("GET", place)
-    return [
-        ModelVersion(
-            int(each["version"]),
-            each["state"],
-            Code[each["status"]["error_code"]],
-            each["status"]["error_message"],
-        )
-        for each in _loads(reply.body)["model_version_status"]
-    ]
-
-
-def metadata(place: str) -> Operation:
-    """Asks for a model's signatures; returns them by name."""
-    reply = yield Call("GET", f"{place}/metadata")
-    return _loads(reply.body)["metadata"]["signature_def"]["signature_def"]
+    if context is not None:
+        body["context"] = {name: _jsonable(value) for name, value in context.items()}
+    body["examples"] = [{name: _jsonable(value) for name, value in example.items()} for example in examples]
+    return _dumps(body)
 
 
 def check(reply: Reply) -> Reply:

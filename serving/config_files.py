@@ -9,8 +9,10 @@ from tensorflow_serving.config import model_server_config_pb2
 
 from serving.errors import InvalidArgumentError, NotFoundError
 from serving.model_config import ModelConfig, VersionPolicy
+from serving.text_protos import MonitoringConfig
 
 _Message = TypeVar("_Message", bound=Message)
+_METRICS_PATH = "/monitoring/prometheus/metrics"
 _PLATFORMS = ("", "tensorflow")
 
 
@@ -43,6 +45,20 @@ def model_configs(message: model_server_config_pb2.ModelServerConfig, source: st
         )
         configs.append(ModelConfig(one.name, one.base_path, policy, dict(one.version_labels)))
     return configs
+
+
+def read_metrics_path(path: str) -> str:
+    """Returns where the metrics are served, from a `MonitoringConfig`; empty where no file is named or they are off.
+
+    Raises:
+        ServingError: If the file cannot be read, or its path is none.
+    """
+    config = read_message(path, MonitoringConfig()).prometheus_config if path else None
+    if config is None or not config.enable:
+        return ""
+    if config.path and not config.path.startswith("/"):
+        raise InvalidArgumentError(f"{path}: `path` must begin with a slash. Received: {config.path!r}.")
+    return config.path or _METRICS_PATH
 
 
 def read_message(path: str, message: _Message) -> _Message:

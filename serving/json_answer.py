@@ -1,7 +1,7 @@
 """Arrays to JSON text, laid out and with numbers written as TensorFlow Serving does it."""
 
 import base64
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -34,13 +34,18 @@ def encode_predict(outputs: Mapping[str, np.ndarray], row_format: bool) -> bytes
     return _encode_rows(outputs) if row_format else _encode_columns(outputs)
 
 
-def encode_classifications(results: Iterable[Sequence[tuple[bytes, float]]]) -> bytes:
-    """Writes the body of a classify answer: for every example its labels with their scores."""
-    rows = []
-    for classes in results:
-        scores = _decimals(np.array([score for _, score in classes], np.float32))
-        pairs = (f"[{_text(label)}, {score}]" for (label, _), score in zip(classes, scores, strict=True))
-        rows.append("[" + ", ".join(pairs) + "]")
+def encode_classifications(labels: np.ndarray | None, scores: np.ndarray | None) -> bytes:
+    """Writes the body of a classify answer: for every example its classes, each a label and a score.
+
+    Args:
+        labels: `bytes` objects by example and class; empty ones where `None`.
+        scores: Numbers by example and class; zeros where `None`.
+    """
+    shape = scores.shape if scores is not None else labels.shape if labels is not None else (0, 0)
+    texts = ['""'] * (shape[0] * shape[1]) if labels is None else [_text(label) for label in labels.ravel().tolist()]
+    numbers = _decimals(np.zeros(shape, np.float32).ravel() if scores is None else scores.ravel())
+    pairs = [f"[{text}, {number}]" for text, number in zip(texts, numbers, strict=True)]
+    rows = ["[" + ", ".join(group) + "]" for group in _groups(pairs, shape, 1)]
     return _results(rows, "Cannot convert empty ClassificationResults to JSON")
 
 

@@ -18,6 +18,9 @@ _BRACKETS = b"[]{}"
 _NOT_BRACKETS = bytes(set(range(256)) - set(_BRACKETS))
 _PARSE_ERROR = re.compile(r"Parse error at offset (\d+): (.*)", re.DOTALL)
 _TRAILING_TEXT = "The document root must not be followed by other values."
+# TensorFlow Serving parses iteratively and does not look at encodings, which changes two of the messages.
+_NO_DOCUMENT = re.compile(rb"[ \t\r\n]*(?=[\]},:])")
+_OTHER_MESSAGES = {"Invalid encoding in string.": "Invalid escape character in string."}
 _DUMP_BYTES = 257
 _SMALLEST_DOUBLE = sys.float_info.min
 # Bytes that are no UTF-8 pass through the parser as the last code points of plane 16, which nobody assigns.
@@ -114,8 +117,12 @@ def _parse_first(text: bytes, mark: int) -> Any:
         offset, message = int(found[1]), found[2]
     if message == _TRAILING_TEXT:
         return _decode(text[:offset])
+    if _NO_DOCUMENT.match(text):
+        message = "The document is empty."
     hidden = sum(ord(char) in _SHOWN for char in text[:offset].decode(errors="ignore"))
-    raise InvalidArgumentError(f"JSON Parse error: {message} at offset: {offset - 3 * hidden + mark}")
+    raise InvalidArgumentError(
+        f"JSON Parse error: {_OTHER_MESSAGES.get(message, message)} at offset: {offset - 3 * hidden + mark}"
+    )
 
 
 def _shown(value: Any) -> Any:

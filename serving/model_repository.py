@@ -153,14 +153,18 @@ class ModelRepository:
         Raises:
             NotFoundError: If there is none.
         """
-        with self._changed:
-            known = sorted(self._models.get(name, {}).values(), key=_newest_first)
-            found = [(each.number, each.state, each.error) for each in known if version in (None, each.number)]
+        found = [each for each in self.known(name) if version in (None, each[0])]
         if found:
             return found
         if version is None:
             raise NotFoundError(f"Could not find any versions of model {name}")
         raise NotFoundError(f"Could not find version {version} of model {name}")
+
+    def known(self, name: str) -> list[tuple[int, State, ServingError | None]]:
+        """Returns every version of a model that is or was, newest first; none for an unknown model."""
+        with self._changed:
+            versions = sorted(self._models.get(name, {}).values(), key=_newest_first)
+            return [(each.number, each.state, each.error) for each in versions]
 
     def names(self) -> list[str]:
         """Returns the names of the models in the order configured."""

@@ -1,17 +1,20 @@
-"""What a server of models answers, whatever protocol asks: predict, metadata, status."""
+"""What a server of models answers, whatever protocol asks: predict, classify, regress, metadata, status."""
 
-from collections.abc import Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
+from typing import NamedTuple, TypeVar
 
 import numpy as np
+from tensorflow_serving.apis import input_pb2
 
+from serving import examples
+from serving.batching import Batcher, Outputs
 from serving.errors import InvalidArgumentError, ServingError
 from serving.model_repository import Lease, ModelRepository, State
-from serving.servable import DEFAULT_SIGNATURE, Signature
+from serving.servable import DEFAULT_SIGNATURE
 from serving.tensor_spec import TensorSpec
 
-Outputs = dict[str, np.ndarray]
+_T = TypeVar("_T")
 
 
 class ModelSpec(NamedTuple):
@@ -31,17 +34,20 @@ class ModelSpec(NamedTuple):
 class PredictionService:
     """Answers requests with the models of a repository.
 
+    Every method that takes a lease and returns a future releases the lease once the future is done; if it raises, the
+    lease stays the caller's.
+
     Args:
         repository: The models.
-        num_threads: How many requests to run at a time.
+        batcher: What runs them.
     """
 
-    def __init__(self, repository: ModelRepository, num_threads: int = 4):
+    def __init__(self, repository: ModelRepository, batcher: Batcher):
         self.repository = repository
-        self._runners = ThreadPoolExecutor(num_threads, thread_name_prefix="run")
+        self._batcher = batcher
 
     def lease(self, spec: ModelSpec) -> Lease:
-        """Takes the version that a request is about into use; the caller releases it.
+        """Takes the version that a request is about into use.
 
         Raises:
             NotFoundError: If it is not loaded.
@@ -73,26 +79,49 @@ class PredictionService:
         """Runs a signature on arrays, in the background.
 
         Args:
-            lease: The version; released here once the future is done, by the caller if this raises.
+            lease: The version.
             signature_name: Which signature; empty for `serving_default`.
             inputs: The arrays by input name.
             output_names: Which outputs are wanted; all where empty.
 
-        Returns:
-            A future of the outputs by name, or of the ServingError.
-
         Raises:
             FailedPreconditionError: If there is no such signature.
+            InvalidArgumentError: If the inputs do not fit.
+            UnavailableError: If too much is waiting already.
         """
         signature = lease.servable.signature(signature_name)
-        future = self._runners.submit(lease.servable.run, signature, inputs, tuple(output_names))
+        future = self._batcher.submit(lease.servable, signature, inputs, output_names)
         # The model must stay loaded while it runs, even where nobody waits for the answer any longer.
         future.add_done_callback(lambda _: lease.release())
         return future
 
-    def signature(self, lease: Lease, signature_name: str) -> Signature:
-        """Returns a signature by name; an empty name stands for `serving_default`."""
-        return lease.servable.signature(signature_name)
+    def classify(self, lease: Lease, signature_name: str, message: input_pb2.Input) -> "Future[examples.Classes]":
+        """Classifies examples, in the background.
+
+        Raises:
+            ServingError: If the signature cannot classify, or there is no example.
+        """
+        signature = examples.find_signature(lease.servable, signature_name)
+        examples.check_classify(signature)
+        inputs = examples.serialize(message)
+        count = len(inputs["inputs"])
+        return _mapped(
+            self.predict(lease, signature.name, inputs), lambda outputs: examples.read_classes(outputs, count)
+        )
+
+    def regress(self, lease: Lease, signature_name: str, message: input_pb2.Input) -> "Future[np.ndarray]":
+        """Regresses examples, in the background.
+
+        Raises:
+            ServingError: If the signature cannot regress, or there is no example.
+        """
+        signature = examples.find_signature(lease.servable, signature_name)
+        examples.check_regress(signature)
+        inputs = examples.serialize(message)
+        count = len(inputs["inputs"])
+        return _mapped(
+            self.predict(lease, signature.name, inputs), lambda outputs: examples.read_numbers(outputs, count)
+        )
 
     def status(self, spec: ModelSpec) -> list[tuple[int, State, ServingError | None]]:
         """Returns the versions of a model with their states, newest first.
@@ -102,6 +131,19 @@ class PredictionService:
         """
         return self.repository.status(spec.name, spec.version)
 
-    def close(self) -> None:
-        """Finishes what is under way."""
-        self._runners.shutdown()
+
+def _mapped(future: "Future[Outputs]", read: Callable[[Outputs], _T]) -> "Future[_T]":
+    """Returns a future of what `read` makes of another's result; cancelling it cancels the other."""
+    result: Future[_T] = Future()
+
+    def done(finished: "Future[Outputs]") -> None:
+        if not result.set_running_or_notify_cancel():
+            return
+        try:
+            result.set_result(read(finished.result()))
+        except BaseException as error:
+            result.set_exception(error)
+
+    future.add_done_callback(done)
+    result.add_done_callback(lambda outer: outer.cancelled() and future.cancel())
+    return result

@@ -1,11 +1,15 @@
 """TensorFlow Serving's REST protocol: routes, bodies and HTTP statuses on top of the prediction service."""
 
 import asyncio
+import json
 import logging
 import re
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from http import HTTPStatus
+from typing import Any, TypeVar
 from urllib.parse import unquote_to_bytes
 
 from google.protobuf import json_format
@@ -13,12 +17,18 @@ from tensorflow_serving.apis import get_model_metadata_pb2, get_model_status_pb2
 
 from serving.errors import Code, InvalidArgumentError, ServingError
 from serving.http_protocol import Request, Response
-from serving.json_answer import encode_error, encode_predict
+from serving.json_answer import encode_classifications, encode_error, encode_predict, encode_regressions
+from serving.json_examples import decode_examples
 from serving.json_tensor import PredictInput, decode_predict
+from serving.metrics import Metrics
 from serving.model_repository import Lease
 from serving.prediction_service import ModelSpec, PredictionService
+from serving.rest_extras import Extras
+from serving.tensor_spec import TensorSpec
 
+_T = TypeVar("_T")
 _log = logging.getLogger(__name__)
+_request_log = logging.getLogger("serving.requests")
 
 HTTP_STATUS = {
     Code.OK: 200,
@@ -47,6 +57,11 @@ _LOOK = re.compile(
 _LARGEST_VERSION = 2**63 - 1
 # Below this a body is read at once; a larger one would keep the other connections waiting.
 _READ_AT_ONCE_BYTES = 64 * 1024
+_CORS = (
+    ("Access-Control-Allow-Origin", "*"),
+    ("Access-Control-Allow-Methods", "GET, POST"),
+    ("Access-Control-Allow-Headers", "Content-Type"),
+)
 _NOT_FOUND_PAGE = b"<HTML><HEAD>\n<TITLE>404 Not Found</TITLE>\n</HEAD><BODY>\n<H1>Not Found</H1>\n</BODY></HTML>\n"
 
 
@@ -54,32 +69,83 @@ class _Overflow(Exception):
     """A version number that no integer of 64 bits holds; TensorFlow Serving answers it with nothing."""
 
 
+@dataclass(frozen=True)
+class RestOptions:
+    """What the REST server does beside the protocol.
+
+    Attributes:
+        cors: Whether pages of other origins may ask.
+        list_models: Whether `GET /v1/models` lists the models, where TensorFlow Serving refuses it.
+        metrics_path: Where Prometheus finds the metrics; empty for nowhere.
+        num_threads: Threads that read large bodies.
+        log_requests: Whether to write a line of JSON to the log for every request.
+    """
+
+    cors: bool = False
+    list_models: bool = False
+    metrics_path: str = ""
+    num_threads: int = 1
+    log_requests: bool = False
+
+
 class RestServer:
     """Answers HTTP requests.
 
     Args:
         service: What answers.
+        metrics: What counts.
+        waiting_rows: Tells how much waits to be run.
+        options: What to do beside the protocol.
         timeout_seconds: How long an answer may take.
     """
 
-    def __init__(self, service: PredictionService, timeout_seconds: float = 30.0):
+    def __init__(
+        self,
+        service: PredictionService,
+        metrics: Metrics,
+        waiting_rows: Callable[[], int],
+        options: RestOptions,
+        timeout_seconds: float,
+    ):
         self._service = service
+        self._metrics = metrics
+        self._options = options
         self._timeout_seconds = timeout_seconds
-        self._readers = ThreadPoolExecutor(1, thread_name_prefix="read")
+        self._extras = Extras(service, metrics, waiting_rows, options.metrics_path)
+        self._readers = ThreadPoolExecutor(options.num_threads, thread_name_prefix="read")
 
     async def handle(self, request: Request) -> Response:
         """Answers one request, whatever happens."""
+        started = time.perf_counter()
         try:
-            return await asyncio.wait_for(self._route(request), self._timeout_seconds)
+            response, code = await self._route(request), Code.OK
         except ServingError as error:
-            return Response(HTTP_STATUS[error.code], encode_error(error.message))
+            response, code = Response(HTTP_STATUS[error.code], encode_error(error.message)), error.code
         except _Overflow:
-            return Response(HTTPStatus.BAD_REQUEST, b"")
+            response, code = Response(HTTPStatus.BAD_REQUEST, b""), Code.INVALID_ARGUMENT
         except asyncio.TimeoutError:
-            return Response(HTTP_STATUS[Code.DEADLINE_EXCEEDED], encode_error("The request took too long."))
+            code = Code.DEADLINE_EXCEEDED
+            response = Response(HTTP_STATUS[code], encode_error("The request took too long."))
         except Exception:
             _log.exception("%s %s failed", request.method, request.target)
-            return Response(HTTP_STATUS[Code.INTERNAL], encode_error("Internal error"))
+            code = Code.INTERNAL
+            response = Response(HTTP_STATUS[code], encode_error("Internal error"))
+        seconds = time.perf_counter() - started
+        self._count(request, code, seconds)
+        if self._options.log_requests:
+            _request_log.info(
+                json.dumps(
+                    {
+                        "method": request.method,
+                        "path": request.target,
+                        "status": int(response.status),
+                        "milliseconds": round(seconds * 1000, 3),
+                        "request_bytes": len(request.body),
+                        "response_bytes": len(response.body),
+                    }
+                )
+            )
+        return response._replace(headers=(*response.headers, *_CORS)) if self._options.cors else response
 
     def refuse(self, status: int, reason: str) -> Response:
         """Makes the answer for a request that cannot be read."""
@@ -91,16 +157,22 @@ class RestServer:
 
     async def _route(self, request: Request) -> Response:
         if request.method == "OPTIONS":
+            if self._options.cors:
+                return Response(HTTPStatus.OK, b"")
             return Response(HTTPStatus.BAD_REQUEST, b"", "text/html; charset=ISO-8859-1")
         if not request.target.startswith("/v1/"):
-            return Response(HTTPStatus.NOT_FOUND, _NOT_FOUND_PAGE, "text/html")
+            ours = self._extras.answer(request)
+            return ours or Response(HTTPStatus.NOT_FOUND, _NOT_FOUND_PAGE, "text/html")
         if request.method == "POST":
             found = _RUN.fullmatch(request.target)
             # The pattern ignores case, what it is dispatched by does not.
-            if found and found[4] == "predict":
-                return await self._predict(_model_spec(*found.groups()[:3]), request.body)
+            if found and found[4] in ("predict", "classify", "regress"):
+                spec = _model_spec(*found.groups()[:3])
+                return await (self._predict if found[4] == "predict" else self._run)(spec, request.body, found[4])
         if request.method == "GET":
             found = _LOOK.fullmatch(request.target)
+            if found and found[1] is None and self._options.list_models and not any(found.groups()):
+                return self._extras.models()
             if found and found[1] is None:
                 raise InvalidArgumentError("Missing model name in request.")
             if found:
@@ -108,7 +180,7 @@ class RestServer:
                 return self._metadata(spec) if found[4] == "metadata" else self._status(spec)
         raise InvalidArgumentError(f"Malformed request: {request.method} {request.target}")
 
-    async def _predict(self, spec: ModelSpec, body: bytes) -> Response:
+    async def _predict(self, spec: ModelSpec, body: bytes, method: str) -> Response:
         taken: list[Lease] = []
 
         def read() -> PredictInput:
@@ -118,17 +190,42 @@ class RestServer:
             if len(body) <= _READ_AT_ONCE_BYTES:
                 understood = read()
             else:
-                understood = await asyncio.get_running_loop().run_in_executor(self._readers, read)
+                understood = await self._in_time(asyncio.get_running_loop().run_in_executor(self._readers, read))
             future = self._service.predict(taken[0], understood.signature_name, understood.inputs)
         except BaseException:
             for lease in taken:
                 lease.release()
             raise
-        outputs = await asyncio.wrap_future(future)
+        outputs = await self._in_time(asyncio.wrap_future(future))
         return Response(HTTPStatus.OK, encode_predict(outputs, understood.row_format))
 
-    def _taking(self, spec: ModelSpec, taken: list[Lease]) -> Callable:
-        def find_inputs(signature_name: str):
+    async def _run(self, spec: ModelSpec, body: bytes, method: str) -> Response:
+        signature_name, message = decode_examples(body)
+        lease = self._service.lease(spec)
+        try:
+            run = self._service.classify if method == "classify" else self._service.regress
+            future: Future[Any] = run(lease, signature_name, message)
+        except BaseException:
+            lease.release()
+            raise
+        result = await self._in_time(asyncio.wrap_future(future))
+        if method == "regress":
+            return Response(HTTPStatus.OK, encode_regressions(result))
+        return Response(HTTPStatus.OK, encode_classifications(result.labels, result.scores))
+
+    def _in_time(self, future: "asyncio.Future[_T]") -> Awaitable[_T]:
+        return asyncio.wait_for(future, self._timeout_seconds)
+
+    def _count(self, request: Request, code: Code, seconds: float) -> None:
+        found = _RUN.fullmatch(request.target) if request.method == "POST" else None
+        if found is not None:
+            # Only names that are served make a series: a stranger's names would fill the memory.
+            name = _unquote(found[1])
+            name = name if name in self._service.repository.names() else ""
+            self._metrics.request(name, found[4].capitalize(), "REST", code.name, seconds)
+
+    def _taking(self, spec: ModelSpec, taken: list[Lease]) -> Callable[[str], Mapping[str, TensorSpec]]:
+        def find_inputs(signature_name: str) -> Mapping[str, TensorSpec]:
             if not taken:
                 taken.append(self._service.lease(spec))
             return self._service.input_specs(taken[0], signature_name)

@@ -12,8 +12,16 @@ from google.protobuf.message import DecodeError
 from tensorflow.core.framework import types_pb2
 from tensorflow.core.protobuf import config_pb2, meta_graph_pb2
 
-from serving.errors import Code, FailedPreconditionError, InvalidArgumentError, NotFoundError, ServingError
+from serving.errors import (
+    Code,
+    FailedPreconditionError,
+    InternalError,
+    InvalidArgumentError,
+    NotFoundError,
+    ServingError,
+)
 from serving.tensor_spec import TensorSpec
+from serving.xla import needs_xla
 
 DEFAULT_SIGNATURE = "serving_default"
 _TAG = "serve"
@@ -27,10 +35,12 @@ class LoadOptions:
     Attributes:
         intra_op_parallelism: Threads for one operation; 0 lets TensorFlow choose.
         inter_op_parallelism: Threads for operations side by side; 0 lets TensorFlow choose.
+        xla: Whether to run functions that were saved to be compiled by XLA.
     """
 
     intra_op_parallelism: int = 0
     inter_op_parallelism: int = 0
+    xla: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,15 +68,30 @@ class Servable:
     Args:
         path: The version's folder.
         options: How to run it.
+        name: The model's name, for metrics.
 
     Raises:
         ServingError: If there is no SavedModel or it cannot be loaded.
     """
 
-    def __init__(self, path: str | os.PathLike[str], options: LoadOptions | None = None):
+    def __init__(self, path: str | os.PathLike[str], options: LoadOptions | None = None, name: str = ""):
+        self.name = name
         self.path = os.fspath(path)
-        self.meta_graph, self._session = _load(self.path, options or LoadOptions())
+        options = options or LoadOptions()
+        self.meta_graph, self._session = _load(self.path, options)
         self.signatures = {key: _signature(key, value) for key, value in self.meta_graph.signature_def.items()}
+        self._disabled = (
+            set()
+            if options.xla
+            else {
+                key
+                for key, value in self.signatures.items()
+                if needs_xla(self.meta_graph, value.tensors["outputs"].values())
+            }
+        )
+        # Which signatures have proved, or failed to prove, that a group's rows do not depend on each other.
+        self.may_group: set[str] = set()
+        self.never_group: set[str] = set()
         self._lock = threading.Lock()
         self._callables: dict[tuple[str, tuple[str, ...]], object] = {}
 
@@ -95,6 +120,8 @@ class Servable:
             ServingError: If the inputs do not fit, or with TensorFlow's code and message if the model fails.
         """
         check_inputs(signature, inputs)
+        if signature.name in self._disabled:
+            raise InternalError("XLA compilation disabled")
         wanted = tuple(output_names) or tuple(signature.outputs)
         run = self._callable(signature, wanted)
         try:

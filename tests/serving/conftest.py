@@ -43,5 +43,6 @@ def models_config(models_folder: Path) -> Path:
 @pytest.fixture(scope="session")
 def server(models_config: Path) -> Iterator[RunningServer]:
     """A server of all the models."""
-    with running_server(f"--model_config_file={models_config}") as running:
+    labels = "--allow_version_labels_for_unavailable_models"
+    with running_server(f"--model_config_file={models_config}", labels) as running:
         yield running

@@ -17,6 +17,7 @@ class RunningServer(NamedTuple):
     """A server that has said that it is ready."""
 
     url: str
+    grpc_target: str
     process: subprocess.Popen[str]
     summary: str
 
@@ -46,7 +47,9 @@ def running_server(*flags: str) -> Iterator[RunningServer]:
                 break
         found = re.search(r"REST at (http://\S+)", summary)
         assert found is not None, f"the server did not start: {summary} exit code {process.wait()}"
-        yield RunningServer(found[1], process, summary)
+        grpc_target = re.search(r"gRPC at grpcs?://(\S+)", summary)
+        assert grpc_target is not None, summary
+        yield RunningServer(found[1], grpc_target[1], process, summary)
     finally:
         process.send_signal(signal.SIGTERM)
         try:

@@ -1,0 +1,282 @@
+"""Runs requests on worker threads and groups those that wait at the same time, with TensorFlow Serving's parameters."""
+
+import itertools
+import logging
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from serving.errors import CancelledError, InvalidArgumentError, ServingError, UnavailableError
+from serving.servable import Servable, Signature, check_inputs
+
+Outputs = dict[str, np.ndarray]
+
+_log = logging.getLogger(__name__)
+# Grouped and alone, an answer may differ in the last digits, as TensorFlow's kernels add up in another order.
+_RELATIVE, _ABSOLUTE = 1e-3, 1e-4
+
+
+@dataclass(frozen=True)
+class BatchingOptions:
+    """How requests are grouped.
+
+    Attributes:
+        max_batch_size: How many rows a group may have; a larger request runs alone, or is refused if `strict`.
+        batch_timeout_seconds: How long a request may wait for others to join it.
+        max_enqueued_batches: How many full groups may wait; what comes then is turned away.
+        num_batch_threads: How many groups run at a time.
+        allowed_batch_sizes: Where set, groups are filled up to the next of these sizes.
+        pad_variable_length_inputs: Whether requests of different lengths are filled up with zeros to be grouped.
+        strict: Whether to do as TensorFlow Serving does with batching on: trust every signature to be a batch one, and
+            refuse a request larger than `max_batch_size`.
+    """
+
+    max_batch_size: int = 64
+    batch_timeout_seconds: float = 0.0
+    max_enqueued_batches: int = 64
+    num_batch_threads: int = 2
+    allowed_batch_sizes: tuple[int, ...] = ()
+    pad_variable_length_inputs: bool = False
+    strict: bool = False
+
+
+@dataclass
+class _Task:
+    servable: Servable
+    signature: Signature
+    inputs: Mapping[str, np.ndarray]
+    output_names: tuple[str, ...]
+    rows: int
+    future: "Future[Outputs]" = field(default_factory=Future)
+    since: float = field(default_factory=time.monotonic)
+
+
+class Batcher:
+    """Worker threads and the queue before them.
+
+    Without `strict`, a request runs at once when a thread is free; only what arrives while all are busy is grouped, and
+    only after a first group of that signature has given the same answers as its requests one by one.
+
+    Args:
+        options: How to group; `None` never groups.
+        num_threads: How many requests run at a time where they are never grouped.
+        max_waiting: How many may wait then.
+        on_run: Told of every request that ran: its model, its rows, the seconds it waited and ran.
+    """
+
+    def __init__(
+        self,
+        options: BatchingOptions | None,
+        num_threads: int = 2,
+        max_waiting: int = 4096,
+        on_run: Callable[[Servable, int, float, float], None] = lambda servable, rows, waited, ran: None,
+    ):
+        self._options = options
+        self._on_run = on_run
+        self._max_waiting = max_waiting if options is None else options.max_enqueued_batches * options.max_batch_size
+        self._queues: OrderedDict[object, deque[_Task]] = OrderedDict()
+        self._waiting_rows = 0
+        self._ready = threading.Condition()
+        self._closing = False
+        count = num_threads if options is None else options.num_batch_threads
+        self._threads = [threading.Thread(target=self._work, name=f"run-{n}", daemon=True) for n in range(count)]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(
+        self,
+        servable: Servable,
+        signature: Signature,
+        inputs: Mapping[str, np.ndarray],
+        output_names: Iterable[str] = (),
+    ) -> "Future[Outputs]":
+        """Runs a signature in the background.
+
+        Raises:
+            InvalidArgumentError: If the inputs do not fit, or are more than a group may have.
+            UnavailableError: If too much is waiting already.
+        """
+        check_inputs(signature, inputs)
+        task = _Task(servable, signature, inputs, tuple(output_names), 1)
+        key = self._key(task)
+        with self._ready:
+            if self._closing:
+                raise CancelledError("The server is stopping.")
+            if self._waiting_rows + task.rows > self._max_waiting and self._waiting_rows:
+                raise UnavailableError("The batch scheduling queue to which this task was submitted is full")
+            self._waiting_rows += task.rows
+            self._queues.setdefault(key, deque()).append(task)
+            self._ready.notify()
+        return task.future
+
+    def waiting(self) -> int:
+        """Returns how many rows wait to be run."""
+        return self._waiting_rows
+
+    def close(self) -> None:
+        """Finishes what waits and ends the threads."""
+        with self._ready:
+            self._closing = True
+            self._ready.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _key(self, task: _Task) -> object:
+        """Returns what requests must share to be grouped, and sets the task's rows; a fresh object for one alone."""
+        if self._options is None:
+            return object()
+        arrays = [task.inputs[name] for name in sorted(task.inputs)]
+        sizes = {array.shape[0] if array.ndim else None for array in arrays}
+        rows = sizes.pop() if len(sizes) == 1 else None
+        if not rows or not _takes_batches(task.signature):
+            return object()
+        task.rows = rows
+        if task.rows > self._options.max_batch_size:
+            if self._options.strict:
+                raise InvalidArgumentError(
+                    f"Task size {task.rows} is larger than maximum input batch size {self._options.max_batch_size}"
+                )
+            return object()
+        if not self._options.strict and task.signature.name in task.servable.never_group:
+            return object()
+        pad = self._options.pad_variable_length_inputs
+        shapes = tuple(array.ndim if pad else array.shape[1:] for array in arrays)
+        return (id(task.servable), task.signature.name, task.output_names, shapes)
+
+    def _work(self) -> None:
+        while True:
+            group = self._next_group()
+            if group is None:
+                return
+            running = [task for task in group if task.future.set_running_or_notify_cancel()]
+            started = time.monotonic()
+            if len(running) == 1:
+                self._run_alone(running[0])
+            elif running:
+                self._run_group(running)
+            for task in running:
+                self._on_run(task.servable, task.rows, started - task.since, time.monotonic() - started)
+
+    def _next_group(self) -> list[_Task] | None:
+        with self._ready:
+            while True:
+                wait: float | None = None
+                for key, queue in self._queues.items():
+                    left = self._time_left(queue)
+                    if left <= 0:
+                        return self._take(key, queue)
+                    wait = left if wait is None else min(wait, left)
+                if self._closing and not self._queues:
+                    return None
+                self._ready.wait(wait)
+
+    def _time_left(self, queue: deque[_Task]) -> float:
+        if self._options is None or not self._options.batch_timeout_seconds or self._closing:
+            return 0.0
+        if sum(task.rows for task in queue) >= self._options.max_batch_size:
+            return 0.0
+        return queue[0].since + self._options.batch_timeout_seconds - time.monotonic()
+
+    def _take(self, key: object, queue: deque[_Task]) -> list[_Task]:
+        group = [queue.popleft()]
+        rows = group[0].rows
+        limit = self._options.max_batch_size if self._options is not None else 0
+        while queue and rows + queue[0].rows <= limit:
+            group.append(queue.popleft())
+            rows += group[-1].rows
+        self._waiting_rows -= rows
+        if queue:
+            # Other signatures and models get their turn before the rest of this queue.
+            self._queues.move_to_end(key)
+        else:
+            del self._queues[key]
+        return group
+
+    def _run_alone(self, task: _Task) -> bool:
+        try:
+            sizes = self._options.allowed_batch_sizes if self._options is not None else ()
+            if sizes and _takes_batches(task.signature):
+                (outputs,) = self._run_together([task])
+            else:
+                outputs = task.servable.run(task.signature, task.inputs, task.output_names)
+        except BaseException as error:
+            task.future.set_exception(error)
+            return False
+        task.future.set_result(outputs)
+        return True
+
+    def _run_group(self, tasks: list[_Task]) -> None:
+        servable, name = tasks[0].servable, tasks[0].signature.name
+        proved = name in servable.may_group or (self._options is not None and self._options.strict)
+        try:
+            results = self._run_together(tasks)
+            agrees = proved or self._agrees_alone(tasks, results)
+        except ServingError:
+            # One request of the group may be at fault; alone, each gets the answer that is its own.
+            agrees = False
+        except BaseException as error:
+            for task in tasks:
+                task.future.set_exception(error)
+            return
+        if agrees:
+            servable.may_group.add(name)
+            for task, outputs in zip(tasks, results, strict=True):
+                task.future.set_result(outputs)
+        elif sum(map(self._run_alone, tasks)) == len(tasks) and not proved:
+            _log.info("signature %s of %s is not grouped", name, servable.path)
+            servable.never_group.add(name)
+
+    def _run_together(self, tasks: list[_Task]) -> list[Outputs]:
+        first = tasks[0]
+        rows = sum(task.rows for task in tasks)
+        sizes = self._options.allowed_batch_sizes if self._options is not None else ()
+        padding = next((size for size in sizes if size >= rows), rows) - rows
+        inputs = {name: _joined([task.inputs[name] for task in tasks], padding) for name in first.inputs}
+        outputs = first.servable.run(first.signature, inputs, first.output_names)
+        for name, array in outputs.items():
+            if not array.ndim or len(array) != rows + padding:
+                raise InvalidArgumentError(
+                    f"Batched output tensor {name} does not have {rows + padding} rows. Received: shape "
+                    f"{list(array.shape)}."
+                )
+        starts = np.cumsum([0, *(task.rows for task in tasks)]).tolist()
+        return [
+            {name: array[start:end] for name, array in outputs.items()} for start, end in itertools.pairwise(starts)
+        ]
+
+    def _agrees_alone(self, tasks: list[_Task], results: list[Outputs]) -> bool:
+        for task, together in zip(tasks, results, strict=True):
+            alone = task.servable.run(task.signature, task.inputs, task.output_names)
+            if not all(_close(alone[name], together[name]) for name in alone):
+                return False
+        return True
+
+
+def _takes_batches(signature: Signature) -> bool:
+    specs = [*signature.inputs.values(), *signature.outputs.values()]
+    return bool(signature.inputs) and all(spec.shape and spec.shape[0] == -1 for spec in specs)
+
+
+def _joined(arrays: list[np.ndarray], padding: int) -> np.ndarray:
+    longest = np.max([array.shape[1:] for array in arrays], axis=0) if arrays[0].ndim > 1 else ()
+    if any(array.shape[1:] != tuple(longest) for array in arrays):
+        arrays = [
+            np.pad(array, [(0, 0), *((0, int(to - size)) for to, size in zip(longest, array.shape[1:], strict=True))])
+            for array in arrays
+        ]
+    if padding:
+        arrays = [*arrays, np.repeat(arrays[0][:1], padding, axis=0)]
+    return np.concatenate(arrays)
+
+
+def _close(alone: np.ndarray, together: np.ndarray) -> bool:
+    if alone.shape != together.shape:
+        return False
+    if alone.dtype.kind in "fc":
+        return bool(np.allclose(alone, together, _RELATIVE, _ABSOLUTE, equal_nan=True))
+    return bool(np.array_equal(alone, together))
