@@ -79,7 +79,7 @@ def _demo(settings: Settings, images: data.ImageData, folder: Path, least_accura
     pictures.save_answers(picture, images.x_test[:16], images.y_test[:16], answers[:16], data.CLASS_NAMES)
     question.write_text(json.dumps({"instances": images.x_test[:1].tolist()}))
 
-    print(f"Accuracy of the answers              {accuracy:.4f} (at least {least_accuracy:g})")
+    print(f"\nAccuracy of the answers              {accuracy:.4f} (at least {least_accuracy:g})")
     print(f"Largest difference to model.predict  {difference:.1e} (at most {LARGEST_DIFFERENCE:g})")
     print(f"Sixteen of them as a picture         {picture}")
     print("\nThe server is stopped. To ask the same question, start it again and post the first test image:\n")
