@@ -19,6 +19,8 @@ from tqdm import tqdm
 from models import data, pictures
 from models.console import start_tensorflow
 from models.settings import Settings
+from serving.client import Client
+from serving.errors import ServingError
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL_NAME = "fashion_cnn"
@@ -49,10 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         settings = Settings(network=MODEL_NAME, width=flags.width, epochs=flags.epochs)
         _demo(settings, data.fetch_and_load(flags.data), flags.output, flags.least_accuracy)
-    except (DemoError, OSError, ValueError) as error:
+    except (DemoError, ServingError, OSError, ValueError) as error:
         parser.exit(1, f"{parser.prog}: error: {error}\n")
     except KeyboardInterrupt:
-        parser.exit(130, "\nInterrupted; the server is stopped.\n")
+        parser.exit(130, "\nInterrupted; no server is left running.\n")
 
 
 def _demo(settings: Settings, images: data.ImageData, folder: Path, least_accuracy: float) -> None:
@@ -79,7 +81,7 @@ def _demo(settings: Settings, images: data.ImageData, folder: Path, least_accura
     pictures.save_answers(picture, images.x_test[:16], images.y_test[:16], answers[:16], data.CLASS_NAMES)
     question.write_text(json.dumps({"instances": images.x_test[:1].tolist()}))
 
-    print(f"Accuracy of the answers              {accuracy:.4f} (at least {least_accuracy:g})")
+    print(f"\nAccuracy of the answers              {accuracy:.4f} (at least {least_accuracy:g})")
     print(f"Largest difference to model.predict  {difference:.1e} (at most {LARGEST_DIFFERENCE:g})")
     print(f"Sixteen of them as a picture         {picture}")
     print("\nThe server is stopped. To ask the same question, start it again and post the first test image:\n")
@@ -120,8 +122,6 @@ def serving(model_name: str, model_base_path: Path, log: Path) -> Iterator[str]:
     Raises:
         DemoError: The server ended before it was ready.
     """
-    from serving.client import Client
-
     command = [sys.executable, "-m", "serving", "--rest_api_port=0", f"--model_name={model_name}"]
     command.append(f"--model_base_path={model_base_path.resolve()}")
     with log.open("w") as output:
@@ -150,8 +150,6 @@ def classify(url: str, images: np.ndarray) -> np.ndarray:
     Returns:
         Probabilities of shape `(n, classes)`.
     """
-    from serving.client import Client
-
     answers = []
     with Client(url) as client, tqdm(total=len(images), unit=" images", disable=None) as bar:
         for first in range(0, len(images), IMAGES_IN_A_REQUEST):

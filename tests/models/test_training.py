@@ -46,11 +46,10 @@ class InterruptAt(keras.callbacks.Callback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("epoch", [0, 2])
-def test_an_interrupted_training_ends_as_if_it_had_not_been(epoch, images, uninterrupted, tmp_path):
+def test_an_interrupted_training_ends_as_if_it_had_not_been(images, uninterrupted, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        run(SMALL, images, tmp_path, callbacks=[InterruptAt(epoch)])
-    assert len(read_log(tmp_path / "log.csv")) == epoch
+        run(SMALL, images, tmp_path, callbacks=[InterruptAt(2)])
+    assert len(read_log(tmp_path / "log.csv")) == 2
     assert not (tmp_path / "model.keras").exists()
 
     resumed = run(SMALL, images, tmp_path)
