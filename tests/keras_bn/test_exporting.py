@@ -118,6 +118,17 @@ def test_training_true_written_by_the_author_is_overruled(tmp_path):
     np.testing.assert_allclose(answer["outputs"], batch / np.sqrt(1.001), rtol=1e-5)
 
 
+@pytest.mark.parametrize("norm", [keras.layers.BatchNormalization, keras_bn.BatchNormalization])
+def test_statistics_switched_to_the_batch_are_not_exported(tmp_path, norm):
+    model = off_unit_statistics(keras.Sequential([keras.Input((4,)), norm()]))
+    batch = np.random.default_rng(0).normal(5, 3, size=(16, 4)).astype("float32")
+    expected = model(batch)
+    with keras_bn.use_statistics(model, "batch"):
+        path = keras_bn.export(model, tmp_path).path
+        assert np.abs(model(batch) - expected).max() > 0.1
+    np.testing.assert_allclose(serve(path, inputs=batch)["outputs"], expected, rtol=1e-5)
+
+
 def test_after_export_the_model_trains_as_before(tmp_path):
     model = small_cnn()
     keras_bn.export(model, tmp_path)
