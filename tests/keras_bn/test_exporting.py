@@ -153,7 +153,9 @@ def test_a_subclassed_model_exports_once_it_was_called(tmp_path):
     off_unit_statistics(model)
     batch = np.ones((4, 3), "float32")
     expected = model.norm(batch, training=False)
-    answer = serve(keras_bn.export(model, tmp_path).path, inputs=batch)
+    with pytest.raises(ValueError, match="`model` must be a functional or sequential Keras model"):
+        keras_bn.export(model, tmp_path)
+    answer = serve(keras_bn.export(model, tmp_path, fold=False).path, inputs=batch)
     np.testing.assert_allclose(answer["outputs"], expected, rtol=1e-6)
 
 
@@ -172,7 +174,9 @@ def test_half_precision_never_reaches_the_wire(tmp_path):
 def test_lookup_tables_travel_with_the_model(tmp_path):
     layer = keras.layers.StringLookup(vocabulary=["shirt", "shoe"])
     x = keras.Input((1,), dtype="string", name="article")
-    path = keras_bn.export(keras.Model(x, layer(x)), tmp_path).path
+    with pytest.raises(ValueError, match="`warmup` must be given for a model that takes strings"):
+        keras_bn.export(keras.Model(x, layer(x)), tmp_path, fold=False)
+    path = keras_bn.export(keras.Model(x, layer(x)), tmp_path, warmup=np.array([["hat"], ["shoe"]])).path
     assert serve(path, article=[["shoe"]])["outputs"].tolist() == [[2]]
 
 
