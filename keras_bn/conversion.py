@@ -110,7 +110,7 @@ def load_tf_keras_weights(layer: keras.layers.BatchNormalization, legacy_layer: 
     _load(layer, gamma, beta, mean, variance, legacy_layer.epsilon)
 
 
-def _rewritten(model: keras.Model, old_class: type, rewrite: Callable[[dict[str, Any]], None]) -> keras.Model:
+def _rewritten(model: keras.Model, old_class: Any, rewrite: Callable[[dict[str, Any]], None]) -> keras.Model:
     if not isinstance(model, keras.Model):
         raise TypeError(f"`model` must be a `keras.Model`. Received: model={model!r} of type {type(model).__name__}.")
     if not model.built:
