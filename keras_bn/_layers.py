@@ -172,11 +172,19 @@ def inference_mode(model: keras.Layer) -> Iterator[None]:
     try:
         for layer in ours:
             layer.statistics = "moving"
-        with calls_replaced({layer: _without_training(layer.call) for layer in layers if _takes_training(layer.call)}):
+        calls = {layer: _own_call(layer) for layer in layers}
+        with calls_replaced({layer: _without_training(call) for layer, call in calls.items() if _takes_training(call)}):
             yield
     finally:
         for layer, statistics in zip(ours, chosen, strict=True):
             layer.statistics = statistics
+
+
+def _own_call(layer: keras.Layer) -> Callable[..., Any]:
+    """The layer's `call` without what `use_statistics` has put before that of a stock normalization."""
+    if hasattr(layer.__dict__.get("call"), "statistics"):
+        return type(layer).call.__get__(layer)
+    return layer.call
 
 
 def _takes_training(call: Callable[..., Any]) -> bool:

@@ -19,12 +19,13 @@ class Errors(NamedTuple):
     relative: float
 
 
-def random_inputs(model: keras.Model, of_pixels: bool, batch: int = 3, seed: int = 0) -> Any:
-    """One batch as `model` takes it: standard normal numbers, or `of_pixels` from 0 to 255; 0 or 1 for integers.
+def random_inputs(structure: Any, of_pixels: bool, argument: str, batch: int = 3, seed: int = 0) -> Any:
+    """One batch: standard normal numbers, or `of_pixels` from 0 to 255; 0 or 1 for integers other than uint8 pixels.
 
     Args:
-        model: functional or sequential; sizes it leaves free become 64.
+        structure: of things with a shape and a dtype; sizes that are free become 64.
         of_pixels: which numbers.
+        argument: where a person can give inputs instead.
         batch: how many examples.
         seed: of the numbers.
 
@@ -33,15 +34,15 @@ def random_inputs(model: keras.Model, of_pixels: bool, batch: int = 3, seed: int
     """
     rng = np.random.default_rng(seed)
 
-    def draw(leaf: keras.KerasTensor) -> tf.Tensor:
+    def draw(leaf: Any) -> tf.Tensor:
         shape = (batch, *(64 if size is None else size for size in leaf.shape[1:]))
-        if leaf.dtype == "string":
-            raise ValueError("`check` must be given for a model that takes strings. Received: check=None.")
-        if not keras.backend.is_float_dtype(leaf.dtype):
-            return tf.cast(rng.integers(0, 2, shape), leaf.dtype)
-        return tf.cast(rng.uniform(0, 255, shape) if of_pixels else rng.normal(size=shape), leaf.dtype)
+        dtype = tf.as_dtype(leaf.dtype)
+        if dtype == tf.string:
+            raise ValueError(f"`{argument}` must be given for a model that takes strings. Received: {argument}=None.")
+        if not dtype.is_floating:
+            return tf.cast(rng.integers(0, 256 if dtype == tf.uint8 else 2, shape), dtype)
+        return tf.cast(rng.uniform(0, 255, shape) if of_pixels else rng.normal(size=shape), dtype)
 
-    structure = model.inputs[0] if isinstance(model, keras.Sequential) else model._inputs_struct
     return keras.tree.map_structure(draw, structure)
 
 

@@ -1,6 +1,8 @@
 """Numbered versions below a model_base_path: found, written beside the others and renamed into place."""
 
 import contextlib
+import ctypes
+import errno
 import os
 import shutil
 import uuid
@@ -40,12 +42,22 @@ def temporary_sibling(model_base_path: Path) -> Iterator[Path]:
                 path.rmdir()
 
 
-def rename_into_place(folder: Path, model_base_path: Path, version: int | None) -> Path:
+def rename_into_place(folder: Path, model_base_path: Path, version: int | None, overwrite: bool) -> Path:
     """Gives `folder` its version number in one step: the given one, or the next that is free.
 
+    Args:
+        folder: below `model_base_path`.
+        model_base_path: where the versions are.
+        version: None for the next.
+        overwrite: whether a version that is there changes places with `folder`, and goes with it.
+
     Raises:
-        ValueError: when the given version is there already.
+        ValueError: when the given version is there already and shall not be overwritten.
+        OSError: when the system cannot exchange two folders in one step.
     """
+    if overwrite and version is not None and (model_base_path / str(version)).exists():
+        _exchange(folder, model_base_path / str(version))
+        return model_base_path / str(version)
     while True:
         number = version if version is not None else max(versions_below(model_base_path), default=0) + 1
         target = model_base_path / str(number)
@@ -56,8 +68,26 @@ def rename_into_place(folder: Path, model_base_path: Path, version: int | None) 
             except OSError:
                 if not target.exists():
                     raise
-        if version is not None:
-            raise ValueError(
-                f"`version` must be a version that is not there yet, or pass `overwrite=True`. "
-                f"Received: version={version}, with versions {versions_below(model_base_path)} in {model_base_path}."
-            )
+        check_free(model_base_path, version, overwrite=False)
+
+
+def check_free(model_base_path: Path, version: int | None, overwrite: bool) -> None:
+    """Says before the work what `rename_into_place` would say after it."""
+    if version is not None and not overwrite and (model_base_path / str(version)).exists():
+        raise ValueError(
+            f"`version` must be a version that is not there yet, or pass `overwrite=True`. "
+            f"Received: version={version}, with versions {versions_below(model_base_path)} in {model_base_path}."
+        )
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Two folders change places in one step, so that there is a whole version at any moment."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        raise OSError(
+            errno.ENOSYS, "`overwrite=True` needs Linux's renameat2; export a new version instead", str(other)
+        )
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if libc.renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"{os.strerror(code)}: exchanging folders; export a new version instead", str(other))

@@ -139,7 +139,8 @@ def fold(model: keras.Model, check: Any = None, tolerance: float | None = None) 
 def _prove(model: keras.Model, folded: keras.Model, check: Any) -> Errors:
     given = [] if check is None else [check]
     strings = any(tensor.dtype == "string" for tensor in model.inputs)
-    drawn = [] if strings and given else [random_inputs(model, of_pixels=False), random_inputs(model, of_pixels=True)]
+    structure = model.inputs[0] if isinstance(model, keras.Sequential) else model._inputs_struct
+    drawn = [] if strings and given else [random_inputs(structure, pixels, "check") for pixels in (False, True)]
     errors = []
     for inputs in [*drawn, *given]:
         with inference_mode(model):

@@ -8,6 +8,7 @@ import tensorflow as tf
 import keras_bn
 from keras_bn import _folding_weights as weights
 from keras_bn._folding_weights import Affine
+from models import networks
 
 NORMS = [keras.layers.BatchNormalization, keras_bn.BatchNormalization]
 
@@ -462,3 +463,16 @@ def test_keras_applications_fold_within_the_bar(name):
     assert (report.absorbed, len(report.normalizations)) == APPLICATIONS[name]
     assert report.relative_error < 1e-4
     assert all(bool(one.reason) != bool(one.into) for one in report.normalizations)
+
+
+@pytest.mark.parametrize("norm", NORMS, ids=["keras", "keras_bn"])
+@pytest.mark.parametrize("name", ["fashion_cnn", "resnet"])
+def test_the_reference_networks_fold_whole(name, norm):
+    keras.utils.set_random_seed(0)
+    model = getattr(networks, name)(width=8, normalization=norm)
+    images = np.random.default_rng(0).uniform(0, 1, (32, *networks.IMAGE_SHAPE)).astype("float32")
+    keras_bn.recalibrate(model, images, verbose=0)
+    folded = keras_bn.fold(model, check=images)
+    assert (folded.folding_report.absorbed, norms_in(folded)) == (len(norms_in(model)), [])
+    assert folded.folding_report.relative_error < 1e-4
+    np.testing.assert_allclose(folded(images), model(images), atol=1e-5)

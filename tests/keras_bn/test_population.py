@@ -1,6 +1,9 @@
 """recalibrate(): the statistics of the whole population, and a model that is never left half changed."""
 
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -9,6 +12,7 @@ import tensorflow as tf
 
 import keras_bn
 
+ROOT = Path(keras_bn.__file__).parent.parent
 SPLIT = (2, 2, 4, 8, 16, 32, 64)
 
 
@@ -393,3 +397,27 @@ def test_the_callback_does_not_measure_the_same_weights_twice(monkeypatch):
 def test_the_callback_refuses_an_unknown_moment():
     with pytest.raises(ValueError, match=r'`when` must be "end" or "epoch". Received: when=\'batch\''):
         keras_bn.Recalibrate(np.ones((2, 2)), when="batch")
+
+
+REPLICAS = """
+import numpy as np, tensorflow as tf
+devices = tf.config.list_physical_devices("CPU")
+tf.config.set_logical_device_configuration(devices[0], [tf.config.LogicalDeviceConfiguration()] * 2)
+import keras, keras_bn
+x = np.random.default_rng(0).normal(3, 2, (40, 4)).astype("float32")
+with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+    model = keras.Sequential([keras.Input((4,)), keras_bn.BatchNormalization(synchronized=True), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+model.fit(x, x[:, :1], batch_size=10, epochs=2, verbose=0, callbacks=[keras_bn.Recalibrate(x, when="epoch")])
+for variable, expected in ((model.layers[0].moving_mean, x.mean(0)), (model.layers[0].moving_variance, x.var(0))):
+    copies = [component.numpy() for component in variable.value.values]
+    assert len(copies) == 2, copies
+    for copy in copies:
+        np.testing.assert_allclose(copy, expected, rtol=1e-5)
+"""
+
+
+@pytest.mark.slow
+def test_every_replica_gets_the_population_statistics():
+    done = subprocess.run([sys.executable, "-c", REPLICAS], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
