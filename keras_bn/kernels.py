@@ -283,6 +283,8 @@ def _two_pass(
     channel_axis = len(rows.shape) - 1
     count = _count(rows, channel_axis, gamma.dtype)
     rectified = activation is keras.activations.relu
+    # A group, or a batch, may be empty: its sums are zero, and so are their means.
+    divisor = max(count, 1.0) if isinstance(count, float) else tf.maximum(count, 1.0)
 
     @tf.custom_gradient
     def normalize(rows, gamma, beta):
@@ -291,9 +293,9 @@ def _two_pass(
         def shifted():
             return tf.cast(rows, gamma.dtype) - shift
 
-        delta = tf.reduce_sum(shifted(), -2, keepdims=True) / count
+        delta = tf.reduce_sum(shifted(), -2, keepdims=True) / divisor
         m2 = tf.reduce_sum(tf.square(shifted() - delta), -2, keepdims=True)
-        inverse_std = tf.math.rsqrt(m2 / count + epsilon)
+        inverse_std = tf.math.rsqrt(m2 / divisor + epsilon)
         y = (shifted() - delta) * (inverse_std * gamma) + beta
         if rectified:
             y = tf.nn.relu(y)
@@ -305,7 +307,7 @@ def _two_pass(
                 dy = tf.where(deviation * (inverse_std * gamma) + beta > 0, dy, 0)
             dbeta = tf.reduce_sum(dy, -2, keepdims=True)
             dgamma = tf.reduce_sum(dy * deviation, -2, keepdims=True) * inverse_std
-            dx = (dy - dbeta / count - deviation * (dgamma * inverse_std / count)) * (inverse_std * gamma)
+            dx = (dy - dbeta / divisor - deviation * (dgamma * inverse_std / divisor)) * (inverse_std * gamma)
             return tf.cast(dx, rows.dtype), *(tf.reduce_sum(d, range(channel_axis)) for d in (dgamma, dbeta))
 
         return (tf.cast(y, rows.dtype), tf.squeeze(shift + delta, -2), tf.squeeze(m2, -2)), gradient

@@ -160,6 +160,32 @@ def test_groups_are_normalized_by_themselves_and_averaged_by_size(mode, axis, ba
     _close(layer.moving_variance, np.average([group.biased_variance for group in groups], 0, sizes))
 
 
+@pytest.mark.parametrize("batch", [8, 10, 3, 0])
+@pytest.mark.parametrize("options", [{"virtual_batch_size": 4}, {}], ids=["groups", "whole batch"])
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_of_groups_and_of_empty_batches_equal_the_oracle(mode, options, batch):
+    x, dy = _x((batch, 3, 2)), _x((batch, 3, 2), seed=1)
+    layer = keras_bn.BatchNormalization(**options)
+    layer.build((None, 3, 2))
+
+    def step(x, dy):
+        variables = [layer.gamma.value, layer.beta.value]
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            loss = tf.reduce_sum(layer(x, training=True) * dy)
+        return tape.gradient(loss, [x, *variables])
+
+    if mode != "eager":
+        signature = [tf.TensorSpec([None, 3, 2])] * 2
+        step = tf.function(step, jit_compile=mode == "jit_compile", autograph=False, input_signature=signature)
+    dx, dgamma, dbeta = step(tf.constant(x), tf.constant(dy))
+    size = options.get("virtual_batch_size", max(batch, 1))
+    wanted = [Reference(x[i : i + size], -1).gradients(dy[i : i + size]) for i in range(0, batch, size)]
+    _close(dx, np.concatenate([np.zeros((0, 3, 2)), *(group[0] for group in wanted)]), 3e-5)
+    _close(dgamma, np.sum([np.zeros(2), *(group[1] for group in wanted)], 0), 3e-5)
+    _close(dbeta, np.sum([np.zeros(2), *(group[2] for group in wanted)], 0), 3e-5)
+
+
 def test_groups_do_not_change_inference():
     x = _x((7, 4))
     plain, grouped = keras_bn.BatchNormalization(), keras_bn.BatchNormalization(virtual_batch_size=3)
