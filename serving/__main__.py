@@ -72,6 +72,7 @@ def _serve(options: argparse.Namespace) -> None:
                     options.tensorflow_intra_op_parallelism,
                     options.tensorflow_inter_op_parallelism,
                     options.xla_cpu_compilation_enabled,
+                    options.rest_api_timeout_in_ms / 1000,
                 ),
                 options.enable_model_warmup,
                 options.num_request_iterations_for_warmup,

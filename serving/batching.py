@@ -118,13 +118,14 @@ class Batcher:
         """Returns how many rows wait to be run."""
         return self._waiting_rows
 
-    def close(self) -> None:
-        """Finishes what waits and ends the threads."""
+    def close(self, seconds: float) -> None:
+        """Finishes what waits and ends the threads; gives up on what takes longer than `seconds`."""
+        deadline = time.monotonic() + seconds
         with self._ready:
             self._closing = True
             self._ready.notify_all()
         for thread in self._threads:
-            thread.join()
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def _key(self, task: _Task) -> object:
         """Returns what requests must share to be grouped, and sets the task's rows; a fresh object for one alone."""

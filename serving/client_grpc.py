@@ -177,11 +177,13 @@ def _spec(target: Target, signature_name: str) -> model_pb2.ModelSpec:
 
 def _to_type(value: Any, dtype: Any) -> np.ndarray:
     """Returns an array of the input's type where that is no more than another width of the same kind of number."""
-    if dtype is object or dtype is None:
-        array = np.asarray(value)
-        return array.astype(object) if array.dtype.kind in "SU" else np.asarray(value, object) if dtype else array
-    array = value if isinstance(value, np.ndarray) else np.asarray(value)
-    return array.astype(dtype) if np.can_cast(array.dtype, dtype, "same_kind") else array
+    array = value if isinstance(value, np.ndarray) else np.asarray(value, object if dtype is object else None)
+    if array.dtype.kind in "OSU":
+        texts = [each.encode() if isinstance(each, str) else each for each in array.ravel().tolist()]
+        array = np.empty(array.shape, object)
+        array.flat[:] = texts
+        return array
+    return array if dtype is None or not np.can_cast(array.dtype, dtype, "same_kind") else array.astype(dtype)
 
 
 def _input(examples: Any, context: Any) -> input_pb2.Input:

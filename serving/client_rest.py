@@ -64,9 +64,9 @@ class RestProtocol:
             body["inputs"] = {name: _jsonable(value) for name, value in inputs.items()}
         else:
             body["inputs"] = _jsonable(inputs)
+        names = yield from self._outputs(place, target, signature_name)
         reply = yield Call("POST", f"{place}:predict", _dumps(body))
         outputs = _loads(reply.body)["outputs"]
-        names = yield from self._outputs(place, target, signature_name)
         if len(names) != 1 and not (isinstance(outputs, dict) and outputs.keys() == names.keys()):
             # Another version has come since.
             del self._signatures[place]

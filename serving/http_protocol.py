@@ -108,6 +108,7 @@ class HttpConnection(asyncio.Protocol):
         self._can_write = asyncio.Event()
         self._can_write.set()
         self._unreadable = False
+        self._ended = False
         self._in_request = False
         self._target = b""
         self._headers: Headers = {}
@@ -140,7 +141,10 @@ class HttpConnection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
-            self._refuse_rest(_Refused(HTTPStatus.NOT_IMPLEMENTED, "The server speaks HTTP/1.1 only."))
+            # The request is answered in HTTP/1.1, the only protocol spoken here; what follows is in another one.
+            self._unreadable = True
+            request, _, version = self._waiting.pop()
+            self._waiting.append((request, False, version))
         except httptools.HttpParserCallbackError as error:
             if not isinstance(error.__context__, _Refused):
                 raise
@@ -151,6 +155,7 @@ class HttpConnection(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         # A client that is done sending may still wait for its answers.
+        self._ended = True
         return self._task is not None
 
     def pause_writing(self) -> None:
@@ -221,8 +226,8 @@ class HttpConnection(asyncio.Protocol):
     # Ours
 
     def shut_down(self) -> None:
-        """Closes the connection now if it is idle, else after the answer under way."""
-        if self._task is None and self._transport is not None:
+        """Closes the connection now if it is idle, else after the answer to the request that has begun to arrive."""
+        if self._task is None and not self._in_request and self._transport is not None:
             self._transport.close()
 
     def _count_header(self, size: int) -> None:
@@ -258,7 +263,7 @@ class HttpConnection(asyncio.Protocol):
         else:
             response = await self._service.handle(request)
             head_only = request.method == "HEAD"
-        keep_alive = keep_alive and not self._service.closing
+        keep_alive = keep_alive and not self._service.closing and (bool(self._waiting) or not self._ended)
         if self._transport is None:
             return
         self._transport.write(_serialize(response, keep_alive, version, head_only))

@@ -109,7 +109,8 @@ def _parse_numbers(text: bytes) -> np.ndarray | None:
             return np.frombuffer(array.as_buffer(of_type="i"), np.int64)
         except (TypeError, ValueError):
             return np.frombuffer(array.as_buffer(of_type="d"), np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
+        # Whatever the matter is, the long way has the protocol's words for it.
         return None
 
 

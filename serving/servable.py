@@ -36,11 +36,13 @@ class LoadOptions:
         intra_op_parallelism: Threads for one operation; 0 lets TensorFlow choose.
         inter_op_parallelism: Threads for operations side by side; 0 lets TensorFlow choose.
         xla: Whether to run functions that were saved to be compiled by XLA.
+        timeout_seconds: How long one run may take; 0 for any time.
     """
 
     intra_op_parallelism: int = 0
     inter_op_parallelism: int = 0
     xla: bool = False
+    timeout_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Servable:
         options = options or LoadOptions()
         self.meta_graph, self._session = _load(self.path, options)
         self.signatures = {key: _signature(key, value) for key, value in self.meta_graph.signature_def.items()}
+        self._run_options = config_pb2.RunOptions(timeout_in_ms=round(options.timeout_seconds * 1000))
         self._disabled = (
             set()
             if options.xla
@@ -152,6 +155,7 @@ class Servable:
                     config_pb2.CallableOptions(
                         feed=[signature.tensors["inputs"][name] for name in sorted(signature.inputs)],
                         fetch=[signature.tensors["outputs"][name] for name in output_names],
+                        run_options=self._run_options,
                     )
                 )
             return self._callables[key]

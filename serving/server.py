@@ -89,7 +89,7 @@ def serve(configs: list[ModelConfig], options: ServerOptions) -> None:
         options.loader.stopping.set()
         loop.close()
         rest.close()
-        batcher.close()
+        batcher.close(options.drain_seconds)
         repository.close()
 
 

@@ -1,0 +1,175 @@
+"""What a server has to live with: broken requests, slow clients, too much of everything, and being told to stop."""
+
+import gzip
+import json
+import signal
+import socket
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+import tensorflow as tf
+
+from serving.client import Client
+from tests.serving import fuzzing, saved_models
+from tests.serving.servers import RunningServer, running_server
+
+
+def address_of(server: RunningServer) -> tuple[str, int]:
+    parts = urlsplit(server.url)
+    assert parts.hostname is not None
+    assert parts.port is not None
+    return parts.hostname, parts.port
+
+
+def resident_kilobytes(server: RunningServer) -> int:
+    for line in Path(f"/proc/{server.process.pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1])
+    raise AssertionError("the process has no resident memory")
+
+
+def check_answers(server: RunningServer) -> None:
+    with Client(server.url) as client:
+        assert client.predict("half_plus_two", [1.0, 2.0]).tolist() == [3.5, 4.0]
+        assert client.predict("multi", {"a": [[1, 2]], "b": [3]})["t"].tolist() == [6]
+
+
+def test_broken_requests_get_answers_and_leave_the_server_well(server: RunningServer):
+    statuses = fuzzing.send_all(address_of(server), seed=1, count=1500)
+    assert statuses[200] > 100
+    assert statuses[400] > 100
+    check_answers(server)
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_broken_requests_neither_hang_nor_grow_the_server(server: RunningServer):
+    address = address_of(server)
+    fuzzing.send_all(address, seed=2, count=10_000)
+    before = resident_kilobytes(server)
+    statuses: Counter[int] = Counter()
+    for seed in range(3, 12):
+        statuses += fuzzing.send_all(address, seed, count=10_000)
+    after = resident_kilobytes(server)
+    print(f"answers by status: {dict(sorted(statuses.items()))}; resident {before} KiB, after {after} KiB")
+    assert after < before * 1.1
+    check_answers(server)
+
+
+def exchange(server: RunningServer, request: bytes) -> tuple[int, bytes]:
+    """Returns the status and body of the last answer."""
+    answer = fuzzing.exchange(address_of(server), request)
+    head, _, body = answer.rpartition(b"\r\n\r\n")
+    return int(head.rpartition(b"HTTP/1.1 ")[2][:3]), body
+
+
+def post(body: bytes, *headers: bytes) -> bytes:
+    lines = [b"POST /v1/models/half_plus_two:predict HTTP/1.1", b"Host: a", *headers]
+    return b"\r\n".join(lines) + b"\r\n\r\n" + body
+
+
+def test_a_chunked_body_and_an_expected_continue_are_understood(server: RunningServer):
+    body = b'5\r\n{"ins\r\n12\r\ntances": [1.0, 2]}\r\n0\r\n\r\n'
+    status, answer = exchange(server, post(body, b"Transfer-Encoding: chunked"))
+    assert (status, json.loads(answer)) == (200, {"predictions": [3.5, 4.0]})
+    body = b'{"instances": [1]}'
+    answer = fuzzing.exchange(
+        address_of(server), post(body, b"Expect: 100-continue", b"Content-Length: %d" % len(body))
+    )
+    assert answer.startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\n")
+
+
+def test_requests_sent_in_one_go_are_answered_in_order(server: RunningServer):
+    bodies = [b'{"instances": [%d]}' % number for number in range(20)]
+    answer = fuzzing.exchange(
+        address_of(server), b"".join(post(body, b"Content-Length: %d" % len(body)) for body in bodies)
+    )
+    found = [json.loads(part[: part.index(b"}") + 1]) for part in answer.split(b"\r\n\r\n")[1:]]
+    assert [each["predictions"] for each in found] == [[number / 2 + 3] for number in range(20)]
+
+
+@pytest.mark.parametrize(("version", "header", "stays"), [
+    (b"1.1", b"X: y", True), (b"1.1", b"Connection: close", False),
+    (b"1.0", b"X: y", False), (b"1.0", b"Connection: keep-alive", True),
+])  # fmt: skip
+def test_a_connection_stays_as_the_protocol_says(server: RunningServer, version: bytes, header: bytes, stays: bool):
+    request = b"GET /v1/models/multi HTTP/%s\r\nHost: a\r\n%s\r\n\r\n" % (version, header)
+    with socket.create_connection(address_of(server), timeout=30) as connection:
+        connection.sendall(request)
+        answer = b""
+        while b"}\n ]\n}\n" not in answer:
+            answer += connection.recv(65536)
+        connection.sendall(request if stays else b"")
+        rest = connection.recv(65536)
+    assert rest.startswith(b"HTTP/1.1 200 OK") if stays else rest == b""
+
+
+@pytest.mark.parametrize(("request_bytes", "status", "words"), [
+    (post(b"", b"Content-Length: 300000000"), 413, b"268435456"),
+    (post(gzip.compress(bytes(101 * 1024 * 1024)), b"Content-Encoding: gzip", b"Content-Length: %d" % len(
+        gzip.compress(bytes(101 * 1024 * 1024)))), 413, b"104857600"),
+    (post(b"xx", b"Content-Encoding: gzip", b"Content-Length: 2"), 400, b"not gzip"),
+    (post(b"", b"X: " + b"y" * 70000), 431, b"65536"),
+    (b"no request at all\r\n\r\n", 400, b"Not an HTTP request"),
+    (post(b"[" * 5000, b"Content-Length: 5000"), 400, b"100 deep"),
+], ids=["body", "inflated", "gzip", "headers", "no http", "nesting"])  # fmt: skip
+def test_too_much_or_nonsense_is_refused_in_words(
+    server: RunningServer, request_bytes: bytes, status: int, words: bytes
+):
+    got, answer = exchange(server, request_bytes)
+    assert got == status
+    assert words in answer
+
+
+@pytest.fixture(scope="module")
+def slow_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that multiplies large matrices as often as its input says, and returns the input."""
+
+    def work(x: tf.Tensor) -> dict[str, tf.Tensor]:
+        start = tf.fill([256, 256], 1.0 / 256.0)
+        rounds = tf.cast(tf.reduce_max(x), tf.int32)
+        end = tf.while_loop(lambda i, m: i < rounds, lambda i, m: (i + 1, m @ m), [0, start])[1]
+        return {"y": x + 0.0 * end[0, 0]}
+
+    base = tmp_path_factory.mktemp("slow")
+    saved_models.export(base / "1", {"serving_default": (work, [tf.TensorSpec([None], tf.float32, name="x")])})
+    return base
+
+
+@pytest.fixture(scope="module")
+def slow_server(slow_model: Path) -> Iterator[RunningServer]:
+    flags = ["--model_name=m", f"--model_base_path={slow_model}", "--rest_api_timeout_in_ms=500"]
+    with running_server(*flags) as running:
+        yield running
+
+
+def test_an_answer_that_takes_too_long_is_a_deadline_error_and_others_go_on(slow_server: RunningServer):
+    body = b'{"instances": [300000]}'
+    request = b"POST /v1/models/m:predict HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    status, answer = exchange(slow_server, request)
+    assert status == 504
+    assert b"too long" in answer
+    with Client(slow_server.url) as client:
+        assert client.status("m")[0].state == "AVAILABLE"
+
+
+def test_a_server_told_to_stop_answers_the_request_that_has_begun_and_takes_nothing_new(slow_model: Path):
+    body = b'{"instances": [500]}'
+    head = b"POST /v1/models/m:predict HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(body)
+    with running_server("--model_name=m", f"--model_base_path={slow_model}") as server:
+        with socket.create_connection(address_of(server), timeout=60) as connection:
+            connection.sendall(head)
+            assert connection.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
+            server.process.send_signal(signal.SIGTERM)
+            connection.sendall(body)
+            answer = b""
+            while piece := connection.recv(65536):
+                answer += piece
+        assert answer.startswith(b"HTTP/1.1 200 OK")
+        assert b"Connection: close" in answer
+        assert json.loads(answer.partition(b"\r\n\r\n")[2]) == {"predictions": [500.0]}
+        assert server.process.wait(timeout=60) == 0
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(address_of(server), timeout=5).close()
