@@ -42,8 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--data", metavar="PATH", help="folder of IDX files or .npz; by default Fashion-MNIST is fetched")
     add("--output", metavar="FOLDER", type=Path, default=Path(".demo"), help="for all that is made (default: .demo)")
-    add("--width", type=int, default=16, help="channels of the network's first layer (default: 16)")
-    add("--epochs", type=int, default=5, help="passes over the training images (default: 5)")
+    add("--width", type=int, default=24, help="channels of the network's first layer (default: 24)")
+    add("--epochs", type=int, default=4, help="passes over the training images (default: 4)")
     add("--least_accuracy", type=float, default=0.91, help="of the answers to the test images (default: 0.91)")
     flags = parser.parse_args(arguments)
     # What stops the demo from outside must stop its server too.

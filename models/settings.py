@@ -22,7 +22,7 @@ class Settings:
     epochs: int = _setting(5, "passes over the training images", type=int)
     batch_size: int = _setting(128, "images in a batch", type=int)
     learning_rate: float = _setting(
-        3e-3, "the highest: a fifth of the steps rise to it, a cosine falls to 0", type=float
+        3e-3, "the highest: a tenth of the steps rises to it, a cosine falls to 0", type=float
     )
     weight_decay: float = _setting(0.01, "of AdamW", type=float)
     label_smoothing: float = _setting(0.0, "share of each label that is spread over all classes, in [0, 1)", type=float)

@@ -139,7 +139,7 @@ def _compiled(settings: Settings, steps_per_epoch: int) -> keras.Model:
     options = {} if settings.width is None else {"width": settings.width}
     model = getattr(networks, settings.network)(**options)
     steps = settings.epochs * steps_per_epoch
-    warmup = steps // 5
+    warmup = steps // 10
     schedule = keras.optimizers.schedules.CosineDecay(
         0.0, steps - warmup, warmup_target=settings.learning_rate, warmup_steps=warmup
     )
