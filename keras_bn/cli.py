@@ -63,7 +63,7 @@ _output_option = click.option(
 )
 
 
-@main.command()
+@main.command(short_help="Health of the normalizations, or what a version offers.")
 @click.argument("model", type=_MODEL)
 @_data_options(required=False)
 @click.option("--picture", type=click.Path(path_type=Path, dir_okay=False), help="Also draws it, into a .png or .svg.")
@@ -89,7 +89,7 @@ def inspect(
             report.save_picture(picture)
 
 
-@main.command()
+@main.command(short_help="Exact statistics of the whole data set.")
 @click.argument("model", type=_KERAS_FILE)
 @_data_options(required=True)
 @_output_option
@@ -124,7 +124,7 @@ def recalibrate(
         _print(report, as_json)
 
 
-@main.command()
+@main.command(short_help="Normalizations into their neighbours, with proof.")
 @click.argument("model", type=_KERAS_FILE)
 @_data_options(required=False)
 @_output_option
@@ -155,7 +155,7 @@ def fold(
         _print(folded.folding_report, as_json)
 
 
-@main.command()
+@main.command(short_help="The next version for TensorFlow Serving.")
 @click.argument("model", type=_KERAS_FILE)
 @click.argument("model_base_path", type=click.Path(path_type=Path))
 @click.option("--version", type=click.IntRange(min=0), help="Number of the version.  [default: the next]")
@@ -208,7 +208,7 @@ def export(
             _print_card(exported.path, as_json=False)
 
 
-@main.command()
+@main.command(short_help="How far data is from the training data.")
 @click.argument("model", type=_MODEL)
 @_data_options(required=True)
 @click.option("--limit", type=float, help="Exit with 3 if the KL of any layer is above it.")
