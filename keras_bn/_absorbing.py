@@ -33,6 +33,24 @@ _KINDS: dict[type, str] = {
 }
 
 
+_IDLE_IN_INFERENCE = (
+    keras.layers.Dropout,
+    keras.layers.SpatialDropout1D,
+    keras.layers.SpatialDropout2D,
+    keras.layers.SpatialDropout3D,
+    keras.layers.AlphaDropout,
+    keras.layers.GaussianDropout,
+    keras.layers.GaussianNoise,
+    keras.layers.ActivityRegularization,
+    keras.layers.Identity,
+)
+
+
+def idle_in_inference(layer: Any) -> bool:
+    """Whether `layer` only does something in training."""
+    return type(layer) in _IDLE_IN_INFERENCE
+
+
 def absorbing_kind(layer: Any) -> str | None:
     """The kind of arithmetic, or None for a layer that can not absorb: quantized, adapted (LoRA) or unknown."""
     # Just these classes: a subclass may compute something else.

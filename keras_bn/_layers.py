@@ -80,6 +80,14 @@ def variables_restored(model: keras.Layer, only_on_error: bool = False) -> Itera
                 variable.assign(value)
 
 
+def copy_variables(old: keras.Layer, new: keras.Layer) -> None:
+    """Gives `new`, made from the configuration of `old`, its variables too."""
+    for source, target in zip(old.variables, new.variables, strict=True):
+        target.assign(source)
+    if hasattr(new, "finalize_state"):  # Normalization computes with numbers it derives from its variables.
+        new.finalize_state()
+
+
 def channel_axes(layer: keras.layers.BatchNormalization) -> list[int]:
     """The layer's `axis` as a list; ours may have several."""
     return [layer.axis] if isinstance(layer.axis, int) else list(layer.axis)

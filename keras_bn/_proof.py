@@ -6,6 +6,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_bn._layers import inference_mode
+
 
 class Errors(NamedTuple):
     """Largest differences over all outputs; NaN where only one of the two is finite.
@@ -64,3 +66,12 @@ def largest_errors(expected: Any, got: Any) -> Errors:
         absolute.append(float(error))
         relative.append(float(error / largest if largest > 0 else error))
     return Errors(float(np.max(absolute)), float(np.max(relative)))
+
+
+def errors_between(model: keras.Model, other: keras.Model, batches: list[Any]) -> Errors:
+    """The largest over all batches, both models in inference mode; `other` counts relative to `model`."""
+    errors = []
+    for inputs in batches:
+        with inference_mode(model), inference_mode(other):
+            errors.append(largest_errors(model(inputs, training=False), other(inputs, training=False)))
+    return Errors(*np.max(errors, axis=0).tolist())

@@ -5,9 +5,12 @@ import ctypes
 import errno
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+
+_PREFIX = ".exporting-"  # No integer: servers pass it by.
 
 
 def versions_below(model_base_path: Path) -> list[int]:
@@ -29,9 +32,10 @@ def temporary_sibling(model_base_path: Path) -> Iterator[Path]:
             "`model_base_path` must be a folder, or a path where one can be made. "
             f"Received: model_base_path={str(model_base_path)!r}, which is a file."
         )
+    _sweep(model_base_path)
     made = [path for path in (model_base_path, *model_base_path.parents) if not path.exists()]
     model_base_path.mkdir(parents=True, exist_ok=True)
-    folder = model_base_path / f".exporting-{uuid.uuid4().hex}"
+    folder = model_base_path / f"{_PREFIX}{uuid.uuid4().hex}"
     try:
         folder.mkdir()
         yield folder
@@ -40,6 +44,13 @@ def temporary_sibling(model_base_path: Path) -> Iterator[Path]:
         for path in made:
             with contextlib.suppress(OSError):  # It holds the version now, or someone else's file.
                 path.rmdir()
+
+
+def _sweep(model_base_path: Path) -> None:
+    """Deletes what exports that were killed have left, once it is a day old and can be no one's work any more."""
+    for left in model_base_path.glob(f"{_PREFIX}*"):
+        if time.time() - left.stat().st_mtime > 24 * 3600:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def rename_into_place(folder: Path, model_base_path: Path, version: int | None, overwrite: bool) -> Path:

@@ -63,7 +63,7 @@ _output_option = click.option(
 )
 
 
-@main.command()
+@main.command(short_help="Health of the normalizations, or what a version offers.")
 @click.argument("model", type=_MODEL)
 @_data_options(required=False)
 @click.option("--picture", type=click.Path(path_type=Path, dir_okay=False), help="Also draws it, into a .png or .svg.")
@@ -89,7 +89,7 @@ def inspect(
             report.save_picture(picture)
 
 
-@main.command()
+@main.command(short_help="Exact statistics of the whole data set.")
 @click.argument("model", type=_KERAS_FILE)
 @_data_options(required=True)
 @_output_option
@@ -124,7 +124,7 @@ def recalibrate(
         _print(report, as_json)
 
 
-@main.command()
+@main.command(short_help="Normalizations into their neighbours, with proof.")
 @click.argument("model", type=_KERAS_FILE)
 @_data_options(required=False)
 @_output_option
@@ -155,7 +155,7 @@ def fold(
         _print(folded.folding_report, as_json)
 
 
-@main.command()
+@main.command(short_help="The next version for TensorFlow Serving.")
 @click.argument("model", type=_KERAS_FILE)
 @click.argument("model_base_path", type=click.Path(path_type=Path))
 @click.option("--version", type=click.IntRange(min=0), help="Number of the version.  [default: the next]")
@@ -208,7 +208,7 @@ def export(
             _print_card(exported.path, as_json=False)
 
 
-@main.command()
+@main.command(short_help="How far data is from the training data.")
 @click.argument("model", type=_MODEL)
 @_data_options(required=True)
 @click.option("--limit", type=float, help="Exit with 3 if the KL of any layer is above it.")
@@ -219,8 +219,10 @@ def drift(model: Path, data: Path, array_name: Any, divide_by: Any, batch_size: 
     MODEL is a .keras file or the folder of an exported version. The data is taken as one batch.
     """
     with _errors_in_a_line():
+        from keras_bn.drift import drift_of_model, drift_of_version
+
         examples = _examples(data, array_name, divide_by)
-        rows = _drift_of_version(model, examples) if model.is_dir() else _drift_of_model(model, examples)
+        rows = drift_of_version(model, examples) if model.is_dir() else drift_of_model(_loaded(model), examples)
     if as_json:
         click.echo(json.dumps({"layers": rows}, indent=2))
     else:
@@ -310,35 +312,3 @@ def _print_card(version: Path, as_json: bool) -> None:
             f"folding: {folding['absorbed']} of {len(folding['normalizations'])} normalizations absorbed, "
             f"relative error {folding['relative_error']:.3g}"
         )
-
-
-def _drift_of_model(path: Path, examples: Any) -> list[dict[str, Any]]:
-    from keras_bn.drift import input_distances, summary
-
-    distances = input_distances(_loaded(path), examples)
-    if not distances:
-        raise ValueError(f"MODEL must have a batch normalization. Received: {path}, which has none.")
-    return [
-        {"layer": name, **{key: float(value) for key, value in summary(one).items()}} for name, one in distances.items()
-    ]
-
-
-def _drift_of_version(folder: Path, examples: Any) -> list[dict[str, Any]]:
-    import tensorflow as tf
-
-    signatures = tf.saved_model.load(os.fspath(folder)).signatures
-    if "batch_norm_drift" not in signatures:
-        raise ValueError(
-            "MODEL must have the signature batch_norm_drift (a normalization, and no --no-drift). "
-            f"Received: {folder} with {sorted(signatures)}."
-        )
-    ask = signatures["batch_norm_drift"]
-    ((name, spec),) = ask.structured_input_signature[1].items()
-    answer = {key: value.numpy() for key, value in ask(**{name: tf.cast(examples, spec.dtype)}).items()}
-    return [
-        {
-            "layer": answer["layer"][i].decode(),
-            **{key: float(answer[key][i]) for key in ("mean_shift", "variance_ratio", "kl")},
-        }
-        for i in range(len(answer["layer"]))
-    ]

@@ -1,5 +1,6 @@
 """How far what a normalization sees is from what its statistics say it should see."""
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -101,3 +102,47 @@ def summary(one: Distance) -> Mapping[str, Any]:
         "variance_ratio": ratio[tf.argmax(tf.abs(tf.math.log(ratio)))],
         "kl": tf.reduce_mean(one.kl),
     }
+
+
+def drift_of_model(model: keras.Model, inputs: Any) -> list[dict[str, Any]]:
+    """The `summary` of each normalization for one batch, as rows for a table or JSON.
+
+    Args:
+        model: any Keras model with a batch normalization.
+        inputs: one batch, as `model` takes it.
+
+    Raises:
+        ValueError: when the model calls no batch normalization.
+    """
+    distances = input_distances(model, inputs)
+    if not distances:
+        raise ValueError(f"`model` must have a batch normalization. Received: model={model.name!r}, which has none.")
+    return [
+        {"layer": name, **{key: float(value) for key, value in summary(one).items()}} for name, one in distances.items()
+    ]
+
+
+def drift_of_version(folder: str | os.PathLike[str], inputs: Any) -> list[dict[str, Any]]:
+    """The same asked of an exported version, by its signature `batch_norm_drift`.
+
+    Args:
+        folder: of the version.
+        inputs: one batch, as its one input takes it.
+
+    Raises:
+        ValueError: when it was exported without that signature.
+    """
+    signatures = tf.saved_model.load(os.fspath(folder)).signatures
+    if "batch_norm_drift" not in signatures:
+        raise ValueError(
+            "`folder` must be a version with the signature batch_norm_drift (a normalization, and `drift=True`). "
+            f"Received: {os.fspath(folder)} with {sorted(signatures)}."
+        )
+    ask = signatures["batch_norm_drift"]
+    ((name, spec),) = ask.structured_input_signature[1].items()
+    answer = {key: value.numpy() for key, value in ask(**{name: tf.cast(inputs, spec.dtype)}).items()}
+    numbers = ("mean_shift", "variance_ratio", "kl")
+    return [
+        {"layer": layer.decode(), **{key: float(answer[key][i]) for key in numbers}}
+        for i, layer in enumerate(answer["layer"])
+    ]

@@ -7,25 +7,22 @@ import keras
 import numpy as np
 from keras.layers import BatchNormalization
 
-from keras_bn._absorbing import absorb_after, absorb_before, absorbing_kind, channel_axis, pads_with_zeros, weights_of
+from keras_bn._absorbing import (
+    absorb_after,
+    absorb_before,
+    absorbing_kind,
+    channel_axis,
+    idle_in_inference,
+    pads_with_zeros,
+    weights_of,
+)
 from keras_bn._folding_weights import Affine, affine_of, fold_affine
 from keras_bn._graph import Graph, Step, Value
-from keras_bn._layers import channel_axes, inference_mode, layers_below, named_batch_norms
-from keras_bn._proof import Errors, largest_errors, random_inputs
+from keras_bn._layers import channel_axes, copy_variables, layers_below, named_batch_norms
+from keras_bn._proof import errors_between, random_inputs
 from keras_bn.reporting import table
 
 _LINEAR = keras.activations.linear
-_IDLE_IN_INFERENCE = (
-    keras.layers.Dropout,
-    keras.layers.SpatialDropout1D,
-    keras.layers.SpatialDropout2D,
-    keras.layers.SpatialDropout3D,
-    keras.layers.AlphaDropout,
-    keras.layers.GaussianDropout,
-    keras.layers.GaussianNoise,
-    keras.layers.ActivityRegularization,
-    keras.layers.Identity,
-)
 
 
 class FoldedNormalization(NamedTuple):
@@ -123,7 +120,10 @@ def fold(model: keras.Model, check: Any = None, tolerance: float | None = None) 
     if tolerance is None:
         halves = any(layer.compute_dtype in ("float16", "bfloat16") for layer in layers_below(model))
         tolerance = 2e-2 if halves else 1e-4
-    errors = _prove(model, folded, check)
+    strings = any(tensor.dtype == "string" for tensor in model.inputs)
+    structure = model.inputs[0] if isinstance(model, keras.Sequential) else model._inputs_struct
+    drawn = [random_inputs(structure, pixels, "check") for pixels in (False, True) if check is None or not strings]
+    errors = errors_between(model, folded, drawn if check is None else [*drawn, check])
     if not errors.relative <= tolerance:
         raise ValueError(
             f"`tolerance` must be above the error of the folded model, or the model is not fit to be folded. "
@@ -134,19 +134,6 @@ def fold(model: keras.Model, check: Any = None, tolerance: float | None = None) 
     # Past Keras's own `__setattr__`, which would track the report as a part of the model.
     folded.__dict__["folding_report"] = report
     return folded
-
-
-def _prove(model: keras.Model, folded: keras.Model, check: Any) -> Errors:
-    given = [] if check is None else [check]
-    strings = any(tensor.dtype == "string" for tensor in model.inputs)
-    structure = model.inputs[0] if isinstance(model, keras.Sequential) else model._inputs_struct
-    drawn = [] if strings and given else [random_inputs(structure, pixels, "check") for pixels in (False, True)]
-    errors = []
-    for inputs in [*drawn, *given]:
-        with inference_mode(model):
-            expected = model(inputs, training=False)
-        errors.append(largest_errors(expected, folded(inputs, training=False)))
-    return Errors(*np.max(errors, axis=0).tolist())
 
 
 class _Folder:
@@ -163,7 +150,7 @@ class _Folder:
 
     def fold_all(self) -> None:
         for step in list(self.graph.steps):
-            if type(step.op) in _IDLE_IN_INFERENCE and step.input not in self.graph.inputs:
+            if idle_in_inference(step.op) and step.input not in self.graph.inputs:
                 self.graph.remove(step)
         in_order = list(dict.fromkeys(step.op for step in self.graph.steps if isinstance(step.op, BatchNormalization)))
         self._affines = {layer: _affine(layer) for layer in in_order}
@@ -207,7 +194,7 @@ class _Folder:
         model = self.graph.rebuild(make)
         for old, new in made.items():
             if old not in self._weights:
-                _copy_variables(old, new)
+                copy_variables(old, new)
             for name, value in self._weights.get(old, {}).items():
                 getattr(new, name).assign(value)
         return model, shared
@@ -325,10 +312,3 @@ def _takers(graph: Graph, value: Value | None) -> Sequence[Step | None]:
 
 def _label(op: Any) -> str:
     return f"{type(op).__name__} '{op.name}'"
-
-
-def _copy_variables(old: keras.Layer, new: keras.Layer) -> None:
-    for source, target in zip(old.variables, new.variables, strict=True):
-        target.assign(source)
-    if hasattr(new, "finalize_state"):  # Normalization computes with numbers it derives from its variables.
-        new.finalize_state()

@@ -61,6 +61,14 @@ def test_help_names_every_command_and_imports_no_tensorflow():
     assert "heavy: []" in done.stdout
 
 
+def test_the_installed_command_knows_the_layer_in_a_file(model_file):
+    program = "import sys; sys.argv[0] = 'keras-bn'\nfrom keras_bn.cli import main\nmain(sys.argv[1:])"
+    command = [sys.executable, "-c", program, "inspect", str(model_file), "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["layers"][0]["name"] == "norm"
+
+
 @pytest.mark.parametrize("command", ["inspect", "recalibrate", "fold", "export", "drift"])
 def test_every_command_explains_itself(command):
     output = run(command, "--help").output

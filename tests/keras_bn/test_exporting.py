@@ -166,9 +166,11 @@ def test_any_batch_size_is_served_also_where_the_input_had_a_fixed_one(tmp_path)
 
 
 def test_half_precision_never_reaches_the_wire(tmp_path):
-    model = keras.Sequential([keras.Input((4,), dtype="float16"), keras.layers.Dense(2, dtype="mixed_float16")])
-    exported = keras_bn.export(model, tmp_path)
+    dense, norm = keras.layers.Dense(2, dtype="mixed_float16"), keras_bn.BatchNormalization(dtype="mixed_float16")
+    model = off_unit_statistics(keras.Sequential([keras.Input((4,), dtype="float16"), dense, norm]))
+    exported = keras_bn.export(model, tmp_path, fold=False)
     assert (exported.inputs["inputs"].dtype, exported.outputs["outputs"].dtype) == (tf.float32, tf.float32)
+    assert serve(exported.path, inputs=np.ones((2, 4), "float32"))["outputs"].dtype == np.float32
 
 
 def test_lookup_tables_travel_with_the_model(tmp_path):

@@ -139,6 +139,15 @@ def test_a_version_that_appears_meanwhile_is_not_harmed(tmp_path, monkeypatch):
     assert (tmp_path / "1" / "theirs").exists()
 
 
+def test_what_a_killed_export_left_is_swept_a_day_later(tmp_path):
+    for name, hours in ((".exporting-old", 25), (".exporting-now", 1)):
+        (tmp_path / name).mkdir()
+        then = (tmp_path / name).stat().st_mtime - 3600 * hours
+        os.utime(tmp_path / name, (then, then))
+    keras_bn.export(small_model(), tmp_path)
+    assert sorted(child.name for child in tmp_path.iterdir()) == [".exporting-now", "1"]
+
+
 def contents(folder):
     return {
         path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()

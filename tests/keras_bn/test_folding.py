@@ -102,6 +102,25 @@ def test_fold_conv_and_fold_dense_scale_each_output_channel(kernel_shape):
         np.testing.assert_allclose(np.tensordot(window, folded, window.ndim) + folded_bias, expected, rtol=1e-12)
 
 
+def test_folded_weights_are_nearer_to_the_truth_than_those_of_pytorch():
+    torch = pytest.importorskip("torch")
+    from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=(3, 3, 16, 32)).astype("float32")
+    bias, gamma, beta, mean = rng.normal(size=(4, 32)).astype("float32")
+    variance = rng.uniform(0.01, 2, 32).astype("float32")
+    exact, _ = weights.fold_conv(kernel, bias, weights.affine_of(gamma, beta, mean, variance, 1e-3))
+    theirs, _ = fuse_conv_bn_weights(
+        *(torch.tensor(v) for v in (kernel.transpose(3, 2, 0, 1), bias, mean, variance)),
+        1e-3,
+        *(torch.tensor(v) for v in (gamma, beta)),
+    )
+    theirs = theirs.detach().numpy().transpose(2, 3, 1, 0)
+    np.testing.assert_allclose(theirs, exact, rtol=1e-5)
+    assert np.abs(exact.astype("float32") - exact).sum() < 0.7 * np.abs(theirs - exact).sum()
+
+
 def test_fold_depthwise_conv_follows_the_order_of_output_channels():
     rng = np.random.default_rng(0)
     kernel, bias, affine = rng.normal(size=(3, 2, 4, 5)), rng.normal(size=20), random_affine(20)

@@ -231,7 +231,7 @@ def test_frozen_layers_and_functions_of_the_author_are_measured():
 
 
 def test_renorm_statistics_follow():
-    model = keras.Sequential([keras.Input((3,)), keras.layers.BatchNormalization(renorm=True)])
+    model = keras.Sequential([keras.Input((3,)), keras_bn.BatchNormalization(renorm=True)])
     x = np.random.default_rng(0).normal(4, 2, (8, 3)).astype("float32")
     recalibrated(x, model)
     np.testing.assert_allclose(model.layers[0].renorm_mean, x.mean(0), rtol=1e-5)
