@@ -17,6 +17,10 @@ from keras_bn.statistics import Moments, merged_across_replicas, weighted_moment
 # many standard deviations from zero that stays below 5e-5 of a standard deviation; beyond, the input is shifted first.
 _TRUSTED_OFFSET = 4.0
 
+# Up to this many values an input counts as small; an unknown size counts as so many.
+_SMALL = 2**18
+_LIKELY_BATCH = 64
+
 
 SINGLE_VALUE = (
     "keras_bn: a batch with one value per channel was normalized to beta, and its statistics were not averaged. Larger "
@@ -203,11 +207,21 @@ def in_xla_context() -> bool:
 def _fused(
     image: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float, data_format: str
 ) -> tuple[tf.Tensor, Moments]:
-    """The fused kernel where its own statistics say that it keeps its digits, and on shifted input elsewhere."""
+    """The fused kernel, on input that is shifted towards zero where it would lose digits otherwise.
+
+    A small input is always shifted, which costs less than to find out whether it has to be. A large one is normalized
+    as it is, and only if the statistics that come out say so, once more with a shift.
+    """
     channel_axis = 3 if data_format == "NHWC" else 1
     count = _count(image, channel_axis, gamma.dtype)
+    # A count that is known is the layer's to warn of.
+    if not isinstance(count, float) and all(
+        size in (1, None) for axis, size in enumerate(image.shape) if axis != channel_axis
+    ):
+        _warn_of_single_value(count)
+    small = math.prod(_LIKELY_BATCH if size is None else size for size in image.shape) <= _SMALL
 
-    def train(image):
+    def forward(image):
         return tf.raw_ops.FusedBatchNormV3(
             x=image,
             scale=gamma,
@@ -219,53 +233,53 @@ def _fused(
             is_training=True,
         )
 
-    def train_shifted(image):
-        # One value per channel always ends up here, since its variance is 0. A known count is the layer's to warn of.
-        if not (isinstance(count, float) or in_xla_context()):
-            tf.cond(tf.equal(count, 1.0), lambda: _say_once(SINGLE_VALUE, count), tf.no_op)
-        shift = _central_value(image, data_format)
-        fused = train(tf.cast(image, gamma.dtype) - shift)
-        return (tf.cast(fused.y, image.dtype), fused.batch_mean + tf.reshape(shift, [-1]), *fused[2:])
+    def backward(dy, image, reserved):
+        return tf.raw_ops.FusedBatchNormGradV3(
+            y_backprop=dy,
+            x=image,
+            scale=gamma,
+            reserve_space_1=reserved[0],
+            reserve_space_2=reserved[1],
+            reserve_space_3=reserved[2],
+            epsilon=epsilon,
+            data_format=data_format,
+            is_training=True,
+        )[:3]
+
+    def shifted_forward(image, shift):
+        y, mean, *rest = forward(tf.cast(image, gamma.dtype) - shift)
+        return (tf.cast(y, image.dtype), mean + tf.reshape(shift, [-1]), *rest)
+
+    def shifted_backward(dy, image, shift, reserved):
+        dx, *rest = backward(tf.cast(dy, gamma.dtype), tf.cast(image, gamma.dtype) - shift, reserved)
+        return (tf.cast(dx, image.dtype), *rest)
 
     @tf.custom_gradient
-    def normalize(image, gamma, beta):
-        fused = train(image)
+    def normalize_small(image, gamma, beta):
+        shift = _first_value(image, data_format)
+        y, mean, variance, *reserved = shifted_forward(image, shift)
+        return (y, mean, variance), lambda dy, *_: shifted_backward(dy, image, shift, reserved)
+
+    @tf.custom_gradient
+    def normalize_large(image, gamma, beta):
+        plain = forward(image)
         # A constant channel fails this too, so that its output is beta to the last digit. So does a NaN.
-        trusted = tf.reduce_all(tf.square(fused.batch_mean) <= _TRUSTED_OFFSET**2 * fused.batch_variance)
-        y, mean, variance, *reserved = tf.cond(trusted, lambda: tuple(fused), lambda: train_shifted(image))
+        trusted = tf.reduce_all(tf.square(plain.batch_mean) <= _TRUSTED_OFFSET**2 * plain.batch_variance)
+        y, mean, variance, *reserved = tf.cond(
+            trusted, lambda: tuple(plain), lambda: shifted_forward(image, _central_value(image, data_format))
+        )
 
         def gradient(dy, *_):
-            def back(dy, image):
-                return tuple(
-                    tf.raw_ops.FusedBatchNormGradV3(
-                        y_backprop=dy,
-                        x=image,
-                        scale=gamma,
-                        reserve_space_1=reserved[0],
-                        reserve_space_2=reserved[1],
-                        reserve_space_3=reserved[2],
-                        epsilon=epsilon,
-                        data_format=data_format,
-                        is_training=True,
-                    )
-                )[:3]
-
-            def back_shifted():
-                shift = _central_value(image, data_format)
-                dx, *rest = back(tf.cast(dy, gamma.dtype), tf.cast(image, gamma.dtype) - shift)
-                return (tf.cast(dx, image.dtype), *rest)
-
-            return tf.cond(trusted, lambda: back(dy, image), back_shifted)
+            return tf.cond(
+                trusted,
+                lambda: tuple(backward(dy, image, reserved)),
+                lambda: shifted_backward(dy, image, _central_value(image, data_format), reserved),
+            )
 
         return (y, mean, variance), gradient
 
-    y, mean, unbiased = normalize(image, gamma, beta)
+    y, mean, unbiased = (normalize_small if small else normalize_large)(image, gamma, beta)
     return y, Moments(count, tf.stop_gradient(mean), tf.stop_gradient(unbiased) * (count - 1))
-
-
-def _say_once(message: str, value: tf.Tensor) -> tf.Operation:
-    """Says `message` on stderr when a graph runs it for the first time, where Python is not there to warn."""
-    return tf.group(tf.raw_ops.Print(input=value, data=[], message=message, first_n=1))
 
 
 def _two_pass(
@@ -372,6 +386,27 @@ def _split_groups(rows: tf.Tensor, examples: tf.Tensor, group_size: int) -> list
 def _with_count_per_channel(moments: Moments) -> Moments:
     count = tf.cast(moments.count, moments.mean.dtype)
     return moments._replace(count=tf.broadcast_to(count, tf.shape(moments.mean)))
+
+
+def _first_value(image: tf.Tensor, data_format: str) -> tf.Tensor:
+    """The first value of each channel, in the dtype of the statistics, to subtract from `image`; zero if it is empty.
+
+    No value is further from the mean than sqrt(count) standard deviations, so for few values this is near enough.
+    """
+    if data_format == "NHWC":
+        first = tf.reduce_sum(image[:1, :1, :1], [0, 1, 2])
+    else:
+        first = tf.reduce_sum(image[:1, :, :1, :1], [0, 2, 3], keepdims=True)
+    return tf.stop_gradient(tf.cast(first, statistics_dtype(image.dtype)))
+
+
+def _warn_of_single_value(count: tf.Tensor) -> None:
+    """Says so on stderr when a graph sees one value per channel for the first time; Python is not there to warn."""
+
+    def say():
+        return tf.group(tf.raw_ops.Print(input=count, data=[], message=SINGLE_VALUE, first_n=1))
+
+    tf.cond(tf.equal(count, 1.0), say, tf.no_op)
 
 
 def _central_value(x: tf.Tensor, data_format: str = "NHWC") -> tf.Tensor:

@@ -1,0 +1,154 @@
+"""How fast is the layer alone? Ours beside stock Keras, tf_keras and PyTorch: `python -m benchmarks.layer`."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+from benchmarks import measuring
+
+SHAPES = {
+    "CNN 128x28x28x32": (128, 28, 28, 32),
+    "CNN 64x56x56x64": (64, 56, 56, 64),
+    "CNN 64x14x14x256": (64, 14, 14, 256),
+    "CNN 256x7x7x512": (256, 7, 7, 512),
+    "MLP 4096x512": (4096, 512),
+    "MLP 256x128": (256, 128),
+    "MLP 32x64": (32, 64),
+    "3-D 8x16x28x28x16": (8, 16, 28, 28, 16),
+}
+DTYPES = ("float32", "bfloat16", "float16")
+AXES = ("last", "first")
+TASKS = ("forward", "training", "inference")
+MODES = ("eager", "graph", "jit_compile")
+SERIES = ("ours", "keras", "tf_keras", "torch", "copy")
+COLUMNS = ("mode", "dtype", "axis", "shape", "task", *SERIES, "keras / ours", "best peer / ours", "ours / copy")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.layer",
+        description="Median time of the layer alone in milliseconds, all contestants in turn. `forward` is a call in "
+        "training, `training` adds the gradients. `copy` copies the same tensor: what memory allows at best.",
+    )
+    for name, choices in {
+        "modes": MODES,
+        "dtypes": DTYPES,
+        "axes": AXES,
+        "tasks": TASKS,
+        "shapes": list(SHAPES),
+    }.items():
+        parser.add_argument(
+            f"--{name}", nargs="+", choices=choices, default=choices, metavar=name.upper(), help=", ".join(choices)
+        )
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each question (default: 1)")
+    parser.add_argument("--name", default="layer", help="of the files below benchmarks/results (default: layer)")
+    flags = parser.parse_args()
+    questions = list(itertools.product(flags.modes, flags.dtypes, flags.axes, flags.shapes, flags.tasks))
+    rows = [_measure(*question, flags.seconds) for question in measuring.progress(questions, "layer")]
+    measuring.save(flags.name, rows, COLUMNS)
+    training = [row for row in rows if row["task"] == "training" and row["axis"] == "last"]
+    if training:
+        picture = measuring.bars(
+            flags.name, training, lambda row: f"{row['mode']} {row['dtype']} {row['shape']}", SERIES
+        )
+        print(f"\n{picture}")
+
+
+def _measure(mode: str, dtype: str, axis: str, shape_name: str, task: str, seconds: float) -> dict:
+    import gc
+
+    shape = SHAPES[shape_name]
+    if axis == "first":
+        shape = (shape[0], shape[-1], *shape[1:-1])
+    contestants = _tensorflow(mode, dtype, axis, shape, task) | _torch(mode, dtype, axis, shape, task)
+    times = measuring.interleaved(contestants, seconds)
+    del contestants
+    gc.collect()
+    peers = [times[name] for name in ("keras", "tf_keras", "torch") if name in times]
+    return {
+        "mode": mode,
+        "dtype": dtype,
+        "axis": axis,
+        "shape": shape_name,
+        "task": task,
+        **times,
+        "keras / ours": times["keras"] / times["ours"],
+        "best peer / ours": min(peers) / times["ours"],
+        "ours / copy": times["ours"] / times["copy"],
+    }
+
+
+def _tensorflow(mode: str, dtype: str, axis: str, shape: tuple, task: str) -> dict:
+    import keras
+    import tensorflow as tf
+    import tf_keras
+
+    import keras_bn
+
+    policy = dtype if dtype == "float32" else f"mixed_{dtype}"
+    number = 1 if axis == "first" else -1
+    x = tf.cast(tf.random.normal(shape, mean=0.5), dtype)
+    dy = tf.cast(tf.random.normal(shape), dtype)
+
+    def runner(layer):
+        layer.build(shape)
+        variables = [getattr(variable, "_value", variable) for variable in (layer.gamma, layer.beta)]
+
+        def run(x, dy):
+            if task == "inference":
+                return layer(x, training=False)
+            if task == "forward":
+                return layer(x, training=True)
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                y = layer(x, training=True)
+            return tape.gradient(y, [x, *variables], output_gradients=dy)
+
+        function = run if mode == "eager" else tf.function(run, jit_compile=mode == "jit_compile", autograph=False)
+        # Operations and functions return when their work is done: TensorFlow runs them synchronously on a CPU.
+        return lambda: function(x, dy)
+
+    return {
+        "ours": runner(keras_bn.BatchNormalization(axis=number, dtype=policy)),
+        "keras": runner(keras.layers.BatchNormalization(axis=number, dtype=policy)),
+        "tf_keras": runner(tf_keras.layers.BatchNormalization(axis=number, dtype=policy)),
+        "copy": lambda: tf.raw_ops.DeepCopy(x=x),
+    }
+
+
+def _torch(mode: str, dtype: str, axis: str, shape: tuple, task: str) -> dict:
+    """PyTorch's functional batch norm, eager, in its own layout (channels after the examples)."""
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return {}
+    if mode == "jit_compile" or dtype == "float16":
+        return {}
+    channels = shape[1] if axis == "first" else shape[-1]
+    spatial = shape[2:] if axis == "first" else shape[1:-1]
+    x = torch.randn(shape[0], channels, *spatial).to(getattr(torch, dtype))
+    if axis == "last" and len(shape) in (4, 5):
+        x = x.to(memory_format=torch.channels_last if len(shape) == 4 else torch.channels_last_3d)
+    dy = torch.randn_like(x)
+    weight, bias = torch.ones(channels, requires_grad=True), torch.zeros(channels, requires_grad=True)
+    mean, variance = torch.zeros(channels), torch.ones(channels)
+
+    def run():
+        training = task != "inference"
+        if task != "training":
+            with torch.no_grad():
+                torch.nn.functional.batch_norm(x, mean, variance, weight, bias, training)
+            return
+        leaf = x.detach().requires_grad_()
+        weight.grad = bias.grad = None
+        torch.nn.functional.batch_norm(leaf, mean, variance, weight, bias, True).backward(dy)
+
+    return {"torch": run}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Interleaved timing, tables with ratios, JSON and pictures, for all benchmarks."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def interleaved(
+    contestants: dict[str, Callable[[], Any]], seconds: float = 1.0, least: int = 7, most: int = 400
+) -> dict[str, float]:
+    """Median time of each contestant in milliseconds, all of them run in turn so that a drift of the machine hits all.
+
+    Args:
+        contestants: Functions that return when their work is done.
+        seconds: About how long all of them are measured for, after a warm-up.
+        least: Rounds at least.
+        most: Rounds at most.
+    """
+    for run in contestants.values():
+        for _ in range(3):
+            run()
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    end = time.perf_counter() + seconds
+    names = list(contestants)
+    for rounds in range(most):
+        if rounds >= least and time.perf_counter() > end:
+            break
+        # Each round begins with another one: what runs first after a given other is not always the same.
+        for name in names[rounds % len(names) :] + names[: rounds % len(names)]:
+            start = time.perf_counter()
+            contestants[name]()
+            times[name].append(time.perf_counter() - start)
+    return {name: 1e3 * statistics.median(values) for name, values in times.items()}
+
+
+def machine() -> dict[str, str]:
+    """What the figures were measured on."""
+    import importlib.metadata
+    import os
+
+    versions = {}
+    for package in ("tensorflow", "keras", "tf_keras", "torch", "numpy"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    processor = platform.processor() or platform.machine()
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        names = [line.split(":")[1].strip() for line in information.read_text().splitlines() if "model name" in line]
+        processor = names[0] if names else processor
+    return {"processor": processor, "cores": str(os.cpu_count()), "python": platform.python_version(), **versions}
+
+
+def table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
+    """Rows as a Markdown table; numbers with three digits, what is missing as a dash."""
+
+    def cell(value: Any) -> str:
+        return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(cell(row.get(column)) for column in columns) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def save(name: str, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
+    """Prints the table, and writes it with the machine as JSON and Markdown."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    text = table(rows, columns)
+    described = ", ".join(f"{key} {value}" for key, value in machine().items())
+    (RESULTS / f"{name}.md").write_text(f"Measured on: {described}\n\n{text}\n")
+    print(text)
+
+
+def bars(
+    name: str, rows: Sequence[dict[str, Any]], label: Callable[[dict[str, Any]], str], series: Sequence[str]
+) -> Path:
+    """A picture of grouped horizontal bars, time in milliseconds on a logarithmic axis; returns its path."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 0.6 + 0.16 * len(rows) * (len(series) + 1)))
+    height = 0.8 / len(series)
+    for index, one in enumerate(series):
+        places = [row_index + index * height for row_index, row in enumerate(rows) if row.get(one) is not None]
+        axes.barh(places, [row[one] for row in rows if row.get(one) is not None], height, label=one)
+    axes.set_yticks([index + 0.4 - height / 2 for index in range(len(rows))], [label(row) for row in rows], fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel("milliseconds (median)")
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    path = RESULTS / f"{name}.png"
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return path
+
+
+def progress(items: Sequence[Any], description: str) -> Any:
+    """A progress bar over the questions."""
+    return tqdm(items, desc=description, disable=None)
