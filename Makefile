@@ -17,10 +17,18 @@ $(INSTALLED): setup.cfg pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[serving,models,test,lint]'
 	touch $@
 
+data: $(INSTALLED)  ## Fetch Fashion-MNIST, or check what DATA=path names
+	$(BIN)/python -m models.data $(if $(DATA),--data '$(DATA)')
+
+demo: $(INSTALLED)  ## Train, export, serve and ask: all of it, once
+	$(BIN)/python -m models.demo $(if $(DATA),--data '$(DATA)')
+
 test: $(INSTALLED)  ## Run all tests but the slow ones
+	-$(BIN)/python -m models.data
 	$(BIN)/python -m pytest -n 2 -m 'not slow'
 
 test-all: $(INSTALLED)  ## Run all tests
+	-$(BIN)/python -m models.data
 	$(BIN)/python -m pytest -n 2
 
 lint: $(INSTALLED)  ## ruff and mypy

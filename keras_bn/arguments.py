@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Mapping
+from typing import TypeGuard
 
 import keras
 
 from keras_bn import statistics
 
 
-def is_schedule(value):
+def is_schedule(value: object) -> TypeGuard[keras.optimizers.schedules.LearningRateSchedule]:
     return isinstance(value, keras.optimizers.schedules.LearningRateSchedule)
 
 

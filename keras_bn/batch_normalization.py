@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import keras
@@ -61,8 +62,10 @@ class BatchNormalization(keras.layers.BatchNormalization):
         zero_debias: Whether the initial values of the moving statistics are left out of the averages: the moving
             statistics are divided by the weight of what was seen, 1 - product(momentum).
         activation: Optional, applied last.
-        kernel: "auto" takes the fastest kernel that is right where the layer runs. "fused": TensorFlow's fused kernel.
-            "xla": compiles the normalization by itself in training. "stable": plain operations, two passes.
+        kernel: How batch statistics are normalized with. "auto": the fastest way that is right where the layer runs.
+            "fused": TensorFlow's fused operation. "xla": the normalization compiled by itself, in a graph that is not.
+            "stable": plain operations in two passes. Under `jit_compile=True`, and with masks, groups or
+            synchronization, there is one way only.
         **kwargs: Of `keras.layers.Layer`: `name`, `dtype`, `trainable`.
 
     Call arguments:
@@ -135,8 +138,14 @@ class BatchNormalization(keras.layers.BatchNormalization):
         self.activation = keras.activations.get(activation)
         self.kernel = arguments.choice("kernel", kernel, _KERNELS)
         self.statistics = "auto"
+        self._warned = False
         self.moving_stddev = self.renorm_mean = self.renorm_stddev = None
         self.update_count = self.initial_weight = None
+        if self.renorm and self.unbiased_variance:
+            raise ValueError(
+                "`renorm` cannot be combined with `unbiased_variance=True`: it averages standard deviations. "
+                "Received: renorm=True, unbiased_variance=True."
+            )
         if self.virtual_batch_size is not None:
             for name in ("renorm", "synchronized"):
                 if getattr(self, name):
@@ -283,10 +292,12 @@ class BatchNormalization(keras.layers.BatchNormalization):
         }
         if not self.renorm:
             y, moments = kernels.normalize_with_batch(x, gamma, beta, activation=self.activation, **options)
+            self._warn_of_single_value(moments)
             batch = statistics.batch_statistics(moments, self.unbiased_variance)
             _when(update, lambda: self._update(batch))
             return y
         y, moments = kernels.normalize_with_batch(tf.cast(x, dtype), None, None, **options)
+        self._warn_of_single_value(moments)
         batch = statistics.batch_statistics(moments, unbiased=False)
         r, d = self._renorm_correction(batch)
         y = kernels.scale_and_shift(y, r, d, axes=self._axes)
@@ -336,6 +347,11 @@ class BatchNormalization(keras.layers.BatchNormalization):
             _assign(self.initial_weight, initial_weight)
             rate = tf.math.divide_no_nan(rate, 1.0 - initial_weight)
         return rate
+
+    def _warn_of_single_value(self, moments):
+        if isinstance(moments.count, float) and moments.count == 1.0 and not self._warned:
+            self._warned = True
+            warnings.warn(f"{kernels.SINGLE_VALUE} Layer: {self.name!r}.", stacklevel=2)
 
     def _counts_updates(self):
         limits = arguments.clipping_limits(self.renorm_clipping).values() if self.renorm else ()

@@ -18,6 +18,11 @@ from keras_bn.statistics import Moments, merged_across_replicas, weighted_moment
 _TRUSTED_OFFSET = 4.0
 
 
+SINGLE_VALUE = (
+    "keras_bn: a batch with one value per channel was normalized to beta, and its statistics were not averaged. Larger "
+    "batches, or `drop_remainder=True` where the last one is of a single example, avoid it."
+)
+
 Activation = Callable[[tf.Tensor], tf.Tensor]
 
 
@@ -51,7 +56,8 @@ def normalize_with_batch(
             Default: all.
         synchronized: Whether the statistics are those of all replicas' batches together.
         activation: Applied last.
-        kernel: "auto", "fused", "xla" or "stable". Weights, groups and synchronization have one kernel each.
+        kernel: "auto", "fused", "xla" or "stable". Weights, groups and synchronization have one kernel each, and so
+            has a graph that XLA compiles, where there is no fused operation to be had.
 
     Returns:
         y, of the shape and dtype of `x`, differentiable twice; and the moments of `x` (per group where there is a
@@ -67,8 +73,10 @@ def normalize_with_batch(
     gamma = tf.ones([channels], dtype) if gamma is None else gamma
     beta = tf.zeros([channels], dtype) if beta is None else beta
     if weights is None and group_size is None and not synchronized:
-        if kernel == "auto":
-            kernel = "stable" if dtype == tf.float64 or in_xla_context() else "fused"
+        if in_xla_context() or (kernel == "auto" and dtype == tf.float64):
+            kernel = "stable"
+        elif kernel == "auto":
+            kernel = "fused"
         if kernel == "fused":
             if dtype == tf.float64:
                 raise ValueError(
@@ -79,8 +87,8 @@ def normalize_with_batch(
             y, moments = _fused(image, gamma, beta, epsilon, data_format)
             return activation(restore(y)), moments
         rows, restore = as_rows(x, axes)
-        compiled = kernel == "xla" and not in_xla_context()
-        y, moments = (_compiled_two_pass if compiled else _two_pass)(rows, gamma, beta, epsilon, activation)
+        two_pass = _compiled_two_pass if kernel == "xla" else _two_pass
+        y, moments = two_pass(rows, gamma, beta, epsilon, activation)
         return restore(y), moments
 
     rows, restore = as_rows(x, axes)
@@ -102,10 +110,8 @@ def normalize_with_batch(
     part_weights = [None, None] if weights is None else _split_groups(weights, examples, group_size)
     normalized = [normalize(*part) for part in zip(parts, part_weights, strict=True)]
     y = tf.concat([tf.reshape(y, [-1, channels]) for y, _ in normalized], 0)
-    moments = [_with_count_per_channel(moments) for _, moments in normalized]
-    return restore(tf.ensure_shape(y, rows.shape)), Moments(
-        *(tf.concat(part, 0) for part in zip(*moments, strict=True))
-    )
+    fields = zip(*(_with_count_per_channel(part) for _, part in normalized), strict=True)
+    return restore(tf.ensure_shape(y, rows.shape)), Moments(*(tf.concat(field, 0) for field in fields))
 
 
 def normalize_with(
@@ -214,6 +220,9 @@ def _fused(
         )
 
     def train_shifted(image):
+        # One value per channel always ends up here, since its variance is 0. A known count is the layer's to warn of.
+        if not (isinstance(count, float) or in_xla_context()):
+            tf.cond(tf.equal(count, 1.0), lambda: _say_once(SINGLE_VALUE, count), tf.no_op)
         shift = _central_value(image, data_format)
         fused = train(tf.cast(image, gamma.dtype) - shift)
         return (tf.cast(fused.y, image.dtype), fused.batch_mean + tf.reshape(shift, [-1]), *fused[2:])
@@ -254,6 +263,11 @@ def _fused(
     return y, Moments(count, tf.stop_gradient(mean), tf.stop_gradient(unbiased) * (count - 1))
 
 
+def _say_once(message: str, value: tf.Tensor) -> tf.Operation:
+    """Says `message` on stderr when a graph runs it for the first time, where Python is not there to warn."""
+    return tf.group(tf.raw_ops.Print(input=value, data=[], message=message, first_n=1))
+
+
 def _two_pass(
     rows: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float, activation: Activation
 ) -> tuple[tf.Tensor, Moments]:
@@ -269,6 +283,8 @@ def _two_pass(
     channel_axis = len(rows.shape) - 1
     count = _count(rows, channel_axis, gamma.dtype)
     rectified = activation is keras.activations.relu
+    # A group, or a batch, may be empty: its sums are zero, and so are their means.
+    divisor = max(count, 1.0) if isinstance(count, float) else tf.maximum(count, 1.0)
 
     @tf.custom_gradient
     def normalize(rows, gamma, beta):
@@ -277,9 +293,9 @@ def _two_pass(
         def shifted():
             return tf.cast(rows, gamma.dtype) - shift
 
-        delta = tf.reduce_sum(shifted(), -2, keepdims=True) / count
+        delta = tf.reduce_sum(shifted(), -2, keepdims=True) / divisor
         m2 = tf.reduce_sum(tf.square(shifted() - delta), -2, keepdims=True)
-        inverse_std = tf.math.rsqrt(m2 / count + epsilon)
+        inverse_std = tf.math.rsqrt(m2 / divisor + epsilon)
         y = (shifted() - delta) * (inverse_std * gamma) + beta
         if rectified:
             y = tf.nn.relu(y)
@@ -291,7 +307,7 @@ def _two_pass(
                 dy = tf.where(deviation * (inverse_std * gamma) + beta > 0, dy, 0)
             dbeta = tf.reduce_sum(dy, -2, keepdims=True)
             dgamma = tf.reduce_sum(dy * deviation, -2, keepdims=True) * inverse_std
-            dx = (dy - dbeta / count - deviation * (dgamma * inverse_std / count)) * (inverse_std * gamma)
+            dx = (dy - dbeta / divisor - deviation * (dgamma * inverse_std / divisor)) * (inverse_std * gamma)
             return tf.cast(dx, rows.dtype), *(tf.reduce_sum(d, range(channel_axis)) for d in (dgamma, dbeta))
 
         return (tf.cast(y, rows.dtype), tf.squeeze(shift + delta, -2), tf.squeeze(m2, -2)), gradient

@@ -175,7 +175,7 @@ def renorm_correction(
         epsilon: Added to the variance.
 
     Returns:
-        r and d, each of shape `(C,)`. Channels without statistics of their own are not corrected.
+        r and d, each of shape `(C,)`.
 
     Reference: Ioffe 2017 (arXiv 1702.03275), Algorithm 1.
     """

@@ -118,6 +118,17 @@ def test_training_true_written_by_the_author_is_overruled(tmp_path):
     np.testing.assert_allclose(answer["outputs"], batch / np.sqrt(1.001), rtol=1e-5)
 
 
+@pytest.mark.parametrize("norm", [keras.layers.BatchNormalization, keras_bn.BatchNormalization])
+def test_statistics_switched_to_the_batch_are_not_exported(tmp_path, norm):
+    model = off_unit_statistics(keras.Sequential([keras.Input((4,)), norm()]))
+    batch = np.random.default_rng(0).normal(5, 3, size=(16, 4)).astype("float32")
+    expected = model(batch)
+    with keras_bn.use_statistics(model, "batch"):
+        path = keras_bn.export(model, tmp_path).path
+        assert np.abs(model(batch) - expected).max() > 0.1
+    np.testing.assert_allclose(serve(path, inputs=batch)["outputs"], expected, rtol=1e-5)
+
+
 def test_after_export_the_model_trains_as_before(tmp_path):
     model = small_cnn()
     keras_bn.export(model, tmp_path)
@@ -142,7 +153,9 @@ def test_a_subclassed_model_exports_once_it_was_called(tmp_path):
     off_unit_statistics(model)
     batch = np.ones((4, 3), "float32")
     expected = model.norm(batch, training=False)
-    answer = serve(keras_bn.export(model, tmp_path).path, inputs=batch)
+    with pytest.raises(ValueError, match="`model` must be a functional or sequential Keras model"):
+        keras_bn.export(model, tmp_path)
+    answer = serve(keras_bn.export(model, tmp_path, fold=False).path, inputs=batch)
     np.testing.assert_allclose(answer["outputs"], expected, rtol=1e-6)
 
 
@@ -153,15 +166,19 @@ def test_any_batch_size_is_served_also_where_the_input_had_a_fixed_one(tmp_path)
 
 
 def test_half_precision_never_reaches_the_wire(tmp_path):
-    model = keras.Sequential([keras.Input((4,), dtype="float16"), keras.layers.Dense(2, dtype="mixed_float16")])
-    exported = keras_bn.export(model, tmp_path)
+    dense, norm = keras.layers.Dense(2, dtype="mixed_float16"), keras_bn.BatchNormalization(dtype="mixed_float16")
+    model = off_unit_statistics(keras.Sequential([keras.Input((4,), dtype="float16"), dense, norm]))
+    exported = keras_bn.export(model, tmp_path, fold=False)
     assert (exported.inputs["inputs"].dtype, exported.outputs["outputs"].dtype) == (tf.float32, tf.float32)
+    assert serve(exported.path, inputs=np.ones((2, 4), "float32"))["outputs"].dtype == np.float32
 
 
 def test_lookup_tables_travel_with_the_model(tmp_path):
     layer = keras.layers.StringLookup(vocabulary=["shirt", "shoe"])
     x = keras.Input((1,), dtype="string", name="article")
-    path = keras_bn.export(keras.Model(x, layer(x)), tmp_path).path
+    with pytest.raises(ValueError, match="`warmup` must be given for a model that takes strings"):
+        keras_bn.export(keras.Model(x, layer(x)), tmp_path, fold=False)
+    path = keras_bn.export(keras.Model(x, layer(x)), tmp_path, warmup=np.array([["hat"], ["shoe"]])).path
     assert serve(path, article=[["shoe"]])["outputs"].tolist() == [[2]]
 
 

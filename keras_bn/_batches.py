@@ -1,0 +1,123 @@
+"""Whatever a person calls data, as batches of a model's inputs that can be gone through again."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+Batch = tuple[Any, Any]
+
+
+class Batches:
+    """Goes through `data` as (inputs, sample_weight), as often as asked.
+
+    Args:
+        data: array, or list or dictionary of arrays, split into batches of `batch_size`; or batches: a
+            `tf.data.Dataset`, a `keras.utils.PyDataset`, any iterable, a generator. A batch is the inputs, or a tuple
+            `(inputs,)`, `(inputs, targets)` or `(inputs, targets, sample_weight)`. A generator can be gone through only
+            once, so its batches are kept in memory.
+        steps: number of batches to take, or None for all.
+        batch_size: for arrays.
+    """
+
+    def __init__(self, data: Any, steps: int | None = None, batch_size: int = 32):
+        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+            raise ValueError(f"`steps` must be a positive integer, or None for all batches. Received: steps={steps!r}.")
+        if isinstance(data, str | bytes) or not (
+            _is_arrays(data) or isinstance(data, Iterable | keras.utils.PyDataset)
+        ):
+            raise TypeError(
+                "`data` must be an array, a `tf.data.Dataset`, a `keras.utils.PyDataset` or an iterable of batches. "
+                f"Received: data={data!r} of type {type(data).__name__}."
+            )
+        self._data, self._steps, self._batch_size = data, steps, batch_size
+        self._kept: list[Batch] = []
+        once_only = not _is_arrays(data) and isinstance(data, Iterator)
+        self._source = _take(data, steps) if once_only else None
+        length = self._length()
+        if length is None and steps is None and _is_endless(data):
+            raise ValueError(
+                "`steps` must be given for data that never ends (a `repeat()`ed data set). Received: steps=None."
+            )
+        self.length = steps if length is None else length if steps is None else min(steps, length)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._source is None:
+            yield from map(_ready, _take(self._raw(), self._steps))
+            return
+        yield from self._kept
+        for batch in self._source:
+            self._kept.append(_ready(batch))
+            yield self._kept[-1]
+        self.length = len(self._kept)
+
+    def _raw(self) -> Iterator[Any]:
+        if _is_arrays(self._data):
+            x, _, weight = keras.utils.unpack_x_y_sample_weight(
+                self._data if isinstance(self._data, tuple) else (self._data,)
+            )
+            for start in range(0, _rows(x), self._batch_size):
+                part = slice(start, start + self._batch_size)
+                yield (
+                    keras.tree.map_structure(lambda a, p=part: a[p], x),
+                    None,
+                    None if weight is None else weight[part],
+                )
+        elif isinstance(self._data, keras.utils.PyDataset):
+            for i in range(self._length() or 0):
+                yield self._data[i]
+        else:
+            yield from self._data
+
+    def _length(self) -> int | None:
+        if _is_arrays(self._data):
+            x = self._data[0] if isinstance(self._data, tuple) else self._data
+            return -(-_rows(x) // self._batch_size)
+        if isinstance(self._data, tf.data.Dataset):
+            known = int(self._data.cardinality())
+            return known if known >= 0 else None
+        if isinstance(self._data, keras.utils.PyDataset):
+            return self._data.num_batches
+        return len(self._data) if hasattr(self._data, "__len__") else None
+
+
+def _ready(batch: Any) -> Batch:
+    x, _, weight = keras.utils.unpack_x_y_sample_weight(batch)
+    return keras.tree.map_structure(_as_tensor, x), weight
+
+
+def _take(batches: Iterable[Any], steps: int | None) -> Iterator[Any]:
+    for i, batch in enumerate(batches):
+        if i == steps:
+            return
+        yield batch
+        if i + 1 == steps:  # Before the iterable is asked for one more, which a generator would make in vain.
+            return
+
+
+def _is_arrays(data: Any) -> bool:
+    """An array, or a flat list, tuple or dictionary of arrays; not a list of batches that are tuples."""
+    leaves = list(data.values()) if isinstance(data, dict) else data if isinstance(data, list | tuple) else [data]
+    return bool(leaves) and all(isinstance(leaf, np.ndarray) or tf.is_tensor(leaf) or leaf is None for leaf in leaves)
+
+
+def _is_endless(data: Any) -> bool:
+    if isinstance(data, tf.data.Dataset):
+        return bool(data.cardinality() == tf.data.INFINITE_CARDINALITY)
+    return isinstance(data, keras.utils.PyDataset) and data.num_batches is None
+
+
+def _rows(x: Any) -> int:
+    rows = {int(leaf.shape[0]) for leaf in keras.tree.flatten(x)}
+    if len(rows) != 1:
+        raise ValueError(
+            "`data` must hold arrays of one length; for a list of batches make each a tuple, `(inputs,)`. "
+            f"Received: lengths {sorted(rows)}."
+        )
+    return rows.pop()
+
+
+def _as_tensor(x: Any) -> Any:
+    return x if tf.is_tensor(x) else tf.convert_to_tensor(np.asarray(x))

@@ -1,0 +1,192 @@
+"""From nothing to an answer: train, export, serve, and ask over REST: `python -m models.demo`."""
+
+import argparse
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+from tqdm import tqdm
+
+from models import data, pictures
+from models.console import start_tensorflow
+from models.settings import Settings
+from serving.client import Client
+from serving.errors import ServingError
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL_NAME = "fashion_cnn"
+LARGEST_DIFFERENCE = 1e-5
+IMAGES_IN_A_REQUEST = 200
+
+
+class DemoError(Exception):
+    """The demo did not show what it is to show; the message says what, in one line."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command. Exits with 0 only if accuracy and agreement are as good as promised, else with 1; 130 on Ctrl-C."""
+    parser = argparse.ArgumentParser(
+        prog="python -m models.demo",
+        description="Trains fashion_cnn, exports it, serves it, classifies all test images over REST, and compares the "
+        "answers with the labels and with the model's own. Ends with an error where they are not good enough.",
+    )
+    add = parser.add_argument
+    add("--data", metavar="PATH", help="folder of IDX files or .npz; by default Fashion-MNIST is fetched")
+    add("--output", metavar="FOLDER", type=Path, default=Path(".demo"), help="for all that is made (default: .demo)")
+    add("--width", type=int, default=24, help="channels of the network's first layer (default: 24)")
+    add("--epochs", type=int, default=4, help="passes over the training images (default: 4)")
+    add("--least_accuracy", type=float, default=0.91, help="of the answers to the test images (default: 0.91)")
+    flags = parser.parse_args(arguments)
+    # What stops the demo from outside must stop its server too.
+    signal.signal(signal.SIGTERM, _exit_on_signal)
+    try:
+        settings = Settings(network=MODEL_NAME, width=flags.width, epochs=flags.epochs)
+        _demo(settings, data.fetch_and_load(flags.data), flags.output, flags.least_accuracy)
+    except (DemoError, ServingError, OSError, ValueError) as error:
+        parser.exit(1, f"{parser.prog}: error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "\nInterrupted; no server is left running.\n")
+
+
+def _demo(settings: Settings, images: data.ImageData, folder: Path, least_accuracy: float) -> None:
+    start_tensorflow()
+    from keras_bn import export
+    from models.training import train
+
+    _headline(1, f"Train {settings.network} with keras_bn.BatchNormalization")
+    model = train(settings, images, folder / "training", restart=True)
+    _headline(2, "Export")
+    exported = export(model, folder / "served" / MODEL_NAME)
+    signature = " -> ".join(", ".join(names) for names in (exported.inputs, exported.outputs))
+    print(f"{exported.path}  ({signature})")
+    _headline(3, "Serve")
+    with serving(MODEL_NAME, exported.path.parent, folder / "server.log") as url:
+        print(f"{url}/v1/models/{MODEL_NAME}")
+        _headline(4, f"Classify {len(images.x_test):,} test images over REST")
+        answers = classify(url, images.x_test)
+
+    expected = model.predict(images.x_test, batch_size=IMAGES_IN_A_REQUEST, verbose=0)
+    accuracy = float(np.mean(answers.argmax(axis=1) == images.y_test))
+    difference = float(np.abs(answers - expected).max())
+    picture, question = folder / "answers.png", folder / "question.json"
+    pictures.save_answers(picture, images.x_test[:16], images.y_test[:16], answers[:16], data.CLASS_NAMES)
+    question.write_text(json.dumps({"instances": images.x_test[:1].tolist()}))
+
+    print(f"\nAccuracy of the answers              {accuracy:.4f} (at least {least_accuracy:g})")
+    print(f"Largest difference to model.predict  {difference:.1e} (at most {LARGEST_DIFFERENCE:g})")
+    print(f"Sixteen of them as a picture         {picture}")
+    print("\nThe server is stopped. To ask the same question, start it again and post the first test image:\n")
+    for line in _commands(exported.path.parent, question):
+        print(f"  {line}")
+    check(accuracy, difference, least_accuracy)
+
+
+def check(accuracy: float, difference: float, least_accuracy: float) -> None:
+    """Whether the answers are good enough.
+
+    Args:
+        accuracy: The share of right answers.
+        difference: The largest difference to the model's own probabilities.
+        least_accuracy: What `accuracy` must reach.
+
+    Raises:
+        DemoError: They are not; also where a number is NaN.
+    """
+    if not accuracy >= least_accuracy:
+        raise DemoError(f"the accuracy of the answers is {accuracy:.4f}, less than {least_accuracy:g}")
+    if not difference <= LARGEST_DIFFERENCE:
+        raise DemoError(f"an answer differs from model.predict by {difference:.1e}, more than {LARGEST_DIFFERENCE:g}")
+
+
+@contextmanager
+def serving(model_name: str, model_base_path: Path, log: Path) -> Iterator[str]:
+    """Run the embedded server on a free port, and stop it whatever happens.
+
+    Args:
+        model_name: The name that it answers to.
+        model_base_path: Folder of numbered versions.
+        log: File for what the server prints.
+
+    Yields:
+        Its address, `http://host:port`, when the model is available.
+
+    Raises:
+        DemoError: The server ended before it was ready.
+    """
+    command = [sys.executable, "-m", "serving", "--rest_api_port=0", f"--model_name={model_name}"]
+    command.append(f"--model_base_path={model_base_path.resolve()}")
+    with log.open("w") as output:
+        server = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        url = _address(server, log)
+        with Client(url) as client:
+            client.wait_until_ready(model_name)
+        yield url
+    finally:
+        server.terminate()
+        try:
+            server.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+def classify(url: str, images: np.ndarray) -> np.ndarray:
+    """Ask the server for the class probabilities of all images, a batch at a time, under a progress bar.
+
+    Args:
+        url: Address of the server.
+        images: float32 of shape `(n, 28, 28, 1)`, intensities in `[0, 1]`.
+
+    Returns:
+        Probabilities of shape `(n, classes)`.
+    """
+    answers = []
+    with Client(url) as client, tqdm(total=len(images), unit=" images", disable=None) as bar:
+        for first in range(0, len(images), IMAGES_IN_A_REQUEST):
+            batch = images[first : first + IMAGES_IN_A_REQUEST]
+            answers.append(client.predict(MODEL_NAME, batch))
+            bar.update(len(batch))
+    return np.concatenate(answers)
+
+
+def _commands(model_base_path: Path, question: Path) -> list[str]:
+    """The lines of a shell that start the server and ask it."""
+    python = Path(sys.executable)
+    if python.is_relative_to(Path.cwd()):
+        python = python.relative_to(Path.cwd())
+    server = [str(python), "-m", "serving", "--rest_api_port=8501", f"--model_name={MODEL_NAME}"]
+    url = f"http://127.0.0.1:8501/v1/models/{MODEL_NAME}:predict"
+    ask = ["curl", "--silent", "--retry", "30", "--retry-connrefused", "--data", f"@{question}", url]
+    return [shlex.join([*server, f"--model_base_path={model_base_path}"]) + " &", shlex.join(ask)]
+
+
+def _address(server: subprocess.Popen, log: Path) -> str:
+    while server.poll() is None:
+        found = re.search(r"^REST at (http://\S+)$", log.read_text(), re.MULTILINE)
+        if found:
+            return found[1]
+        time.sleep(0.1)
+    lines = log.read_text().splitlines()
+    raise DemoError(f"the server ended with code {server.returncode}: {lines[-1] if lines else 'it printed nothing'}")
+
+
+def _headline(number: int, text: str) -> None:
+    print(f"\n{number}/4  {text}", flush=True)
+
+
+def _exit_on_signal(number: int, frame: object) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""The settings of a training run, each with its help text."""
+
+import dataclasses
+
+NETWORK_NAMES = ("fashion_cnn", "resnet", "sigmoid_mlp")
+
+
+def _setting(default, help_text: str, **options):
+    return dataclasses.field(default=default, metadata={"help": help_text, **options})
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a training run is made from: the flags of `python -m models.train`, which explains each.
+
+    Raises:
+        ValueError: A setting is out of its range.
+    """
+
+    network: str = _setting("fashion_cnn", "which network of models.networks", choices=NETWORK_NAMES)
+    width: int | None = _setting(None, "channels of its first layer; by default the network's own", type=int)
+    epochs: int = _setting(5, "passes over the training images", type=int)
+    batch_size: int = _setting(128, "images in a batch", type=int)
+    learning_rate: float = _setting(
+        3e-3, "the highest: a tenth of the steps rises to it, a cosine falls to 0", type=float
+    )
+    weight_decay: float = _setting(0.01, "of AdamW", type=float)
+    label_smoothing: float = _setting(0.0, "share of each label that is spread over all classes, in [0, 1)", type=float)
+    augment: bool = _setting(False, "flip and shift the training images at random", action="store_true")
+    erase: int = _setting(0, "with --augment: side in pixels of a square that is erased at random", type=int)
+    validation_images: int = _setting(0, "hold out so many training images and report on them each epoch", type=int)
+    training_images: int | None = _setting(None, "use only so many training images, for a quick trial", type=int)
+    seed: int = _setting(0, "of the weights, the order and the augmentation", type=int)
+
+    def __post_init__(self):
+        bounds = {
+            "width": (1, None),
+            "epochs": (1, None),
+            "batch_size": (1, None),
+            "learning_rate": (0, None),
+            "weight_decay": (0, None),
+            "label_smoothing": (0, 1),
+            "erase": (0, None),
+            "validation_images": (0, None),
+            "training_images": (1, None),
+            "seed": (0, 2**31),
+        }
+        for name, (low, high) in bounds.items():
+            value = getattr(self, name)
+            if value is not None and (value < low or (high is not None and value >= high)):
+                allowed = f"at least {low}" if high is None else f"in [{low}, {high})"
+                raise ValueError(f"`{name}` must be {allowed}. Received: {name}={value}")
+        if self.network not in NETWORK_NAMES:
+            raise ValueError(f"`network` must be one of {', '.join(NETWORK_NAMES)}. Received: network={self.network}")
+        if self.erase and not self.augment:
+            raise ValueError(f"`erase` needs `augment`. Received: erase={self.erase}, augment={self.augment}")

@@ -1,0 +1,82 @@
+"""A program for test_synchronized.py: trains on two logical CPU devices and writes what came out.
+
+A process of its own, since TensorFlow splits a CPU only before it is first used.
+"""
+
+import sys
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import keras_bn
+
+
+def _strategy():
+    (cpu,) = tf.config.list_physical_devices("CPU")
+    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+
+
+def _step(strategy, layer, parts, masks, jit_compile):
+    """One training step with `parts[i]` on replica i: outputs, gradients of sum(y**3) and moving statistics."""
+
+    def local(x, mask):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = layer(x, training=True, mask=mask)
+            loss = tf.reduce_sum(y**3)
+        return y, tape.gradient(loss, x)
+
+    @tf.function(jit_compile=jit_compile, autograph=False)
+    def step():
+        def on_replica(context):
+            return context.replica_id_in_sync_group
+
+        values = strategy.experimental_distribute_values_from_function(lambda context: parts[on_replica(context)])
+        weights = None
+        if masks is not None:
+            weights = strategy.experimental_distribute_values_from_function(lambda context: masks[on_replica(context)])
+        return strategy.run(local, (values, weights))
+
+    y, gradient = step()
+    return [strategy.experimental_local_results(value) for value in (y, gradient)]
+
+
+def main(path):
+    strategy = _strategy()
+    rng = np.random.default_rng(0)
+    results = {}
+    offsets = {"near": 0.0, "far": 1e6}
+    for name, sizes in {"equal": (6, 6), "uneven": (9, 3), "empty": (12, 0)}.items():
+        for where, offset in offsets.items():
+            x = (rng.normal(1, 2, (12, 5, 4)) + offset).astype("float32")
+            parts = [tf.constant(x[: sizes[0]]), tf.constant(x[sizes[0] :])]
+            mask = (rng.uniform(size=(12, 5)) < 0.7).astype("float32")
+            for masked in (False, True):
+                with strategy.scope():
+                    layer = keras_bn.BatchNormalization(momentum=0.0, synchronized=True)
+                    layer.build((None, 5, 4))
+                masks = [tf.constant(mask[: sizes[0]]), tf.constant(mask[sizes[0] :])] if masked else None
+                y, gradient = _step(strategy, layer, parts, masks, False)
+                key = f"{name}-{where}-{'masked' if masked else 'plain'}"
+                results |= {
+                    f"{key}/x": x,
+                    f"{key}/mask": mask if masked else np.ones_like(mask),
+                    f"{key}/y": np.concatenate(y),
+                    f"{key}/dx": np.concatenate(gradient),
+                    f"{key}/mean": layer.moving_mean.numpy(),
+                    f"{key}/variance": layer.moving_variance.numpy(),
+                }
+    with strategy.scope():
+        model = keras.Sequential([keras.Input((4,)), keras_bn.BatchNormalization(momentum=0.0, synchronized=True)])
+        model.compile("sgd", "mse")
+    x = rng.normal(3, 2, (32, 4)).astype("float32")
+    model.fit(x, x, batch_size=32, verbose=0)
+    results |= {"fit/x": x, "fit/mean": model.layers[0].moving_mean.numpy()}
+    results["fit/variance"] = model.layers[0].moving_variance.numpy()
+    np.savez(path, **results)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

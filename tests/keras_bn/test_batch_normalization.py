@@ -1,0 +1,466 @@
+"""What each argument of the layer does, compared with the oracle."""
+
+import warnings
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import keras_bn
+from tests.reference import Reference
+
+MODES = ("eager", "graph", "jit_compile")
+
+
+def _x(shape=(16, 4), seed=0, mean=1.0, deviation=2.0):
+    return np.random.default_rng(seed).normal(mean, deviation, shape).astype("float32")
+
+
+def _call(layer, mode, signature=None, **arguments):
+    """The layer in training, run in `mode`."""
+
+    def step(x):
+        return layer(x, training=True, **arguments)
+
+    if mode == "eager":
+        return step
+    return tf.function(step, jit_compile=mode == "jit_compile", autograph=False, input_signature=signature)
+
+
+def _close(got, want, tolerance=1e-5):
+    np.testing.assert_allclose(np.asarray(got), np.asarray(want), rtol=tolerance, atol=tolerance)
+
+
+def _state(layer):
+    return {weight.name: weight.numpy() for weight in layer.non_trainable_variables}
+
+
+# Modes
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("mode", ["graph", "jit_compile"])
+def test_training_may_be_a_tensor(mode, training):
+    layer, x = keras_bn.BatchNormalization(momentum=0.5), _x()
+    layer.build(x.shape)
+    call = tf.function(lambda x, flag: layer(x, training=flag), jit_compile=mode == "jit_compile", autograph=False)
+    y = call(x, tf.constant(training))
+    oracle = Reference(x, -1)
+    _close(y, oracle.y if training else oracle.inference(np.zeros(4), np.ones(4)))
+    _close(layer.moving_mean, 0.5 * oracle.batch_mean if training else np.zeros(4))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_layer_that_is_not_trainable_normalizes_with_the_moving_statistics(mode):
+    layer, x = keras_bn.BatchNormalization(), _x()
+    layer.build(x.shape)
+    layer.trainable = False
+    _close(_call(layer, mode)(x), Reference(x, -1).inference(np.zeros(4), np.ones(4)))
+    _close(layer.moving_mean, np.zeros(4))
+
+
+# Averages
+
+
+def test_momentum_none_averages_all_batches_alike():
+    layer = keras_bn.BatchNormalization(momentum=None)
+    batches = [_x(seed=seed) for seed in range(5)]
+    for batch in batches:
+        layer(batch, training=True)
+    _close(layer.moving_mean, np.mean([Reference(x, -1).batch_mean for x in batches], 0))
+    _close(layer.moving_variance, np.mean([Reference(x, -1).biased_variance for x in batches], 0))
+    assert [weight.name for weight in layer.non_trainable_weights] == ["moving_mean", "moving_variance", "update_count"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_momentum_may_follow_a_schedule_over_the_updates(mode):
+    schedule = keras.optimizers.schedules.PiecewiseConstantDecay([1, 3], [0.5, 0.8, 0.9])
+    layer = keras_bn.BatchNormalization(momentum=schedule)
+    layer.build((16, 4))
+    call, mean = _call(layer, mode), np.zeros(4)
+    for step in range(6):
+        x = _x(seed=step)
+        call(x)
+        momentum = (0.5, 0.5, 0.8, 0.8, 0.9, 0.9)[step]
+        mean = momentum * mean + (1 - momentum) * Reference(x, -1).batch_mean
+    _close(layer.moving_mean, mean)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_zero_debias_leaves_the_initial_values_out_of_the_average(mode):
+    momentum, steps = 0.9, 7
+    layer = keras_bn.BatchNormalization(
+        momentum=momentum, zero_debias=True, moving_mean_initializer="ones", moving_variance_initializer="zeros"
+    )
+    layer.build((16, 4))
+    call = _call(layer, mode)
+    oracles = [Reference(_x(seed=seed), -1) for seed in range(steps)]
+    for oracle in oracles:
+        call(oracle.x.astype("float32"))
+    weights = np.array([(1 - momentum) * momentum ** (steps - 1 - step) for step in range(steps)])
+    weights /= 1 - momentum**steps
+    _close(layer.moving_mean, np.tensordot(weights, [oracle.batch_mean for oracle in oracles], 1))
+    _close(layer.moving_variance, np.tensordot(weights, [oracle.biased_variance for oracle in oracles], 1))
+
+
+@pytest.mark.parametrize("kernel", ["auto", "stable"])
+def test_unbiased_variance_averages_the_variance_with_one_value_less(kernel):
+    layer, x = keras_bn.BatchNormalization(momentum=0.0, unbiased_variance=True, kernel=kernel), _x((5, 3))
+    _close(layer(x, training=True), Reference(x, -1).y)
+    _close(layer.moving_variance, Reference(x, -1).unbiased_variance)
+
+
+def test_batches_of_two_give_half_the_variance_unless_it_is_unbiased():
+    # Keras pull request 9028: a population of variance 1 in batches of two ends at 0.4708 biased, 0.9978 unbiased.
+    rng = np.random.default_rng(9028)
+    biased = keras_bn.BatchNormalization(momentum=0.99)
+    unbiased = keras_bn.BatchNormalization(momentum=0.99, unbiased_variance=True)
+    biased.build((2, 256))
+    unbiased.build((2, 256))
+    both = tf.function(lambda x: (biased(x, training=True), unbiased(x, training=True)), autograph=False)
+    for _ in range(1000):
+        both(rng.normal(size=(2, 256)).astype("float32"))
+    assert np.mean(biased.moving_variance) == pytest.approx(0.5, abs=0.03)
+    assert np.mean(unbiased.moving_variance) == pytest.approx(1.0, abs=0.06)
+
+
+@pytest.mark.parametrize(("initial", "plain"), [(1.0, 2.94), (9.0, 5.79)])
+def test_a_hundred_steps_reach_the_population_variance_only_without_the_initial_bias(initial, plain):
+    # Keras pull request 9003: variance 4, momentum 0.99, 100 steps. From 1 it got 2.94 without and 3.89 with the
+    # correction, from 9 it got 5.79 and 4.08, of one random column each; their expectations are 2.90, 5.83 and 4.
+    rng = np.random.default_rng(9003)
+    options = {"momentum": 0.99, "moving_variance_initializer": keras.initializers.Constant(initial)}
+    biased = keras_bn.BatchNormalization(**options)
+    debiased = keras_bn.BatchNormalization(zero_debias=True, **options)
+    for _ in range(100):
+        x = rng.normal(0, 2, (1000, 16)).astype("float32")
+        biased(x, training=True)
+        debiased(x, training=True)
+    assert np.mean(biased.moving_variance) == pytest.approx(4 + (initial - 4) * 0.99**100, abs=0.02)
+    assert np.mean(biased.moving_variance) == pytest.approx(plain, abs=0.06)
+    assert np.mean(debiased.moving_variance) == pytest.approx(4.0, abs=0.02)
+
+
+# Groups
+
+
+@pytest.mark.parametrize("batch", [12, 10, 3, 4, 1])
+@pytest.mark.parametrize("axis", [-1, 1])
+@pytest.mark.parametrize("mode", MODES)
+def test_groups_are_normalized_by_themselves_and_averaged_by_size(mode, axis, batch):
+    x = _x((batch, 3, 5))
+    layer = keras_bn.BatchNormalization(axis=axis, momentum=0.0, virtual_batch_size=4)
+    layer.build((None, 3, 5))
+    y = _call(layer, mode, signature=[tf.TensorSpec([None, 3, 5])])(x)
+    groups = [Reference(x[start : start + 4], axis) for start in range(0, batch, 4)]
+    _close(y, np.concatenate([group.y for group in groups]))
+    sizes = [len(group.x) for group in groups]
+    _close(layer.moving_mean, np.average([group.batch_mean for group in groups], 0, sizes))
+    _close(layer.moving_variance, np.average([group.biased_variance for group in groups], 0, sizes))
+
+
+@pytest.mark.parametrize("batch", [8, 10, 3, 0])
+@pytest.mark.parametrize("options", [{"virtual_batch_size": 4}, {}], ids=["groups", "whole batch"])
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_of_groups_and_of_empty_batches_equal_the_oracle(mode, options, batch):
+    x, dy = _x((batch, 3, 2)), _x((batch, 3, 2), seed=1)
+    layer = keras_bn.BatchNormalization(**options)
+    layer.build((None, 3, 2))
+
+    def step(x, dy):
+        variables = [layer.gamma.value, layer.beta.value]
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            loss = tf.reduce_sum(layer(x, training=True) * dy)
+        return tape.gradient(loss, [x, *variables])
+
+    if mode != "eager":
+        signature = [tf.TensorSpec([None, 3, 2])] * 2
+        step = tf.function(step, jit_compile=mode == "jit_compile", autograph=False, input_signature=signature)
+    dx, dgamma, dbeta = step(tf.constant(x), tf.constant(dy))
+    size = options.get("virtual_batch_size", max(batch, 1))
+    wanted = [Reference(x[i : i + size], -1).gradients(dy[i : i + size]) for i in range(0, batch, size)]
+    _close(dx, np.concatenate([np.zeros((0, 3, 2)), *(group[0] for group in wanted)]), 3e-5)
+    _close(dgamma, np.sum([np.zeros(2), *(group[1] for group in wanted)], 0), 3e-5)
+    _close(dbeta, np.sum([np.zeros(2), *(group[2] for group in wanted)], 0), 3e-5)
+
+
+def test_groups_do_not_change_inference():
+    x = _x((7, 4))
+    plain, grouped = keras_bn.BatchNormalization(), keras_bn.BatchNormalization(virtual_batch_size=3)
+    np.testing.assert_array_equal(plain(x), grouped(x))
+
+
+def test_groups_respect_weights():
+    x, weights = _x((6, 3)), np.array([1, 0, 2, 1, 1, 0.5], "float32")
+    layer = keras_bn.BatchNormalization(virtual_batch_size=3, momentum=0.0)
+    y = layer(x, training=True, mask=weights)
+    groups = [Reference(x[i : i + 3], -1, weights=weights[i : i + 3, None]) for i in (0, 3)]
+    _close(y, np.concatenate([group.y for group in groups]))
+    _close(layer.moving_mean, np.average([group.batch_mean for group in groups], 0, [3, 2.5]))
+
+
+# Renorm
+
+
+def _renorm(x, state, limits, epsilon=1e-3):
+    oracle = Reference(x, -1)
+    stddev = np.sqrt(oracle.biased_variance + epsilon)
+    scale = np.maximum(state["renorm_stddev"], epsilon**0.5)
+    r = np.clip(stddev / scale, limits.get("rmin", 0), limits.get("rmax", np.inf))
+    d = np.clip(
+        (oracle.batch_mean - state["renorm_mean"]) / scale, -limits.get("dmax", np.inf), limits.get("dmax", np.inf)
+    )
+    return oracle, stddev, oracle.normalized * r + d
+
+
+@pytest.mark.parametrize("limits", [{}, {"rmax": 1.5, "rmin": 0.8, "dmax": 0.3}], ids=["free", "clipped"])
+@pytest.mark.parametrize("mode", MODES)
+def test_renorm_corrects_towards_its_own_moving_statistics(mode, limits):
+    layer = keras_bn.BatchNormalization(momentum=0.9, renorm=True, renorm_clipping=limits, renorm_momentum=0.7)
+    layer.build((16, 4))
+    layer.gamma.assign([1, 2, 3, 4.0])
+    layer.beta.assign([0, 1, 0, -1.0])
+    call = _call(layer, mode)
+    for seed in range(4):
+        before, x = _state(layer), _x(seed=seed)
+        oracle, stddev, corrected = _renorm(x, before, limits)
+        _close(call(x), corrected * layer.gamma.numpy() + layer.beta.numpy(), 3e-5)
+        after = _state(layer)
+        _close(after["renorm_mean"], 0.7 * before["renorm_mean"] + 0.3 * oracle.batch_mean)
+        _close(after["renorm_stddev"], 0.7 * before["renorm_stddev"] + 0.3 * stddev)
+        _close(after["moving_stddev"], 0.9 * before["moving_stddev"] + 0.1 * stddev)
+        _close(after["moving_variance"], np.maximum(after["moving_stddev"] ** 2 - 1e-3, 0), 1e-5)
+
+
+def test_renorm_warmup_is_plain_batch_norm_for_5000_updates_and_then_loosens():
+    limits = keras_bn.statistics.renorm_warmup()
+    at = {
+        step: {name: float(limit(step)) for name, limit in limits.items()}
+        for step in (0, 5000, 15000, 25000, 40000, 99999)
+    }
+    assert at[0] == at[5000] == {"rmax": 1.0, "rmin": 1.0, "dmax": 0.0}
+    assert at[15000]["dmax"] == pytest.approx(2.5)
+    assert at[25000]["dmax"] == 5.0
+    assert at[40000] == at[99999] == pytest.approx({"rmax": 3.0, "rmin": 1 / 3, "dmax": 5.0})
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_renorm_limits_follow_their_schedules_over_the_updates(mode):
+    layer = keras_bn.BatchNormalization(renorm=True, renorm_clipping="warmup")
+    layer.build((16, 4))
+    call, x = _call(layer, mode), _x(deviation=9.0)
+    _close(call(x), Reference(x, -1).y, 3e-5)
+    assert np.all(layer.update_count.numpy() == 1)
+    layer.update_count.assign(np.full(4, 1e6))
+    before = _state(layer)
+    _close(call(x), _renorm(x, before, {"rmax": 3.0, "rmin": 1 / 3, "dmax": 5.0})[2], 3e-5)
+
+
+# Masks
+
+
+_MASKS = {
+    "examples": ((6, 5, 3), -1, (6, 1)),
+    "examples and steps": ((6, 5, 3), -1, (6, 5)),
+    "steps": ((6, 5, 3), -1, (5,)),
+    "with the channel axis": ((6, 5, 3), -1, (6, 5, 3)),
+    "with one channel": ((6, 5, 3), -1, (6, 5, 1)),
+    "channels first": ((6, 3, 5, 4), 1, (6, 5, 4)),
+    "channels first, with the channel axis": ((6, 3, 5, 4), 1, (6, 1, 5, 4)),
+    "two channel axes": ((6, 3, 5, 4), [1, 3], (6, 5)),
+    "vector": ((6, 3), -1, (6,)),
+}
+
+
+@pytest.mark.parametrize("kind", ["boolean", "weights"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", _MASKS)
+def test_masks_of_every_shape_say_what_counts(case, mode, kind):
+    shape, axis, mask_shape = _MASKS[case]
+    x, rng = _x(shape), np.random.default_rng(1)
+    mask = rng.uniform(size=mask_shape) < 0.7 if kind == "boolean" else rng.uniform(0, 3, mask_shape).astype("float32")
+    mask.flat[0] = True
+    axes = [axis] if isinstance(axis, int) else axis
+    weights = np.asarray(mask, "float64")
+    if mask.ndim < x.ndim:
+        weights = weights.reshape((1,) * (x.ndim - len(axes) - mask.ndim) + mask_shape)
+        for one in sorted(one % x.ndim for one in axes):
+            weights = np.expand_dims(weights, one)
+    layer = keras_bn.BatchNormalization(axis=axis, momentum=0.0)
+    layer.build(shape)
+    y = _call(layer, mode, mask=mask)(x)
+    oracle = Reference(x, axis, weights=weights)
+    _close(y, oracle.y, 3e-5)
+    counted = oracle.channels(oracle.count) > 1
+    _close(layer.moving_mean.numpy()[counted], oracle.batch_mean[counted])
+    _close(layer.moving_variance.numpy()[counted], oracle.biased_variance[counted], 3e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_under_a_mask_equal_the_oracle(mode):
+    x, dy = tf.constant(_x((8, 5, 3))), tf.constant(_x((8, 5, 3), seed=1))
+    mask = np.random.default_rng(1).uniform(size=(8, 5)) < 0.6
+    layer = keras_bn.BatchNormalization()
+    layer.build(x.shape)
+
+    def gradient(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            loss = tf.reduce_sum(layer(x, training=True, mask=mask) * dy)
+        return tape.gradient(loss, x)
+
+    call = gradient if mode == "eager" else tf.function(gradient, jit_compile=mode == "jit_compile")
+    _close(call(x), Reference(x, -1, weights=mask[..., None].astype(float)).gradients(dy)[0], 3e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_a_mask_hides_has_no_influence_even_if_it_is_not_a_number(mode):
+    x, mask = _x((6, 3)), np.array([1, 1, 0, 1, 1, 1], bool)
+    x[2] = np.nan
+    layer = keras_bn.BatchNormalization(momentum=0.0)
+    layer.build(x.shape)
+    y = _call(layer, mode, mask=mask)(x)
+    _close(np.asarray(y)[mask], Reference(x[mask], -1).y)
+    _close(layer.moving_mean, Reference(x[mask], -1).batch_mean)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_fully_masked_batch_outputs_what_keras_does_and_moves_nothing(mode):
+    x, mask = np.zeros((4, 5), "float32"), np.zeros(4, bool)
+    layer = keras_bn.BatchNormalization(center=False, scale=False, moving_mean_initializer="ones")
+    layer.build(x.shape)
+    np.testing.assert_array_equal(_call(layer, mode, mask=mask)(x), np.zeros((4, 5)))
+    np.testing.assert_array_equal(layer.moving_mean, np.ones(5))
+    np.testing.assert_array_equal(layer.moving_variance, np.ones(5))
+
+
+# Several channel axes
+
+
+@pytest.mark.parametrize(("axis", "channels"), [([1, 3], (3, 2)), ([2, 3], (5, 2)), ([1, 2], (3, 5)), ([0, 3], (6, 2))])
+@pytest.mark.parametrize("mode", MODES)
+def test_list_of_axes_keeps_statistics_for_each_combination(mode, axis, channels):
+    x = _x((6, 3, 5, 2))
+    layer = keras_bn.BatchNormalization(axis=axis, momentum=0.0)
+    layer.build(x.shape)
+    y = _call(layer, mode)(x)
+    oracle = Reference(x, axis)
+    assert layer.gamma.shape == channels
+    _close(y, oracle.y)
+    _close(layer.moving_mean, oracle.batch_mean)
+    _close(layer.moving_variance, oracle.biased_variance)
+    _close(layer(x), oracle.inference(oracle.batch_mean, oracle.biased_variance), 3e-5)
+
+
+# What must not poison anything
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("options", [{}, {"kernel": "stable"}, {"virtual_batch_size": 16}, {"renorm": True}], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_non_finite_value_stops_the_update_of_its_channel_and_of_no_other(mode, options, poison):
+    x = _x()
+    clean = x.copy()
+    x[3, 2] = poison
+    layer = keras_bn.BatchNormalization(momentum=0.5, **options)
+    layer.build(x.shape)
+    before = _state(layer)
+    y = np.asarray(_call(layer, mode)(x))
+    after = _state(layer)
+    for name, value in after.items():
+        assert value[2] == before[name][2], name
+    _close(after["moving_mean"][[0, 1, 3]], 0.5 * Reference(clean, -1).batch_mean[[0, 1, 3]])
+    assert np.all(np.isfinite(np.delete(y, 2, axis=1)))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_empty_batch_gives_an_empty_output_and_moves_nothing(mode):
+    layer = keras_bn.BatchNormalization(momentum=0.5)
+    layer.build((None, 3, 4))
+    y = _call(layer, mode, signature=[tf.TensorSpec([None, 3, 4])])(np.zeros((0, 3, 4), "float32"))
+    assert y.shape == (0, 3, 4)
+    np.testing.assert_array_equal(layer.moving_mean, np.zeros(4))
+    np.testing.assert_array_equal(layer.moving_variance, np.ones(4))
+
+
+@pytest.mark.parametrize("options", [{}, {"unbiased_variance": True}, {"momentum": None}, {"renorm": True}], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_one_value_per_channel_gives_beta_and_moves_nothing(mode, options):
+    layer = keras_bn.BatchNormalization(beta_initializer="ones", **options)
+    layer.build((None, 4))
+    before = _state(layer)
+    y = _call(layer, mode, signature=[tf.TensorSpec([None, 4])])(_x((1, 4)))
+    if "renorm" not in options:
+        np.testing.assert_array_equal(y, np.ones((1, 4)))
+    for name, value in _state(layer).items():
+        np.testing.assert_array_equal(value, before[name], err_msg=name)
+
+
+def test_one_value_per_channel_is_warned_of_once():
+    layer = keras_bn.BatchNormalization(name="lonely")
+    with pytest.warns(UserWarning, match=r"one value per channel.*drop_remainder=True.*Layer: 'lonely'"):
+        layer(_x((1, 4)), training=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer(_x((1, 4)), training=True)
+
+
+def test_last_batch_of_one_does_not_end_a_training_and_is_said_once(capfd):
+    model = keras.Sequential([keras.Input((4,)), keras_bn.BatchNormalization(), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    model.fit(_x((9, 4)), _x((9, 1)), batch_size=4, epochs=3, verbose=0)
+    assert np.all(np.isfinite(model.predict(_x((9, 4)), verbose=0)))
+    assert capfd.readouterr().err.count("one value per channel") == 1
+
+
+# Activation, configuration, precision
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh", keras.activations.softplus])
+@pytest.mark.parametrize("mode", MODES)
+def test_activation_is_applied_last_in_training_and_inference(mode, activation):
+    layer, x = keras_bn.BatchNormalization(activation=activation), _x()
+    layer.build(x.shape)
+    function, oracle = keras.activations.get(activation), Reference(x, -1)
+    _close(_call(layer, mode)(x), function(oracle.y.astype("float32")))
+    layer.set_weights([np.ones(4), np.zeros(4), np.zeros(4), np.ones(4)])
+    _close(layer(x), function(oracle.inference(np.zeros(4), np.ones(4)).astype("float32")))
+
+
+_CONFIGURATIONS = [
+    {"axis": [1, 2]},
+    {"momentum": None},
+    {"momentum": keras.optimizers.schedules.ExponentialDecay(0.9, 10, 0.5)},
+    {"virtual_batch_size": 8, "unbiased_variance": True},
+    {"zero_debias": True, "activation": "relu", "kernel": "stable"},
+    {"renorm": True, "renorm_clipping": "warmup"},
+    {
+        "renorm": True,
+        "renorm_clipping": {"rmax": keras.optimizers.schedules.ExponentialDecay(1.0, 10, 2.0), "dmax": 3.0},
+    },
+]
+
+
+@pytest.mark.parametrize("options", _CONFIGURATIONS, ids=lambda options: "+".join(options))
+def test_every_option_survives_configuration_and_file(options, tmp_path):
+    layer = keras_bn.BatchNormalization(**options)
+    model = keras.Sequential([keras.Input((3, 4)), layer])
+    x = _x((16, 3, 4))
+    for _ in range(3):
+        layer(x, training=True)
+    model.save(tmp_path / "model.keras")
+    reloaded = keras.models.load_model(tmp_path / "model.keras").layers[0]
+    assert reloaded.get_config() == layer.get_config()
+    assert dir(reloaded) == dir(layer)
+    _close(reloaded(x, training=True), layer(x, training=True))
+    for mine, theirs in zip(reloaded.weights, layer.weights, strict=True):
+        _close(mine, theirs)
+
+
+def test_pure_half_precision_layer_keeps_its_policy():
+    layer = keras_bn.BatchNormalization(dtype="bfloat16")
+    y = layer(tf.cast(_x(), "bfloat16"), training=True)
+    assert y.dtype == tf.bfloat16
+    assert layer.moving_mean.dtype == "bfloat16"

@@ -1,0 +1,156 @@
+"""The keras-bn command, as a person types it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from click.testing import CliRunner
+
+import keras_bn
+from keras_bn.cli import main
+
+ROOT = Path(keras_bn.__file__).parent.parent
+
+
+@pytest.fixture
+def model_file(tmp_path):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [
+            keras.Input((6, 6, 1)),
+            keras.layers.Conv2D(3, 3, name="conv"),
+            keras_bn.BatchNormalization(name="norm"),
+            keras.layers.Flatten(),
+            keras.layers.Dense(2, activation="softmax"),
+        ]
+    )
+    model.save(tmp_path / "model.keras")
+    return tmp_path / "model.keras"
+
+
+@pytest.fixture
+def data_file(tmp_path):
+    x = np.random.default_rng(0).normal(3, 2, (40, 6, 6, 1)).astype("float32")
+    np.savez(tmp_path / "data.npz", x_train=x, y_train=np.zeros(40))
+    np.save(tmp_path / "x.npy", x)
+    return tmp_path / "data.npz"
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def test_help_names_every_command_and_imports_no_tensorflow():
+    program = (
+        "import sys; sys.argv = ['keras-bn', '--help']\n"
+        "from keras_bn.cli import main\n"
+        "try:\n    main()\n"
+        "finally:\n    print('heavy:', sorted({'tensorflow', 'keras', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for word in ("inspect", "recalibrate", "fold", "export", "drift", "Exit codes"):
+        assert word in done.stdout
+    assert "heavy: []" in done.stdout
+
+
+def test_the_installed_command_knows_the_layer_in_a_file(model_file):
+    program = "import sys; sys.argv[0] = 'keras-bn'\nfrom keras_bn.cli import main\nmain(sys.argv[1:])"
+    command = [sys.executable, "-c", program, "inspect", str(model_file), "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["layers"][0]["name"] == "norm"
+
+
+@pytest.mark.parametrize("command", ["inspect", "recalibrate", "fold", "export", "drift"])
+def test_every_command_explains_itself(command):
+    output = run(command, "--help").output
+    assert "--json" in output
+    assert "MODEL" in output
+
+
+def test_inspect_names_the_layer_behind_a_gap(model_file, data_file):
+    output = run("inspect", model_file, "--data", data_file, "--array", "x_train").output
+    assert "because of: norm." in output
+
+
+def test_inspect_prints_json_and_nothing_else(model_file, data_file):
+    output = run("inspect", model_file, "--data", data_file, "--array", "x_train", "--json").stdout
+    assert json.loads(output)["suspects"] == ["norm"]
+
+
+def test_recalibrate_writes_a_new_file_with_the_population_statistics(model_file, data_file, tmp_path):
+    new = tmp_path / "exact.keras"
+    output = run("recalibrate", model_file, "--data", tmp_path / "x.npy", "-o", new, "--batch-size", 16).output
+    assert "Moving statistics replaced (pooled, sequential):" in output
+    model = keras.models.load_model(new)
+    seen = model.layers[0](np.load(tmp_path / "x.npy")).numpy()
+    np.testing.assert_allclose(model.get_layer("norm").moving_mean, seen.mean((0, 1, 2)), rtol=1e-4)
+    assert keras.models.load_model(model_file).get_layer("norm").moving_mean.numpy().tolist() == [0, 0, 0]
+
+
+def test_fold_writes_a_model_without_normalizations(model_file, data_file, tmp_path):
+    report = json.loads(run("fold", model_file, "-o", tmp_path / "folded.keras", "--json").stdout)
+    assert (report["absorbed"], report["normalizations"][0]["into"]) == (1, ["conv"])
+    assert len(keras.models.load_model(tmp_path / "folded.keras").layers) == 3
+
+
+def test_export_then_inspect_and_drift_on_the_exported_version(model_file, data_file, tmp_path):
+    (tmp_path / "labels.txt").write_text("shirt\nshoe\n")
+    exact, served = tmp_path / "exact.keras", tmp_path / "served"
+    run("recalibrate", model_file, "--data", tmp_path / "x.npy", "-o", exact)
+    output = run("export", exact, served, "--labels", tmp_path / "labels.txt", "--accuracy", 0.9).output
+    assert "output  probabilities: float32 (any, 2)" in output
+    assert "folding: 1 of 1 normalizations absorbed" in output
+    assert run("inspect", served / "1").output == output
+    near = json.loads(run("drift", served / "1", "--data", tmp_path / "x.npy", "--json", "--limit", 0.1).stdout)
+    assert near["layers"][0]["layer"] == "norm"
+    assert near["layers"][0]["kl"] < 1e-3
+    np.save(tmp_path / "other.npy", -np.load(tmp_path / "x.npy"))
+    for model in (served / "1", exact):
+        result = run("drift", model, "--data", tmp_path / "other.npy", "--limit", 0.1, code=3)
+        assert "KL above 0.1: norm" in result.stderr
+
+
+def test_export_takes_pixels_as_they_are(model_file, tmp_path):
+    facts = json.loads(run("export", model_file, tmp_path / "served", "--pixels", "--no-drift", "--json").stdout)
+    assert facts["signatures"] == ["serving_default", "image_bytes"]
+    loaded = tf.saved_model.load(facts["path"])
+    answer = loaded.signatures["serving_default"](image=tf.fill((1, 6, 6, 1), tf.constant(255, tf.uint8)))
+    expected = keras.models.load_model(model_file)(np.ones((1, 6, 6, 1), "float32"))
+    np.testing.assert_allclose(answer["probabilities"], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "MODEL", "--data", "DATA"], "--array must be one of ['x_train', 'y_train'], those in"),
+        (["drift", "DIR", "--data", "X"], "SavedModel file does not exist"),
+        (["inspect", "DIR"], "MODEL must be a version that keras_bn exported"),
+        (["fold", "X", "-o", "OUT"], "MODEL must be a .keras or .h5 file."),
+        (["fold", "MODEL", "-o", "OUT", "--tolerance", "1e-15"], "`tolerance` must be above the error"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_1(arguments, message, model_file, data_file, tmp_path):
+    files = {
+        "MODEL": model_file,
+        "DATA": data_file,
+        "DIR": tmp_path,
+        "X": tmp_path / "x.npy",
+        "OUT": tmp_path / "o.keras",
+    }
+    result = run(*[files.get(argument, argument) for argument in arguments], code=1)
+    assert result.stderr.startswith("Error: ")
+    assert message in result.stderr
+    assert not (tmp_path / "o.keras").exists()
+
+
+def test_a_misspelled_command_is_exit_code_2():
+    assert "No such command 'recalibrated'" in run("recalibrated", code=2).stderr

@@ -1,0 +1,200 @@
+"""export(): models that must not be served are refused, and nothing that was there is harmed."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import keras_bn
+from keras_bn import exporting
+
+
+class FromFunction(keras.layers.Layer):
+    """Calls any function, as a careless author's layer would."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def call(self, x):
+        return self.function(x)
+
+
+def model_of(function):
+    x = keras.Input((4,))
+    return keras.Model(x, FromFunction(function)(x))
+
+
+def refused(tmp_path, model, match, **options):
+    with pytest.raises(ValueError, match=match):
+        keras_bn.export(model, tmp_path / "served", fold=False, **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_computes_something_else_when_traced_is_refused(tmp_path):
+    model = model_of(lambda x: x * (2.0 if tf.executing_eagerly() else 3.0))
+    refused(tmp_path, model, r"`model` must compute the same when it is called and when it is served.*0.5 relative")
+
+
+def test_a_model_whose_rows_depend_on_each_other_is_refused(tmp_path):
+    model = model_of(lambda x: x - tf.reduce_mean(x, 0, keepdims=True))
+    refused(tmp_path, model, r"`model` must answer for each example by itself.*row 0 of 3 differs")
+
+
+def test_a_model_that_writes_a_variable_is_refused(tmp_path):
+    class Counting(keras.layers.Layer):
+        def build(self, shape):
+            self.calls = self.add_weight(shape=(), initializer="zeros", trainable=False)
+
+        def call(self, x):
+            self.calls.assign_add(1.0)
+            return x
+
+    x = keras.Input((4,))
+    refused(tmp_path, keras.Model(x, Counting()(x)), r"`model` must not change in inference.*writes a variable")
+
+
+def test_a_model_that_computes_batch_statistics_is_refused(tmp_path):
+    def normalize(x):
+        picture = x[:, None, None, :]
+        ones = tf.ones([4])
+        return tf.raw_ops.FusedBatchNormV3(
+            x=picture, scale=ones, offset=ones, mean=ones, variance=ones, is_training=True
+        ).y[:, 0, 0, :]
+
+    refused(
+        tmp_path, model_of(normalize), r"must normalize with its own statistics.*FusedBatchNormV3.*takes the batch's"
+    )
+
+
+def test_a_model_that_needs_python_is_refused(tmp_path):
+    def through_numpy(x):
+        return tf.ensure_shape(tf.numpy_function(lambda a: a * 2, [x], tf.float32), x.shape)
+
+    refused(tmp_path, model_of(through_numpy), r"`model` must consist of stock TensorFlow operations.*PyFunc")
+
+
+def compiled(x):
+    return tf.function(lambda a: a * 2, jit_compile=True)(x)
+
+
+def test_a_compiled_function_inside_the_model_is_refused(tmp_path):
+    refused(tmp_path, model_of(compiled), r"`model` must not hold compiled functions.*is compiled")
+
+
+def test_compiled_signatures_are_written_where_they_are_asked_for(tmp_path):
+    exported = keras_bn.export(model_of(compiled), tmp_path, fold=False, jit_compile=True)
+    answer = tf.saved_model.load(str(exported.path)).signatures["serving_default"](inputs=tf.ones((2, 4)))
+    np.testing.assert_array_equal(answer["outputs"], np.full((2, 4), 2.0))
+    with pytest.raises(ValueError, match="is compiled"):
+        exporting.check_graph(exported.path, "serving_default", compiled_is_fine=False)
+
+
+def test_a_model_without_a_row_for_each_example_is_refused(tmp_path):
+    refused(tmp_path, model_of(lambda x: x[0]), r"must have outputs of a row for each example.*shape \(4,\) for 3")
+
+
+def small_model(seed=0):
+    keras.utils.set_random_seed(seed)
+    return keras.Sequential([keras.Input((4,)), keras.layers.Dense(2), keras.layers.BatchNormalization()])
+
+
+def test_overwrite_puts_the_new_version_in_the_place_of_the_old(tmp_path):
+    keras_bn.export(small_model(0), tmp_path, version=3)
+    path = keras_bn.export(small_model(1), tmp_path, version=3, overwrite=True).path
+    answer = tf.saved_model.load(str(path)).signatures["serving_default"](inputs=tf.ones((1, 4)))
+    np.testing.assert_allclose(answer["outputs"], small_model(1)(tf.ones((1, 4))), rtol=1e-5)
+    assert [child.name for child in tmp_path.iterdir()] == ["3"]
+
+
+def test_a_failed_overwrite_leaves_the_old_version(tmp_path):
+    path = keras_bn.export(small_model(), tmp_path, version=3).path
+    before = contents(path)
+    with pytest.raises(ValueError, match="is compiled"):
+        keras_bn.export(model_of(compiled), tmp_path, version=3, overwrite=True, fold=False)
+    assert contents(tmp_path) == {f"3/{name}": data for name, data in before.items()}
+
+
+def test_the_version_is_readable_by_a_server_that_runs_as_someone_else(tmp_path):
+    path = keras_bn.export(small_model(), tmp_path / "served").path
+    umask = os.umask(0)
+    os.umask(umask)
+    assert path.stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+def test_a_version_that_appears_meanwhile_is_not_harmed(tmp_path, monkeypatch):
+    def someone_else_is_faster(stage):
+        if stage == "checked":
+            (tmp_path / "1").mkdir()
+            (tmp_path / "1" / "theirs").write_text("")
+
+    monkeypatch.setattr(exporting, "STAGE_HOOKS", [someone_else_is_faster])
+    assert keras_bn.export(small_model(), tmp_path).version == 2
+    assert (tmp_path / "1" / "theirs").exists()
+
+
+def test_what_a_killed_export_left_is_swept_a_day_later(tmp_path):
+    for name, hours in ((".exporting-old", 25), (".exporting-now", 1)):
+        (tmp_path / name).mkdir()
+        then = (tmp_path / name).stat().st_mtime - 3600 * hours
+        os.utime(tmp_path / name, (then, then))
+    keras_bn.export(small_model(), tmp_path)
+    assert sorted(child.name for child in tmp_path.iterdir()) == [".exporting-now", "1"]
+
+
+def contents(folder):
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+
+
+KILLED = """
+import os, signal, sys
+import keras, keras_bn
+from keras_bn import exporting
+
+def kill(stage):
+    if stage == sys.argv[2]:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+exporting.STAGE_HOOKS.append(kill)
+model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2), keras.layers.BatchNormalization()])
+keras_bn.export(model, sys.argv[1], version=None if sys.argv[3] == "None" else int(sys.argv[3]), overwrite=True)
+"""
+QUICK = {("extras written", None)}
+
+
+@pytest.mark.parametrize(
+    ("stage", "version"),
+    [
+        pytest.param(stage, version, marks=[] if (stage, version) in QUICK else pytest.mark.slow)
+        for version in (None, 1)
+        for stage in exporting.STAGES
+    ],
+)
+def test_kill_9_at_any_stage_leaves_whole_versions_only(tmp_path, stage, version):
+    old = keras_bn.export(small_model(), tmp_path).path
+    before = contents(old)
+    root = Path(keras_bn.__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path), stage, str(version)],
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    for folder in tmp_path.iterdir():
+        if folder.name.isdecimal():
+            tf.saved_model.load(str(folder)).signatures["serving_default"](inputs=tf.ones((3, 4)))
+            assert (folder / "assets.extra" / "keras_bn.json").exists()
+    renamed = stage == "renamed"
+    assert {f.name for f in tmp_path.iterdir() if f.name.isdecimal()} == (
+        {"1", "2"} if renamed and not version else {"1"}
+    )
+    assert (contents(old) == before) == (not (renamed and version))

@@ -1,0 +1,204 @@
+"""export(): what a person can ask an exported model, and what lies beside it."""
+
+import json
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import keras_bn
+from keras_bn import drift
+
+LABELS = ["shirt", "shoe", "hat"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A picture classifier whose statistics are those of `pictures()`."""
+    keras.utils.set_random_seed(4)
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            keras.layers.Conv2D(4, 3, name="conv"),
+            keras.layers.BatchNormalization(name="early"),
+            keras.layers.ReLU(),
+            keras.layers.Flatten(),
+            keras.layers.Dense(6),
+            keras.layers.BatchNormalization(name="late"),
+            keras.layers.Dense(3, activation="softmax"),
+        ]
+    )
+    keras_bn.recalibrate(model, scaled(pictures(64)), verbose=0)
+    return model
+
+
+def pictures(n=8, seed=0):
+    """Dark uint8 pictures."""
+    return np.random.default_rng(seed).integers(0, 100, (n, 8, 8, 1), "uint8")
+
+
+def scaled(x):
+    return tf.cast(x, tf.float32) / 255.0
+
+
+def ask(path, signature="serving_default", **inputs):
+    loaded = tf.saved_model.load(str(path))
+    answer = loaded.signatures[signature](**{name: tf.constant(value) for name, value in inputs.items()})
+    return {name: value.numpy() for name, value in answer.items()}
+
+
+def test_folding_is_part_of_the_export_and_reported(tmp_path, model):
+    exported = keras_bn.export(model, tmp_path, drift=False)
+    loaded = tf.saved_model.load(str(exported.path))
+    assert exported.folding.absorbed == 2
+    assert len(loaded.signatures["serving_default"].variables) == 6  # Three kernels and biases.
+    assert exported.errors.relative < 1e-4
+
+
+def test_without_folding_the_normalizations_stay(tmp_path, model):
+    exported = keras_bn.export(model, tmp_path, fold=False)
+    assert exported.folding is None
+    loaded = tf.saved_model.load(str(exported.path))
+    assert len(loaded.signatures["serving_default"].variables) == 14
+
+
+def test_labels_name_the_likeliest_classes_in_order(tmp_path, model):
+    exported = keras_bn.export(model, tmp_path, labels=LABELS)
+    answer = ask(exported.path, image=scaled(pictures()).numpy())
+    order = np.argsort(-answer["probabilities"], axis=1)
+    assert answer["top_labels"].astype(str).tolist() == np.array(LABELS)[order].tolist()
+    np.testing.assert_array_equal(answer["top_scores"], -np.sort(-answer["probabilities"], axis=1))
+
+
+def test_as_many_labels_as_classes_are_needed(tmp_path, model):
+    with pytest.raises(ValueError, match=r"`labels` must be one for each class.*Received: 2 labels for .*\(None, 3\)"):
+        keras_bn.export(model, tmp_path, labels=["a", "b"])
+    with pytest.raises(TypeError, match=r"`labels` must be a sequence of strings.*labels='abc'"):
+        keras_bn.export(model, tmp_path, labels="abc")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pixels_are_posted_as_they_are(tmp_path, model):
+    exported = keras_bn.export(model, tmp_path, preprocess=scaled)
+    assert (exported.inputs["image"].dtype, exported.signatures) == (
+        tf.uint8,
+        ["serving_default", "image_bytes", "batch_norm_drift"],
+    )
+    answer = ask(exported.path, image=pictures())
+    np.testing.assert_allclose(answer["probabilities"], model(scaled(pictures())), atol=1e-6)
+
+
+def test_encoded_pictures_are_decoded_and_resized(tmp_path, model):
+    path = keras_bn.export(model, tmp_path, preprocess=scaled, labels=LABELS).path
+    png = [tf.io.encode_png(picture).numpy() for picture in pictures()]
+    answer = ask(path, "image_bytes", image_bytes=png)
+    np.testing.assert_allclose(answer["probabilities"], model(scaled(pictures())), atol=1e-6)
+    assert answer["top_labels"].shape == (8, 3)
+    large = np.repeat(np.repeat(pictures(1)[0], 4, 0), 4, 1)
+    jpeg = tf.io.encode_jpeg(np.repeat(large, 3, 2), quality=100).numpy()
+    answer = ask(path, "image_bytes", image_bytes=[jpeg])
+    np.testing.assert_allclose(answer["probabilities"], model(scaled(pictures(1))), atol=0.05)
+
+
+def test_a_keras_layer_with_weights_may_preprocess(tmp_path, model):
+    normalization = keras.layers.Normalization(axis=None)
+    normalization.adapt(pictures().astype("float32"))
+    answer = ask(keras_bn.export(model, tmp_path, preprocess=normalization).path, image=pictures())
+    np.testing.assert_allclose(answer["probabilities"], model(normalization(pictures())), atol=1e-5)
+
+
+def test_preprocess_is_for_pictures_only(tmp_path):
+    flat = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    with pytest.raises(ValueError, match=r"`preprocess` must be None for a model that does not take.*\(None, 4\)"):
+        keras_bn.export(flat, tmp_path, preprocess=scaled)
+    with pytest.raises(TypeError, match=r"`preprocess` must be a function or a Keras layer.*preprocess=255"):
+        keras_bn.export(flat, tmp_path, preprocess=255)
+
+
+def test_drift_tells_inverted_pictures_from_those_it_was_trained_on(tmp_path, model):
+    path = keras_bn.export(model, tmp_path, preprocess=scaled).path
+    usual = ask(path, "batch_norm_drift", image=pictures(64, seed=1))
+    inverted = ask(path, "batch_norm_drift", image=255 - pictures(64, seed=1))
+    assert usual["layer"].tolist() == [b"early", b"late"]
+    assert usual["kl"].max() < 0.1 < 10 * usual["kl"].max() < inverted["kl"].min()
+    assert inverted["mean_shift"].min() > 1 > usual["mean_shift"].max()
+
+
+def test_served_drift_is_the_distance_from_the_moving_statistics(tmp_path, model):
+    path = keras_bn.export(model, tmp_path).path
+    x = scaled(pictures(32, seed=2))
+    served = ask(path, "batch_norm_drift", image=x.numpy())
+    for i, one in enumerate(drift.input_distances(model, x).values()):
+        for name, value in drift.summary(one).items():
+            np.testing.assert_allclose(served[name][i], value, rtol=1e-4)
+
+
+def test_drift_can_be_turned_off_and_is_absent_without_normalizations(tmp_path, model):
+    plain = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    assert keras_bn.export(model, tmp_path, drift=False).signatures == ["serving_default"]
+    assert keras_bn.export(plain, tmp_path).signatures == ["serving_default"]
+
+
+def test_warmup_requests_can_be_replayed_on_every_signature(tmp_path, model):
+    prediction_log_pb2 = pytest.importorskip("tensorflow_serving.apis.prediction_log_pb2")
+    path = keras_bn.export(model, tmp_path / "fashion", preprocess=scaled, warmup=pictures(3)).path
+    loaded = tf.saved_model.load(str(path))
+    asked = []
+    for record in tf.data.TFRecordDataset(str(path / "assets.extra" / "tf_serving_warmup_requests")):
+        request = prediction_log_pb2.PredictionLog.FromString(record.numpy()).predict_log.request
+        inputs = {name: tf.constant(tf.make_ndarray(tensor)) for name, tensor in request.inputs.items()}
+        loaded.signatures[request.model_spec.signature_name](**inputs)
+        asked.append((request.model_spec.name, request.model_spec.signature_name, len(next(iter(inputs.values())))))
+    names = ["serving_default", "image_bytes", "batch_norm_drift"]
+    assert asked == [("fashion", name, count) for name in names for count in (1, 3)]
+
+
+def test_warmup_without_the_serving_extra_says_what_to_install(tmp_path, model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_serving.apis", None)
+    with pytest.raises(ImportError, match=r"`warmup` needs tensorflow-serving-api: pip install 'keras-bn\[serving\]'"):
+        keras_bn.export(model, tmp_path, warmup=scaled(pictures()).numpy())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_warmup_has_to_fit_the_inputs(tmp_path, model):
+    pytest.importorskip("tensorflow_serving.apis")
+    with pytest.raises(ValueError, match=r"`warmup` must have shape \(None, 8, 8, 1\) for input 'image'.*\(2, 9\)"):
+        keras_bn.export(model, tmp_path, warmup=np.ones((2, 9)), fold=False)
+    with pytest.raises(ValueError, match=r"`warmup` must be a dictionary with the inputs \['image'\].*\['picture'\]"):
+        keras_bn.export(model, tmp_path, warmup={"picture": np.ones((2, 8, 8, 1))}, fold=False)
+    with pytest.raises(ValueError, match=r"`warmup` must be uint8 pictures.*float64"):
+        keras_bn.export(model, tmp_path, warmup=np.ones((2, 8, 8, 1)), preprocess=scaled, fold=False)
+
+
+def test_the_card_says_what_was_exported(tmp_path, model):
+    report = keras_bn.recalibrate(model, scaled(pictures(64)), verbose=0)
+    path = keras_bn.export(model, tmp_path, labels=LABELS, accuracy=0.93, recalibration=report).path
+    card = json.loads((path / "assets.extra" / "keras_bn.json").read_text())
+    assert card["versions"]["keras_bn"] == keras_bn.__version__
+    assert (card["accuracy"], card["labels"], card["folding"]["absorbed"]) == (0.93, LABELS, 2)
+    assert card["statistics"]["method"] == "pooled"
+    assert card["signatures"]["serving_default"]["inputs"] == {"image": {"dtype": "float32", "shape": [None, 8, 8, 1]}}
+    with pytest.raises(ValueError, match=r"`accuracy` must be in \[0, 1\]. Received: accuracy=93."):
+        keras_bn.export(model, tmp_path, accuracy=93)
+
+
+def test_several_inputs_and_outputs_are_served_in_inference_mode(tmp_path):
+    keras.utils.set_random_seed(0)
+    a, b = keras.Input((4,), name="left"), keras.Input((4,), name="right")
+    norm = keras_bn.BatchNormalization()
+    both = keras.layers.Add()([norm(keras.layers.Dense(3)(a), training=True), keras.layers.Dense(3)(b)])
+    outputs = {"sum": both, "chance": keras.layers.Dense(1, activation="sigmoid")(both)}
+    model = keras.Model({"left": a, "right": b}, outputs)
+    norm.moving_variance.assign([4.0, 9.0, 16.0])
+    inputs = {
+        name: np.random.default_rng(i).normal(size=(5, 4)).astype("float32") for i, name in enumerate(("left", "right"))
+    }
+    frozen = keras.models.clone_model(model)
+    frozen.set_weights(model.get_weights())
+    frozen.trainable = False
+    expected = frozen(inputs, training=False)
+    answer = ask(keras_bn.export(model, tmp_path).path, **inputs)
+    for name in ("sum", "chance"):
+        np.testing.assert_allclose(answer[name], expected[name], atol=1e-6)

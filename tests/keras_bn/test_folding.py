@@ -1,0 +1,497 @@
+"""fold(): every absorption computes what it absorbed, and what would be wrong is refused with the reason."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import keras_bn
+from keras_bn import _folding_weights as weights
+from keras_bn._folding_weights import Affine
+from models import networks
+
+NORMS = [keras.layers.BatchNormalization, keras_bn.BatchNormalization]
+
+
+def unsettled(model, seed=0):
+    """Every weight random, so that a forgotten term shows."""
+    rng = np.random.default_rng(seed)
+    for layer in model._flatten_layers():
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.set_weights(
+                [rng.uniform(0.5, 2, w.shape) * rng.choice([1, 1, -1], w.shape) for w in layer.get_weights()]
+            )
+            layer.moving_variance.assign(np.abs(layer.moving_variance.numpy()))
+        elif getattr(layer, "bias", None) is not None:
+            layer.bias.assign(rng.normal(size=layer.bias.shape))
+    return model
+
+
+def norms_in(model):
+    return [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]
+
+
+def chain(shape, *layers):
+    return unsettled(keras.Sequential([keras.Input(shape), *layers]))
+
+
+def reasons(folded):
+    return {one.name: one.reason for one in folded.folding_report.normalizations}
+
+
+def random_affine(n, seed=1):
+    rng = np.random.default_rng(seed)
+    return Affine(rng.normal(size=n), rng.normal(size=n))
+
+
+LAYERS_BEFORE = {
+    "Dense": ((5,), lambda: keras.layers.Dense(3)),
+    "Dense without bias": ((5,), lambda: keras.layers.Dense(3, use_bias=False)),
+    "Dense on sequences": ((7, 5), lambda: keras.layers.Dense(3)),
+    "Conv1D causal": ((9, 4), lambda: keras.layers.Conv1D(6, 3, padding="causal", groups=2)),
+    "Conv2D same": ((9, 8, 4), lambda: keras.layers.Conv2D(6, 3, padding="same", strides=2)),
+    "Conv3D": ((5, 5, 5, 2), lambda: keras.layers.Conv3D(3, 2, use_bias=False)),
+    "DepthwiseConv1D": ((9, 3), lambda: keras.layers.DepthwiseConv1D(3, depth_multiplier=2)),
+    "DepthwiseConv2D": ((9, 8, 3), lambda: keras.layers.DepthwiseConv2D(3, depth_multiplier=2, padding="same")),
+    "SeparableConv1D": ((9, 3), lambda: keras.layers.SeparableConv1D(5, 3, depth_multiplier=2)),
+    "SeparableConv2D": ((9, 8, 3), lambda: keras.layers.SeparableConv2D(5, 3, use_bias=False)),
+    "Conv1DTranspose": ((9, 3), lambda: keras.layers.Conv1DTranspose(5, 3, strides=2)),
+    "Conv2DTranspose": ((5, 6, 3), lambda: keras.layers.Conv2DTranspose(4, 3, strides=2, padding="same")),
+    "Conv3DTranspose": ((3, 3, 3, 2), lambda: keras.layers.Conv3DTranspose(3, 2, use_bias=False)),
+}
+LAYERS_AFTER = {
+    name: value for name, value in LAYERS_BEFORE.items() if "Transpose" not in name and "causal" not in name
+} | {
+    "Conv1D in groups": ((9, 4), lambda: keras.layers.Conv1D(6, 3, groups=2)),
+    "Conv2D same": ((9, 8, 4), lambda: keras.layers.Conv2D(6, 1, padding="same", strides=2, activation="relu")),
+    "Conv2D dilated": ((9, 8, 4), lambda: keras.layers.Conv2D(6, 3, dilation_rate=2, groups=2)),
+    "DepthwiseConv2D": ((9, 8, 3), lambda: keras.layers.DepthwiseConv2D(3, depth_multiplier=2)),
+}
+
+
+@pytest.mark.parametrize("norm", NORMS, ids=["keras", "keras_bn"])
+@pytest.mark.parametrize("name", LAYERS_BEFORE)
+def test_a_normalization_goes_into_the_layer_before_it(name, norm):
+    shape, layer = LAYERS_BEFORE[name]
+    model = chain(shape, layer(), norm(), keras.layers.Activation("tanh"))
+    folded = keras_bn.fold(model)
+    assert folded.folding_report.absorbed == 1
+    assert (len(folded.layers), len(norms_in(folded))) == (2, 0)
+    x = np.random.default_rng(2).normal(size=(4, *shape)).astype("float32")
+    np.testing.assert_allclose(folded(x), model(x), atol=2e-5)
+
+
+@pytest.mark.parametrize("name", LAYERS_AFTER)
+def test_a_normalization_goes_into_the_layer_after_it(name):
+    shape, layer = LAYERS_AFTER[name]
+    model = chain(shape, keras.layers.Activation("relu"), keras.layers.BatchNormalization(), layer())
+    folded = keras_bn.fold(model)
+    assert folded.folding_report.absorbed == 1
+    x = np.random.default_rng(2).normal(size=(4, *shape)).astype("float32")
+    np.testing.assert_allclose(folded(x), model(x), atol=5e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kernel_shape", [(4, 6), (3, 4, 6), (3, 2, 4, 6)])
+def test_fold_conv_and_fold_dense_scale_each_output_channel(kernel_shape):
+    rng = np.random.default_rng(0)
+    kernel, bias, affine = rng.normal(size=kernel_shape), rng.normal(size=6), random_affine(6)
+    window = rng.normal(size=kernel_shape[:-1])  # One position of the convolution.
+    expected = affine.scale * (np.tensordot(window, kernel, window.ndim) + bias) + affine.shift
+    for function in (weights.fold_dense, weights.fold_conv):
+        folded, folded_bias = function(kernel, bias, affine)
+        np.testing.assert_allclose(np.tensordot(window, folded, window.ndim) + folded_bias, expected, rtol=1e-12)
+
+
+def test_folded_weights_are_nearer_to_the_truth_than_those_of_pytorch():
+    torch = pytest.importorskip("torch")
+    from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=(3, 3, 16, 32)).astype("float32")
+    bias, gamma, beta, mean = rng.normal(size=(4, 32)).astype("float32")
+    variance = rng.uniform(0.01, 2, 32).astype("float32")
+    exact, _ = weights.fold_conv(kernel, bias, weights.affine_of(gamma, beta, mean, variance, 1e-3))
+    theirs, _ = fuse_conv_bn_weights(
+        *(torch.tensor(v) for v in (kernel.transpose(3, 2, 0, 1), bias, mean, variance)),
+        1e-3,
+        *(torch.tensor(v) for v in (gamma, beta)),
+    )
+    theirs = theirs.detach().numpy().transpose(2, 3, 1, 0)
+    np.testing.assert_allclose(theirs, exact, rtol=1e-5)
+    assert np.abs(exact.astype("float32") - exact).sum() < 0.7 * np.abs(theirs - exact).sum()
+
+
+def test_fold_depthwise_conv_follows_the_order_of_output_channels():
+    rng = np.random.default_rng(0)
+    kernel, bias, affine = rng.normal(size=(3, 2, 4, 5)), rng.normal(size=20), random_affine(20)
+    window = rng.normal(size=(3, 2, 4))
+    output = np.einsum("hwc,hwcm->cm", window, kernel).ravel() + bias
+    folded, folded_bias = weights.fold_depthwise_conv(kernel, bias, affine)
+    got = np.einsum("hwc,hwcm->cm", window, folded).ravel() + folded_bias
+    np.testing.assert_allclose(got, affine.scale * output + affine.shift, rtol=1e-12)
+
+
+def test_fold_transposed_conv_scales_the_last_axis_but_one():
+    rng = np.random.default_rng(0)
+    kernel, bias, affine, x = rng.normal(size=(3, 2, 5, 4)), rng.normal(size=5), random_affine(5), rng.normal(size=4)
+    folded, folded_bias = weights.fold_transposed_conv(kernel, bias, affine)
+    np.testing.assert_allclose(folded @ x + folded_bias, affine.scale * (kernel @ x + bias) + affine.shift, rtol=1e-12)
+
+
+def test_fold_into_dense_and_conv_move_the_shift_into_the_bias():
+    rng = np.random.default_rng(0)
+    affine = random_affine(4)
+    for shape in ((4, 6), (3, 2, 4, 6)):
+        kernel, bias, window = rng.normal(size=shape), rng.normal(size=6), rng.normal(size=shape[:-1])
+        expected = np.tensordot(affine.scale * window + affine.shift, kernel, window.ndim) + bias
+        function = weights.fold_into_dense if len(shape) == 2 else weights.fold_into_conv
+        folded, folded_bias = function(affine, kernel, bias)
+        np.testing.assert_allclose(np.tensordot(window, folded, window.ndim) + folded_bias, expected, rtol=1e-12)
+
+
+def test_fold_into_conv_knows_the_channels_of_each_group():
+    rng = np.random.default_rng(0)
+    kernel, affine, window = rng.normal(size=(3, 2, 6)), random_affine(4), rng.normal(size=(3, 4))
+
+    def grouped(window, kernel):
+        return np.concatenate(
+            [np.tensordot(window[:, 2 * g : 2 * g + 2], kernel[..., 3 * g : 3 * g + 3], 2) for g in (0, 1)]
+        )
+
+    folded, bias = weights.fold_into_conv(affine, kernel, None)
+    expected = grouped(affine.scale * window + affine.shift, kernel)
+    np.testing.assert_allclose(grouped(window, folded) + bias, expected, rtol=1e-12)
+
+
+def test_fold_into_depthwise_conv_sums_the_kernel_for_the_bias():
+    rng = np.random.default_rng(0)
+    kernel, affine, window = rng.normal(size=(3, 4, 2)), random_affine(4), rng.normal(size=(3, 4))
+    folded, bias = weights.fold_into_depthwise_conv(affine, kernel, None)
+    expected = np.einsum("kc,kcm->cm", affine.scale * window + affine.shift, kernel).ravel()
+    np.testing.assert_allclose(np.einsum("kc,kcm->cm", window, folded).ravel() + bias, expected, rtol=1e-12)
+
+
+def test_affine_of_is_the_normalization_in_inference():
+    rng = np.random.default_rng(0)
+    gamma, beta, mean, variance, x = rng.uniform(0.5, 2, (5, 7))
+    affine = weights.affine_of(gamma, beta, mean, variance, 0.1)
+    np.testing.assert_allclose(affine.scale * x + affine.shift, gamma * (x - mean) / np.sqrt(variance + 0.1) + beta)
+    plain = weights.affine_of(None, None, mean, variance, 0.1)
+    np.testing.assert_allclose(plain.scale * x + plain.shift, (x - mean) / np.sqrt(variance + 0.1))
+
+
+def test_fold_affine_composes():
+    first, second, x = random_affine(3), random_affine(3, seed=2), np.array([1.0, -2.0, 3.0])
+    both = weights.fold_affine(first, second)
+    expected = second.scale * (first.scale * x + first.shift) + second.shift
+    np.testing.assert_allclose(both.scale * x + both.shift, expected)
+
+
+def test_folded_weights_are_computed_in_float64_and_cast_last():
+    """A scale and its inverse: in float32 from one to the next the rounding of the first would stay."""
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False)])
+    model.add(keras.layers.BatchNormalization(center=False, epsilon=0.0))
+    model.add(keras.layers.BatchNormalization(center=False, epsilon=0.0))
+    kernel = np.float32(1.1)
+    model.layers[0].kernel.assign([[kernel]])
+    for layer, gamma in zip(model.layers[1:], (np.float32(3.3), np.float32(0.7)), strict=True):
+        layer.gamma.assign([gamma])
+    expected = np.float32(np.float64(kernel) * np.float64(np.float32(3.3)) * np.float64(np.float32(0.7)))
+    assert keras_bn.fold(model).layers[0].kernel.numpy()[0, 0] == expected
+
+
+def test_a_chain_of_normalizations_is_absorbed_whole():
+    norm = keras.layers.BatchNormalization
+    folded = keras_bn.fold(
+        chain((6, 6, 2), keras.layers.Conv2D(3, 3), norm(), keras.layers.Dropout(0.5), norm(), norm())
+    )
+    assert [type(layer).__name__ for layer in folded.layers] == ["Conv2D"]
+
+
+def test_a_normalization_between_two_layers_goes_back_and_one_after_relu_goes_on():
+    model = chain(
+        (8, 8, 2),
+        keras.layers.Conv2D(3, 3),
+        keras.layers.BatchNormalization(name="back"),
+        keras.layers.ReLU(),
+        keras.layers.BatchNormalization(name="on"),
+        keras.layers.Conv2D(4, 3, name="second"),
+        keras.layers.BatchNormalization(name="back_too"),
+    )
+    report = keras_bn.fold(model).folding_report
+    assert {one.name: one.into for one in report.normalizations} == {
+        "back": [model.layers[0].name],
+        "on": ["second"],
+        "back_too": ["second"],
+    }
+
+
+def test_what_nobody_absorbs_stays_as_one_multiply_add():
+    norm = keras.layers.BatchNormalization
+    model = chain((4,), keras.layers.ReLU(name="r"), norm(name="a"), norm(name="b"), keras.layers.ReLU(name="s"))
+    folded = keras_bn.fold(model)
+    assert [type(layer).__name__ for layer in folded.layers] == ["ReLU", "Rescaling", "ReLU"]
+    assert reasons(folded)["a"] == (
+        "ReLU 'r' before it has no weights to absorb it; ReLU 's' after it has no weights to absorb it"
+    )
+    assert reasons(folded)["b"] == ""
+
+
+@pytest.mark.parametrize("axis", [1, 2, -1])
+def test_a_multiply_add_keeps_its_axis(axis):
+    model = chain((3, 4, 5), keras.layers.BatchNormalization(axis=axis))
+    x = np.random.default_rng(0).normal(size=(2, 3, 4, 5)).astype("float32")
+    np.testing.assert_allclose(keras_bn.fold(model)(x), model(x), atol=1e-5)
+
+
+def test_several_axes_stay_as_a_multiply_add():
+    model = chain((3, 4, 5), keras.layers.Conv2D(6, 1), keras_bn.BatchNormalization(axis=[1, 3], name="norm"))
+    folded = keras_bn.fold(model)
+    assert "it normalizes another axis than the channels of Conv2D" in reasons(folded)["norm"]
+    x = np.random.default_rng(0).normal(size=(2, 3, 4, 5)).astype("float32")
+    np.testing.assert_allclose(folded(x), model(x), atol=1e-5)
+
+
+def test_zero_padding_refuses_a_shift_but_not_a_scale():
+    relu, conv = keras.layers.ReLU, lambda: keras.layers.Conv2D(2, 3, padding="same")
+    shifted = chain((6, 6, 2), relu(), keras.layers.BatchNormalization(name="norm"), conv())
+    assert "pads with zeros, which the shift would not reach" in reasons(keras_bn.fold(shifted))["norm"]
+    scaled = chain((6, 6, 2), relu(), keras.layers.BatchNormalization(center=False), conv())
+    scaled.layers[1].moving_mean.assign([0, 0])
+    assert keras_bn.fold(scaled).folding_report.absorbed == 1
+
+
+def test_an_activation_inside_the_convolution_refuses():
+    model = chain(
+        (6, 6, 2), keras.layers.Conv2D(3, 3, activation="relu", name="c"), keras.layers.BatchNormalization(name="n")
+    )
+    assert reasons(keras_bn.fold(model))["n"].startswith("Conv2D 'c' before it has an activation inside")
+
+
+def test_another_axis_than_the_channels_refuses():
+    model = chain((6, 6, 2), keras.layers.Conv2D(3, 3), keras.layers.BatchNormalization(axis=1, name="n"))
+    assert "it normalizes another axis than the channels of Conv2D" in reasons(keras_bn.fold(model))["n"]
+
+
+def test_a_convolution_whose_raw_output_is_used_too_is_left_alone():
+    x = keras.Input((6, 6, 2))
+    y = keras.layers.Conv2D(3, 3, name="c")(x)
+    z = keras.layers.BatchNormalization(name="n")(y)
+    branch = unsettled(keras.Model(x, keras.layers.Add()([y, z])))
+    output = unsettled(keras.Model(x, [y, z]))
+    for model in (branch, output):
+        assert "Conv2D 'c' before it is also used without the normalization" in reasons(keras_bn.fold(model))["n"]
+
+
+def test_residual_branches_fold_each_on_its_own():
+    x = keras.Input((6, 6, 3))
+    y = keras.layers.BatchNormalization()(keras.layers.Conv2D(3, 3, padding="same")(x))
+    z = keras.layers.BatchNormalization()(keras.layers.Conv2D(3, 1)(x))
+    model = unsettled(keras.Model(x, keras.layers.ReLU()(keras.layers.Add()([y, z]) + x)))
+    folded = keras_bn.fold(model)
+    assert (folded.folding_report.absorbed, len(norms_in(folded))) == (2, 0)
+
+
+def test_a_normalization_before_two_convolutions_goes_into_both():
+    x = keras.Input((6, 6, 3))
+    y = keras.layers.BatchNormalization(name="n")(keras.layers.ReLU()(x))
+    a, b = keras.layers.Conv2D(2, 3, name="a"), keras.layers.Conv2D(2, 3, name="b")
+    folded = keras_bn.fold(unsettled(keras.Model(x, [a(y), b(y)])))
+    assert sorted(folded.folding_report.normalizations[0].into) == ["a", "b"]
+
+
+def test_shared_layers_fold_where_all_their_uses_agree():
+    a, b = keras.Input((4,)), keras.Input((4,))
+    dense, norm = keras.layers.Dense(3), keras.layers.BatchNormalization()
+    both = unsettled(keras.Model([a, b], [norm(dense(a)), norm(dense(b))]))
+    folded = keras_bn.fold(both)
+    assert folded.folding_report.absorbed == 1
+    assert sum(isinstance(layer, keras.layers.Dense) for layer in folded.layers) == 1
+
+
+def test_shared_layers_refuse_where_one_use_differs():
+    a, b = keras.Input((4,)), keras.Input((4,))
+    dense, norm = keras.layers.Dense(3, name="d"), keras.layers.BatchNormalization(name="n")
+    one_normalized = unsettled(keras.Model([a, b], [norm(dense(a)), dense(b)]))
+    assert (
+        "Dense 'd' before it is shared with a use that is not normalized" in reasons(keras_bn.fold(one_normalized))["n"]
+    )
+    dense, other = keras.layers.Dense(3), keras.layers.Dense(3)
+    norm = keras.layers.BatchNormalization(name="n")
+    two_layers = unsettled(keras.Model([a, b], [norm(dense(a)), norm(other(b))]))
+    assert "it is shared, and not all its uses follow the same layer" in reasons(keras_bn.fold(two_layers))["n"]
+
+
+def test_nested_models_are_laid_out_and_folded_across_their_borders():
+    inner = keras.Sequential([keras.Input((6, 6, 2)), keras.layers.Conv2D(3, 3, name="c")], name="inner")
+    x = keras.Input((6, 6, 2))
+    y = keras.layers.BatchNormalization(name="outside")(inner(x))
+    model = unsettled(
+        keras.Model(x, keras.Sequential([keras.Input((4, 4, 3)), keras.layers.Conv2D(2, 3, name="c")])(y))
+    )
+    folded = keras_bn.fold(model)
+    assert folded.folding_report.normalizations[0].into == ["c"]
+    assert len({layer.name for layer in folded.layers}) == len(folded.layers) == 3
+
+
+def test_a_nested_model_used_twice_is_folded_once():
+    inner = keras.Sequential(
+        [keras.Input((4,)), keras.layers.Dense(3), keras.layers.BatchNormalization()], name="tower"
+    )
+    a, b = keras.Input((4,)), keras.Input((4,))
+    folded = keras_bn.fold(unsettled(keras.Model([a, b], keras.layers.Subtract()([inner(a), inner(b)]))))
+    assert (folded.folding_report.absorbed, sum(isinstance(v, keras.layers.Dense) for v in folded.layers)) == (1, 1)
+
+
+def test_a_normalization_inside_a_wrapper_stays_and_is_reported():
+    inner = keras.Sequential(
+        [keras.Input((4,)), keras.layers.Dense(3), keras.layers.BatchNormalization(name="n")], name="i"
+    )
+    model = chain((5, 4), keras.layers.TimeDistributed(inner, name="steps"))
+    folded = keras_bn.fold(model)
+    assert reasons(folded) == {"steps/i/n": "it is inside a layer whose graph is not known"}
+    assert len(norms_in(folded)) == 1
+
+
+def test_an_activation_of_the_normalization_moves_along():
+    absorbed = chain((6, 6, 2), keras.layers.Conv2D(3, 3), keras_bn.BatchNormalization(activation="relu"))
+    assert keras_bn.fold(absorbed).layers[0].activation is keras.activations.relu
+    kept = chain((4,), keras_bn.BatchNormalization(activation="relu"), keras.layers.Dense(2))
+    assert [type(layer).__name__ for layer in keras_bn.fold(kept).layers] == ["Rescaling", "Activation", "Dense"]
+
+
+def test_training_true_of_the_author_does_not_survive():
+    x = keras.Input((4,))
+    y = keras.layers.Dropout(0.5)(
+        keras.layers.BatchNormalization()(keras.layers.Dense(3)(x), training=True), training=True
+    )
+    folded = keras_bn.fold(unsettled(keras.Model(x, y)))
+    assert folded.folding_report.absorbed == 1
+
+
+def test_mixed_precision_keeps_its_policy():
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        model = chain((8, 8, 2), keras.layers.Conv2D(3, 3), keras.layers.BatchNormalization(), keras.layers.ReLU())
+        folded = keras_bn.fold(model)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert (folded.layers[0].compute_dtype, folded.layers[0].kernel.dtype) == ("float16", "float32")
+    assert folded.folding_report.tolerance == 2e-2
+
+
+def test_the_original_is_left_as_it_was_and_shares_no_weights():
+    model = chain((6, 6, 2), keras.layers.Conv2D(3, 3), keras.layers.BatchNormalization(), keras.layers.Conv2D(2, 3))
+    before = [v.numpy().tobytes() for v in model.variables]
+    folded = keras_bn.fold(model)
+    for variable in folded.variables:
+        variable.assign(variable * 0)
+    assert [v.numpy().tobytes() for v in model.variables] == before
+
+
+def test_the_folded_model_is_saved_and_loaded_by_stock_keras(tmp_path):
+    model = chain(
+        (6, 6, 2), keras.layers.ReLU(), keras_bn.BatchNormalization(), keras.layers.Conv2D(3, 3, padding="same")
+    )
+    folded = keras_bn.fold(model)
+    folded.save(tmp_path / "folded.keras")
+    with keras.saving.custom_object_scope({}):
+        again = keras.models.load_model(tmp_path / "folded.keras", safe_mode=True)
+    x = np.random.default_rng(0).normal(size=(2, 6, 6, 2)).astype("float32")
+    np.testing.assert_array_equal(again(x), folded(x))
+    assert not any(type(layer).__module__.startswith("keras_bn") for layer in again._flatten_layers())
+
+
+def test_the_proof_raises_above_the_tolerance():
+    model = chain((6, 6, 2), keras.layers.Conv2D(3, 3), keras.layers.BatchNormalization())
+    with pytest.raises(ValueError, match=r"`tolerance` must be above the error.*tolerance=1e-12, relative error"):
+        keras_bn.fold(model, tolerance=1e-12)
+
+
+def test_the_proof_catches_a_layer_that_computes_something_else(monkeypatch):
+    monkeypatch.setattr(
+        "keras_bn._absorbing.fold_dense", lambda kernel, bias, affine: (kernel * affine.scale, bias * affine.scale)
+    )
+    with pytest.raises(ValueError, match="the model is not fit to be folded"):
+        keras_bn.fold(chain((4,), keras.layers.Dense(3), keras.layers.BatchNormalization()))
+
+
+def test_given_inputs_are_part_of_the_proof():
+    model = chain((4,), keras.layers.Dense(3), keras.layers.BatchNormalization())
+    with pytest.raises(ValueError, match=r"(?i)incompatible|expected"):
+        keras_bn.fold(model, check=np.ones((2, 5), "float32"))
+
+
+def test_models_of_strings_need_inputs_for_the_proof():
+    lookup = keras.layers.StringLookup(vocabulary=["shirt", "shoe"], output_mode="one_hot")
+    x = keras.Input((), dtype="string")
+    model = unsettled(keras.Model(x, keras.layers.BatchNormalization()(keras.layers.Dense(3)(lookup(x)))))
+    with pytest.raises(ValueError, match="`check` must be given for a model that takes strings"):
+        keras_bn.fold(model)
+    assert keras_bn.fold(model, check=tf.constant(["shoe", "hat"])).folding_report.absorbed == 1
+
+
+def test_the_report_prints_counts_errors_and_reasons():
+    model = chain(
+        (4,),
+        keras.layers.Dense(3, name="d"),
+        keras.layers.BatchNormalization(name="n"),
+        keras.layers.ReLU(),
+        keras.layers.BatchNormalization(name="m"),
+    )
+    text = str(keras_bn.fold(model).folding_report)
+    assert text.startswith("1 of 2 normalizations absorbed; largest error ")
+    assert [line.split()[:2] for line in text.splitlines()[3:]] == [["n", "d"], ["m", "-"]]
+    assert "its output is an output of the model" in text
+
+
+def test_wrong_models_are_named():
+    class Subclassed(keras.Model):
+        def call(self, x):
+            return x
+
+    with pytest.raises(TypeError, match=r"`model` must be a `keras.Model`. Received: model=3 of type int"):
+        keras_bn.fold(3)
+    with pytest.raises(ValueError, match=r"`model` must be a functional or sequential Keras model.*type Subclassed"):
+        keras_bn.fold(Subclassed())
+
+
+def on_random_images(network, n=24, size=64):
+    keras.utils.set_random_seed(0)
+    model = network(weights=None, input_shape=(size, size, 3), classes=10)
+    images = np.random.default_rng(0).uniform(0, 1, (n, size, size, 3)).astype("float32")
+    keras_bn.recalibrate(model, images, batch_size=n, verbose=0)
+    return model, images
+
+
+APPLICATIONS = {
+    # How many of how many: the others have a ReLU or a concatenation on both sides.
+    "MobileNetV2": (52, 52),
+    "ResNet50V2": (32, 49),
+    "EfficientNetB0": (49, 49),
+    "DenseNet121": (59, 121),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [n if n == "MobileNetV2" else pytest.param(n, marks=pytest.mark.slow) for n in APPLICATIONS]
+)
+def test_keras_applications_fold_within_the_bar(name):
+    model, images = on_random_images(getattr(keras.applications, name))
+    report = keras_bn.fold(model, check=images[:4]).folding_report
+    assert (report.absorbed, len(report.normalizations)) == APPLICATIONS[name]
+    assert report.relative_error < 1e-4
+    assert all(bool(one.reason) != bool(one.into) for one in report.normalizations)
+
+
+@pytest.mark.parametrize("norm", NORMS, ids=["keras", "keras_bn"])
+@pytest.mark.parametrize("name", ["fashion_cnn", "resnet"])
+def test_the_reference_networks_fold_whole(name, norm):
+    keras.utils.set_random_seed(0)
+    model = getattr(networks, name)(width=8, normalization=norm)
+    images = np.random.default_rng(0).uniform(0, 1, (32, *networks.IMAGE_SHAPE)).astype("float32")
+    keras_bn.recalibrate(model, images, verbose=0)
+    folded = keras_bn.fold(model, check=images)
+    assert (folded.folding_report.absorbed, norms_in(folded)) == (len(norms_in(model)), [])
+    assert folded.folding_report.relative_error < 1e-4
+    np.testing.assert_allclose(folded(images), model(images), atol=1e-5)

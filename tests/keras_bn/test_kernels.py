@@ -1,0 +1,228 @@
+"""The numbers of every kernel: far from zero, constant, huge, and their derivatives."""
+
+import functools
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_bn import kernels
+from tests.reference import Reference, assert_close
+
+MODES = ("eager", "graph", "jit_compile")
+KERNELS = ("auto", "fused", "xla", "stable")
+
+
+def _run(function, mode):
+    return function if mode == "eager" else tf.function(function, jit_compile=mode == "jit_compile", autograph=False)
+
+
+def _with_batch(x, gamma=None, beta=None, **options):
+    return kernels.normalize_with_batch(x, gamma, beta, epsilon=1e-3, **{"axes": [len(x.shape) - 1], **options})
+
+
+def _affine(channels, dtype="float32", seed=5):
+    rng = np.random.default_rng(seed)
+    return tf.constant(rng.normal(1, 0.3, channels), dtype), tf.constant(rng.normal(size=channels), dtype)
+
+
+@pytest.mark.parametrize("offset", [0.0, 3.0, 30.0, 1e4, 1e6])
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("mode", MODES)
+def test_output_keeps_its_digits_at_any_offset(mode, kernel, offset):
+    rng = np.random.default_rng(0)
+    x = tf.constant(rng.normal(size=(64, 14, 14, 8)) + offset, "float32")
+    gamma, beta = _affine(8)
+    y, moments = _run(lambda x: _with_batch(x, gamma, beta, kernel=kernel), mode)(x)
+    oracle = Reference(x, -1, gamma, beta)
+    assert np.abs(y - oracle.y).max() < 1e-4
+    np.testing.assert_allclose(moments.m2 / moments.count, oracle.biased_variance, rtol=1e-4)
+    np.testing.assert_allclose(moments.mean, oracle.batch_mean, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "options",
+    [{"weights": np.ones((32, 1))}, {"group_size": 8}, {"group_size": 5}],
+    ids=["weights", "groups", "uneven groups"],
+)
+def test_rarer_kernels_keep_their_digits_at_any_offset(options, mode):
+    x = tf.constant(np.random.default_rng(0).normal(size=(32, 6)) + 1e6, "float32")
+    y, _ = _run(lambda x: _with_batch(x, **options), mode)(x)
+    size = options.get("group_size", 32)
+    want = np.concatenate([Reference(x[start : start + size], -1).y for start in range(0, 32, size)])
+    assert np.abs(y - want).max() < 1e-4
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4, 1e6])
+@pytest.mark.parametrize("mode", MODES)
+def test_inference_keeps_its_digits_at_any_offset(mode, offset):
+    rng = np.random.default_rng(0)
+    x = tf.constant(rng.normal(size=(16, 5, 5, 4)) + offset, "float32")
+    mean, variance = tf.fill([4], np.float32(offset)), tf.constant(rng.uniform(0.5, 2, 4), "float32")
+    gamma, beta = _affine(4)
+    call = _run(lambda x: kernels.normalize_with(x, mean, variance, gamma, beta, axes=[3], epsilon=1e-3), mode)
+    assert np.abs(call(x) - Reference(x, -1, gamma, beta).inference(mean, variance)).max() < 1e-4
+
+
+@pytest.mark.parametrize("offset", [0.0, 30.0, 1e4])
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_keep_their_digits_at_any_offset(mode, kernel, offset):
+    rng = np.random.default_rng(0)
+    x = tf.constant(rng.normal(size=(128, 6)) + offset, "float32")
+    dy = tf.constant(rng.normal(size=x.shape), "float32")
+    gamma, beta = _affine(6)
+
+    def gradients(x, gamma, beta):
+        with tf.GradientTape() as tape:
+            tape.watch([x, gamma, beta])
+            loss = tf.reduce_sum(_with_batch(x, gamma, beta, kernel=kernel)[0] * dy)
+        return tape.gradient(loss, [x, gamma, beta])
+
+    for got, want in zip(
+        _run(gradients, mode)(x, gamma, beta), Reference(x, -1, gamma, beta).gradients(dy), strict=True
+    ):
+        np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -7.3, 1e6, 3e-20])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("mode", MODES)
+def test_constant_input_gives_beta_exactly(mode, dtype, value):
+    x = tf.cast(tf.fill([37, 3, 4], np.float64(min(value, 6e4) if dtype == "float16" else value)), dtype)
+    gamma, beta = _affine(4, kernels.statistics_dtype(x.dtype))
+    y, moments = _run(lambda x: _with_batch(x, gamma, beta), mode)(x)
+    np.testing.assert_array_equal(y, tf.broadcast_to(tf.cast(beta, dtype), x.shape))
+    np.testing.assert_array_equal(moments.m2, np.zeros(4))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_one_outlier_among_equal_values_is_normalized_right(kernel, mode):
+    x = np.full((1001, 2), 1e6, "float32")
+    x[0] = 1e6 + 7
+    x[500, 1] = -3e5
+    y, moments = _run(lambda x: _with_batch(x, kernel=kernel), mode)(tf.constant(x))
+    oracle = Reference(x, -1)
+    assert np.abs(y - oracle.y).max() < 1e-4 * np.abs(oracle.y).max()
+    np.testing.assert_allclose(moments.m2, oracle.m2[0], rtol=1e-4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_variance_is_never_negative(mode):
+    rng = np.random.default_rng(2)
+    for scale in (1e-8, 1e-3, 1.0):
+        x = tf.constant(1e5 + scale * rng.normal(size=(50, 16)), "float32")
+        assert np.all(_run(_with_batch, mode)(x)[1].m2 >= 0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_half_precision_survives_values_whose_squares_and_sums_overflow(mode):
+    rng = np.random.default_rng(0)
+    x = tf.cast(rng.uniform(-60000, 60000, (256, 4)), tf.float16)
+    y, moments = _run(_with_batch, mode)(x)
+    assert y.dtype == tf.float16
+    assert moments.m2.dtype == tf.float32
+    assert_close(y, Reference(tf.cast(x, tf.float64), -1).y, "float16")
+    y, _ = _run(_with_batch, mode)(tf.concat([tf.fill([255, 1], np.float16(60000)), [[np.float16(-60000)]]], 0))
+    assert np.all(np.isfinite(y))
+
+
+@pytest.mark.parametrize("axes", [[1], [0, 1]], ids=str)
+@pytest.mark.parametrize("dtype", ["float64"])
+@pytest.mark.parametrize("mode", MODES)
+def test_first_and_second_derivatives_equal_finite_differences(mode, dtype, axes):
+    rng = np.random.default_rng(4)
+    shape = (3, 2, 2) if len(axes) == 1 else (2, 1, 4)
+    channels = int(np.prod([shape[axis] for axis in axes]))
+    x, w = tf.constant(rng.normal(size=shape), dtype), tf.constant(rng.normal(size=shape), dtype)
+    gamma, beta = _affine(channels, dtype)
+
+    def value(x, gamma, beta):
+        y, _ = kernels.normalize_with_batch(x, gamma, beta, axes=axes, epsilon=1e-3)
+        return tf.reduce_sum(w * y**3)
+
+    def gradient(position, *arguments):
+        with tf.GradientTape() as tape:
+            tape.watch(arguments[position])
+            result = value(*arguments)
+        return tape.gradient(result, arguments[position])
+
+    for function in (value, *(functools.partial(gradient, position) for position in range(3))):
+        analytic, numeric = tf.test.compute_gradient(_run(function, mode), [x, gamma, beta], delta=1e-5)
+        for got, want in zip(analytic, numeric, strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * max(1.0, np.abs(want).max()))
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+@pytest.mark.parametrize("mode", MODES)
+def test_second_derivatives_of_the_float32_kernels_equal_those_in_float64(mode, offset):
+    rng = np.random.default_rng(4)
+    x, w = rng.normal(size=(32, 3)) + offset, rng.normal(size=(32, 3))
+
+    def second(x, w):
+        with tf.GradientTape() as outer:
+            outer.watch(x)
+            with tf.GradientTape() as inner:
+                inner.watch(x)
+                result = tf.reduce_sum(w * _with_batch(x)[0] ** 3)
+            norm = tf.reduce_sum(inner.gradient(result, x) ** 2)
+        return outer.gradient(norm, x)
+
+    single = tf.constant(x, "float32")
+    got = _run(second, mode)(single, tf.constant(w, "float32"))
+    want = second(tf.cast(single, tf.float64), tf.constant(w))
+    np.testing.assert_allclose(got, want, atol=2e-4 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("mode", MODES)
+def test_rectified_output_and_gradients_equal_a_rectifier_applied_after(mode, kernel):
+    rng = np.random.default_rng(8)
+    x, dy = (tf.constant(rng.normal(size=(64, 5)), "float32") for _ in range(2))
+    gamma, beta = _affine(5)
+
+    def step(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y, _ = _with_batch(x, gamma, beta, activation=keras.activations.relu, kernel=kernel)
+            loss = tf.reduce_sum(y * dy)
+        return y, tape.gradient(loss, x)
+
+    y, dx = _run(step, mode)(x)
+    oracle = Reference(x, -1, gamma, beta)
+    np.testing.assert_allclose(y, np.maximum(oracle.y, 0), atol=1e-5)
+    np.testing.assert_allclose(dx, oracle.gradients(dy * (oracle.y > 0))[0], atol=1e-4)
+
+
+def test_fused_kernel_refuses_float64():
+    with pytest.raises(ValueError, match=r"`kernel` must be 'auto', 'xla' or 'stable' for float64 inputs.*'fused'"):
+        _with_batch(tf.zeros([4, 2], tf.float64), kernel="fused")
+
+
+def test_fused_kernel_is_what_a_graph_holds_and_nothing_is_compiled():
+    graph = tf.function(_with_batch).get_concrete_function(tf.TensorSpec([None, 4, 4, 8])).graph
+    assert "FusedBatchNormV3" in {operation.type for operation in graph.get_operations()}
+
+
+def test_xla_kernel_is_compiled_within_a_graph_that_is_not():
+    traced = tf.function(lambda x: _with_batch(x, kernel="xla")).get_concrete_function(tf.TensorSpec([None, 8]))
+    library = traced.graph.as_graph_def().library.function
+    assert any(function.attr["_XlaMustCompile"].b for function in library)
+
+
+def test_normalization_after_a_convolution_of_the_other_layout_is_right_in_a_graph():
+    rng = np.random.default_rng(0)
+    x = tf.constant(rng.normal(size=(2, 6, 6, 3)), "float32")
+    filters = tf.constant(rng.normal(size=(1, 1, 3, 6)), "float32")
+    mean, variance = (tf.constant(rng.uniform(1, 2, 6), "float32") for _ in range(2))
+
+    @tf.function
+    def network(x):
+        convolved = tf.nn.conv2d(x, filters, 1, "VALID")
+        return kernels.normalize_with(convolved, mean, variance, axes=[1], epsilon=1e-3)
+
+    want = Reference(tf.nn.conv2d(x, filters, 1, "VALID"), 1).inference(mean, variance)
+    np.testing.assert_allclose(network(x), want, atol=1e-4)

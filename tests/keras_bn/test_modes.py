@@ -1,0 +1,247 @@
+"""Switches of mode: in force at once, for every way to run a model, and undone when they should be."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import keras_bn
+
+LAYERS = pytest.mark.parametrize(
+    "normalization", [keras_bn.BatchNormalization, keras.layers.BatchNormalization], ids=["ours", "stock"]
+)
+
+
+def _data():
+    rng = np.random.default_rng(0)
+    return rng.normal(3, 2, (32, 4)).astype("float32"), rng.normal(size=(32, 1)).astype("float32")
+
+
+def _model(normalization, compiled=True):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((4,)), normalization(momentum=0.5, name="bn"), keras.layers.Dense(1)])
+    if compiled:
+        model.compile("adam", "mse")
+    return model
+
+
+def _weights(model):
+    return [weight.numpy() for weight in model.get_layer("bn").weights]
+
+
+def _moved(before, after):
+    """Whether gamma, beta, moving mean and moving variance changed."""
+    return [not np.array_equal(one, two) for one, two in zip(before, after, strict=True)]
+
+
+@LAYERS
+def test_batch_statistics_hold_at_once_for_predict_evaluate_and_calls(normalization):
+    model, (x, y) = _model(normalization), _data()
+    moving = model.predict(x, verbose=0), model.evaluate(x, y, verbose=0), np.asarray(model(x))
+    before = _weights(model)
+    with keras_bn.use_statistics(model, "batch"):
+        expected = np.asarray(model(x))
+        np.testing.assert_allclose(model.predict(x, verbose=0), expected, rtol=1e-5, atol=1e-5)
+        assert model.evaluate(x, y, verbose=0) == pytest.approx(float(np.mean((expected - y) ** 2)), rel=1e-4)
+        assert np.abs(expected - moving[2]).max() > 0.1
+    assert _moved(before, _weights(model)) == [False] * 4
+    np.testing.assert_array_equal(model.predict(x, verbose=0), moving[0])
+    assert model.evaluate(x, y, verbose=0) == moving[1]
+
+
+@LAYERS
+def test_moving_statistics_hold_in_fit_and_do_not_move(normalization):
+    model, (x, y) = _model(normalization), _data()
+    model.fit(x, y, verbose=0)
+    before = _weights(model)
+    keras_bn.use_statistics(model, "moving")
+    model.fit(x, y, verbose=0)
+    assert _moved(before, _weights(model)) == [True, True, False, False]
+    keras_bn.use_statistics(model, "auto")
+    model.fit(x, y, verbose=0)
+    assert _moved(before, _weights(model)) == [True] * 4
+
+
+@LAYERS
+def test_batch_statistics_still_average_in_training(normalization):
+    model, (x, y) = _model(normalization), _data()
+    keras_bn.use_statistics(model, "batch")
+    before = _weights(model)
+    model.fit(x, y, verbose=0)
+    assert _moved(before, _weights(model)) == [True] * 4
+
+
+@LAYERS
+def test_switch_is_undone_when_the_body_raises(normalization):
+    model = _model(normalization)
+    x, _ = _data()
+    before = np.asarray(model(x))
+    with pytest.raises(ZeroDivisionError), keras_bn.use_statistics(model, "batch"):
+        raise ZeroDivisionError
+    np.testing.assert_array_equal(model(x), before)
+
+
+def test_inner_switch_gives_back_to_the_outer_one():
+    model = _model(keras_bn.BatchNormalization)
+    with keras_bn.use_statistics(model, "batch"):
+        with keras_bn.use_statistics(model, "moving"):
+            assert model.get_layer("bn").statistics == "moving"
+        assert model.get_layer("bn").statistics == "batch"
+    assert model.get_layer("bn").statistics == "auto"
+
+
+@LAYERS
+def test_freezing_after_a_first_fit_holds_in_the_next(normalization):
+    model, (x, y) = _model(normalization), _data()
+    model.fit(x, y, verbose=0)
+    keras_bn.freeze(model)
+    before = _weights(model)
+    model.fit(x, y, verbose=0)
+    model.train_on_batch(x, y)
+    assert _moved(before, _weights(model)) == [False] * 4
+    keras_bn.unfreeze(model)
+    model.fit(x, y, verbose=0)
+    assert _moved(before, _weights(model)) == [True] * 4
+
+
+def test_plain_trainable_waits_for_compile_which_is_why_freeze_exists():
+    model, (x, y) = _model(keras.layers.BatchNormalization), _data()
+    model.fit(x, y, verbose=0)
+    model.get_layer("bn").trainable = False
+    before = _weights(model)
+    model.fit(x, y, verbose=0)
+    assert _moved(before, _weights(model))[2:] == [True, True]
+
+
+@LAYERS
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
+def test_unfreezing_what_the_optimizer_never_knew_keeps_what_it_remembers(normalization, policy):
+    keras.config.set_dtype_policy(policy)
+    try:
+        model, (x, y) = _model(normalization), _data()
+        keras_bn.freeze(model)
+        model.fit(x, y, verbose=0)
+        optimizer = model.optimizer
+        remembered = {variable.name: variable.numpy() for variable in optimizer.variables}
+        before = _weights(model)
+        keras_bn.unfreeze(model)
+        assert model.optimizer is optimizer
+        after = {variable.name: variable.numpy() for variable in optimizer.variables}
+        assert len(after) == len(remembered) + 4
+        for name, value in remembered.items():
+            np.testing.assert_array_equal(after[name], value, err_msg=name)
+        model.fit(x, y, verbose=0)
+        assert _moved(before, _weights(model)) == [True] * 4
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
+def test_freezing_in_the_middle_of_fit_holds_from_the_next_step():
+    model, (x, y) = _model(keras_bn.BatchNormalization), _data()
+    seen = []
+
+    class Freezer(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 1:
+                keras_bn.freeze(self.model)
+
+        def on_epoch_end(self, epoch, logs=None):
+            seen.append(_weights(model))
+
+    model.fit(x, y, epochs=3, verbose=0, callbacks=[Freezer()])
+    assert _moved(seen[0], seen[1]) == _moved(seen[1], seen[2]) == [False] * 4
+
+
+def test_switching_a_single_layer_reaches_the_models_around_it():
+    inner = _model(keras_bn.BatchNormalization, compiled=False)
+    inputs = keras.Input((4,))
+    outer = keras.Model(inputs, keras.layers.Dense(1)(inner(inputs)))
+
+    class Trainer(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.trained = outer
+
+        def call(self, x, training=None):
+            return self.trained(x, training=training)
+
+    trainer = Trainer()
+    trainer.compile("sgd", "mse")
+    x, y = _data()
+    trainer.fit(x, y, verbose=0)
+    keras_bn.freeze(inner.get_layer("bn"))
+    before = _weights(inner)
+    trainer.fit(x, y, verbose=0)
+    assert _moved(before, _weights(inner)) == [False] * 4
+
+
+@keras.saving.register_keras_serializable("tests")
+class _Cell(keras.layers.Layer):
+    """A recurrent cell with a batch norm inside."""
+
+    def __init__(self, stock=False, **kwargs):
+        super().__init__(**kwargs)
+        self.stock = stock
+        self.state_size = self.output_size = 4
+        self.normalization = (keras.layers if stock else keras_bn).BatchNormalization(name="recurrent")
+
+    def build(self, shape):
+        self.normalization.build(shape)
+
+    def call(self, inputs, states, training=None):
+        output = self.normalization(inputs, training=training) + states[0]
+        return output, [output]
+
+    def get_config(self):
+        return {**super().get_config(), "stock": self.stock}
+
+
+def _wrapped(normalization):
+    shared = normalization(name="shared")
+    inputs = keras.Input((5, 4))
+    x = keras.layers.TimeDistributed(normalization(name="timed"))(inputs)
+    cell = keras.Sequential([keras.Input((4,)), normalization(name="nested"), keras.layers.Dense(4)])
+    x = keras.layers.TimeDistributed(cell)(shared(shared(x)))
+    recurrent = keras.layers.RNN(_Cell(stock=normalization is keras.layers.BatchNormalization))
+    return keras.Model(inputs, keras.layers.Bidirectional(recurrent)(x))
+
+
+@LAYERS
+def test_nested_wrapped_and_shared_layers_are_all_reached_and_each_once(normalization):
+    model = _wrapped(normalization)
+    found = keras_bn.modes.batch_normalizations(model)
+    names = sorted(layer.name for layer in found)
+    assert names == ["nested", "recurrent", "recurrent", "shared", "timed"]
+    keras_bn.freeze(model)
+    assert not any(layer.trainable for layer in found)
+    x = np.random.default_rng(0).normal(3, 1, (8, 5, 4)).astype("float32")
+    moving = np.asarray(model(x, training=True))
+    with keras_bn.use_statistics(model, "batch"):
+        assert np.abs(np.asarray(model(x)) - moving).max() > 0.1
+
+
+def test_batch_statistics_hold_under_jit_compile_and_in_a_masked_model():
+    model = keras.Sequential(
+        [
+            keras.Input((6, 3)),
+            keras.layers.Masking(),
+            keras_bn.BatchNormalization(),
+            keras.layers.GlobalAveragePooling1D(),
+        ]
+    )
+    model.compile("sgd", "mse", jit_compile=True)
+    x = np.random.default_rng(0).normal(3, 1, (8, 6, 3)).astype("float32")
+    x[:, 4:] = 0
+    with keras_bn.use_statistics(model, "batch"):
+        # The average over what counts, of all examples, is beta.
+        np.testing.assert_allclose(model.predict(x, verbose=0).mean(0), np.zeros(3), atol=1e-5)
+    assert np.abs(model.predict(x, verbose=0)).min() > 1
+
+
+def test_function_of_ones_own_takes_the_mode_it_was_traced_in():
+    model, (x, _) = _model(keras_bn.BatchNormalization), _data()
+    function = tf.function(lambda x: model(x))
+    moving = function(x)
+    with keras_bn.use_statistics(model, "batch"):
+        np.testing.assert_array_equal(function(x), moving)
+        assert np.abs(np.asarray(tf.function(lambda x: model(x))(x) - moving)).max() > 0.1

@@ -1,0 +1,423 @@
+"""recalibrate(): the statistics of the whole population, and a model that is never left half changed."""
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import keras_bn
+
+ROOT = Path(keras_bn.__file__).parent.parent
+SPLIT = (2, 2, 4, 8, 16, 32, 64)
+
+
+def four_layer_cnn():
+    """Four convolutions with a normalization each, with weights that move every statistic off its initial value."""
+    keras.utils.set_random_seed(7)
+    x = inputs = keras.Input((8, 8, 3))
+    for filters in (4, 5, 6, 7):
+        x = keras.layers.Conv2D(filters, 3, padding="same", bias_initializer="random_normal")(x)
+        x = keras.layers.BatchNormalization()(x)
+        x = keras.layers.Activation("relu")(x)
+    return keras.Model(inputs, keras.layers.GlobalAveragePooling2D()(x))
+
+
+def norms(model):
+    return [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]
+
+
+def pictures(n=128, seed=0):
+    """Unlike each other, so that another split into batches gives other batch statistics."""
+    rng = np.random.default_rng(seed)
+    return (rng.normal(size=(n, 8, 8, 3)) * rng.uniform(0.1, 3, (n, 1, 1, 1)) + rng.normal(size=(n, 1, 1, 3))).astype(
+        "float32"
+    )
+
+
+def in_batches(x, sizes, *more):
+    starts = np.cumsum([0, *sizes])
+    parts = [tuple(a[i:j] for a in (x, *more)) for i, j in itertools.pairwise(starts)]
+    return parts
+
+
+def statistics(model):
+    return [np.asarray(v) for layer in norms(model) for v in (layer.moving_mean, layer.moving_variance)]
+
+
+def snapshot(model):
+    return [v.numpy().tobytes() for v in model.variables]
+
+
+def input_of(model, layer, x):
+    """What `layer` is given in inference, in float64."""
+    return keras.Model(model.inputs, layer.input)(x).numpy().astype("float64")
+
+
+def recalibrated(data, model=None, **options):
+    model = model or four_layer_cnn()
+    keras_bn.recalibrate(model, data, verbose=0, **options)
+    return model
+
+
+def test_population_statistics_do_not_depend_on_the_batch_split():
+    x = pictures()
+    split = statistics(recalibrated(in_batches(x, SPLIT)))
+    whole = statistics(recalibrated([(x,)]))
+    for a, b in zip(split, whole, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6 * np.abs(b).max())
+
+
+def test_sequential_statistics_are_those_of_what_each_layer_sees_in_inference():
+    x = pictures()
+    model = recalibrated(in_batches(x, SPLIT))
+    for layer in norms(model):
+        seen = input_of(model, layer, x)
+        np.testing.assert_allclose(layer.moving_mean, seen.mean((0, 1, 2)), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(layer.moving_variance, seen.var((0, 1, 2)), rtol=1e-6)
+
+
+def test_algorithm2_averages_unbiased_batch_variances():
+    rng = np.random.default_rng(0)
+    x = rng.normal(3, 2, (60, 5)).astype("float32")
+    model = keras.Sequential([keras.Input((5,)), keras.layers.BatchNormalization()])
+    recalibrated(in_batches(x, (2, 8, 50)), model, method="algorithm2")
+    parts = [x[:2].astype("float64"), x[2:10].astype("float64"), x[10:].astype("float64")]
+    np.testing.assert_allclose(model.layers[0].moving_mean, np.mean([p.mean(0) for p in parts], 0), rtol=1e-6)
+    np.testing.assert_allclose(
+        model.layers[0].moving_variance, np.mean([p.var(0, ddof=1) for p in parts], 0), rtol=1e-6
+    )
+
+
+def test_algorithm2_leaves_out_a_last_batch_of_one():
+    x = np.random.default_rng(0).normal(3, 2, (9, 5)).astype("float32")
+    model = keras.Sequential([keras.Input((5,)), keras.layers.BatchNormalization()])
+    recalibrated(in_batches(x, (8, 1)), model, method="algorithm2")
+    np.testing.assert_allclose(model.layers[0].moving_variance, x[:8].var(0, ddof=1), rtol=1e-5)
+
+
+def test_joint_order_feeds_each_layer_from_batch_normalized_predecessors():
+    x = pictures(24)
+    model = recalibrated(in_batches(x, (8, 16)), order="joint")
+    first, second = norms(model)[:2]
+    seen = []
+    for part in (x[:8], x[8:]):
+        value = input_of(model, first, part)
+        value = (value - value.mean((0, 1, 2))) / np.sqrt(value.var((0, 1, 2)) + first.epsilon)
+        convolution = keras.Model(first.output, second.input)
+        seen.append(convolution(value.astype("float32")).numpy().astype("float64"))
+    seen = np.concatenate(seen)
+    np.testing.assert_allclose(second.moving_variance, seen.var((0, 1, 2)), rtol=1e-4)
+    np.testing.assert_allclose(second.moving_mean, seen.mean((0, 1, 2)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["array", "dataset", "pydataset", "generator"])
+def test_every_kind_of_data_gives_the_same_statistics(kind):
+    x = pictures(48)
+
+    class Set(keras.utils.PyDataset):
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            return x[index * 16 : index * 16 + 16], np.zeros(16)
+
+    data = {
+        "array": x,
+        "dataset": tf.data.Dataset.from_tensor_slices((x, np.zeros(48))).batch(20),
+        "pydataset": Set(),
+        "generator": (x[i : i + 12] for i in range(0, 48, 12)),
+    }[kind]
+    got, expected = statistics(recalibrated(data)), statistics(recalibrated([(x,)]))
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-6)
+
+
+def test_steps_limits_the_batches_and_takes_none_too_many():
+    x = np.arange(40, dtype="float32").reshape(10, 4)
+    model = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization()])
+    taken = []
+
+    def endless():
+        while True:
+            taken.append(len(taken))
+            yield x[len(taken) - 1 : len(taken)]
+
+    keras_bn.recalibrate(model, endless(), steps=3, verbose=0)
+    assert taken == [0, 1, 2]
+    np.testing.assert_allclose(model.layers[0].moving_mean, x[:3].mean(0), rtol=1e-6)
+
+
+def test_sample_weights_count_as_copies():
+    x = np.random.default_rng(0).normal(2, 3, (6, 4)).astype("float32")
+    weights = np.array([0, 1, 2, 3, 1, 0], "float32")
+    model = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization()])
+    recalibrated(in_batches(x, (2, 4), np.zeros(6), weights), model)
+    copies = np.repeat(x.astype("float64"), weights.astype(int), 0)
+    np.testing.assert_allclose(model.layers[0].moving_mean, copies.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(model.layers[0].moving_variance, copies.var(0), rtol=1e-6)
+
+
+def test_masked_steps_do_not_count_even_if_they_are_nan():
+    tokens = np.array([[1, 2, 0, 0], [3, 0, 0, 0]])
+    table = np.array([[np.nan, np.nan], [1, 2], [3, 5], [8, 13]], "float32")
+    model = keras.Sequential(
+        [keras.Input((4,)), keras.layers.Embedding(4, 2, mask_zero=True), keras.layers.BatchNormalization()]
+    )
+    model.layers[0].set_weights([table])
+    recalibrated([(tokens,)], model)
+    np.testing.assert_allclose(model.layers[1].moving_mean, table[1:].mean(0), rtol=1e-6)
+    np.testing.assert_allclose(model.layers[1].moving_variance, table[1:].var(0), rtol=1e-6)
+
+
+def test_a_shared_layer_gets_the_statistics_of_all_its_uses():
+    a, b = keras.Input((3,)), keras.Input((3,))
+    shared = keras.layers.BatchNormalization()
+    model = keras.Model([a, b], [shared(a), shared(b)])
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(0, 1, (10, 3)).astype("float32"), rng.normal(5, 2, (10, 3)).astype("float32")
+    recalibrated([x, y], model, batch_size=3)
+    together = np.concatenate([x, y])
+    np.testing.assert_allclose(shared.moving_mean, together.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(shared.moving_variance, together.var(0), rtol=1e-5)
+
+
+def test_nested_models_and_time_distributed_are_reached():
+    inner = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3), keras.layers.BatchNormalization(name="deep")])
+    outer = keras.Sequential([keras.Input((5, 4)), keras.layers.TimeDistributed(inner, name="steps")])
+    x = np.random.default_rng(0).normal(1, 2, (12, 5, 4)).astype("float32")
+    report = keras_bn.recalibrate(outer, x, batch_size=5, verbose=0)
+    seen = inner.layers[0](x).numpy().reshape(-1, 3)
+    np.testing.assert_allclose(inner.layers[1].moving_variance, seen.var(0), rtol=1e-5)
+    assert [layer.name for layer in report.layers] == [f"steps/{inner.name}/deep"]
+
+
+def test_mixed_precision_inputs_are_measured_in_float64():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.BatchNormalization(dtype="mixed_float16")])
+    x = np.array([[60000.0, 1.0], [50000.0, 3.0]], "float16")
+    recalibrated([(x,)], model)
+    np.testing.assert_allclose(model.layers[0].moving_variance, x.astype("float64").var(0), rtol=1e-3)
+
+
+@pytest.mark.parametrize("axis", [1, 2, -1])
+def test_any_axis_is_measured(axis):
+    model = keras.Sequential([keras.Input((3, 4, 5)), keras.layers.BatchNormalization(axis=axis)])
+    x = np.random.default_rng(0).normal(size=(6, 3, 4, 5)).astype("float32")
+    recalibrated(x, model, batch_size=4)
+    others = tuple(i for i in range(4) if i != axis % 4)
+    np.testing.assert_allclose(model.layers[0].moving_variance, x.var(others), rtol=1e-5)
+
+
+def test_frozen_layers_and_functions_of_the_author_are_measured():
+    class Compiled(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.norm = keras.layers.BatchNormalization(trainable=False)
+
+        @tf.function
+        def call(self, x):
+            return self.norm(x)
+
+    model = Compiled()
+    x = np.random.default_rng(0).normal(4, 2, (8, 3)).astype("float32")
+    model(x)
+    recalibrated(x, model, batch_size=3)
+    np.testing.assert_allclose(model.norm.moving_mean, x.mean(0), rtol=1e-5)
+    assert not tf.config.functions_run_eagerly()
+
+
+def test_renorm_statistics_follow():
+    model = keras.Sequential([keras.Input((3,)), keras_bn.BatchNormalization(renorm=True)])
+    x = np.random.default_rng(0).normal(4, 2, (8, 3)).astype("float32")
+    recalibrated(x, model)
+    np.testing.assert_allclose(model.layers[0].renorm_mean, x.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(model.layers[0].renorm_stddev, np.sqrt(x.var(0) + 1e-3), rtol=1e-5)
+
+
+@pytest.mark.parametrize("order", ["sequential", "joint"])
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_data_that_raises_midway_leaves_the_model_bit_for_bit(order, error):
+    model = four_layer_cnn()
+    recalibrated(pictures(16, seed=5), model)
+    before = snapshot(model)
+
+    class Breaks:
+        passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            yield pictures(4)
+            if self.passes > 3 or order == "joint":
+                raise error("disk")
+            yield pictures(4, seed=2)
+
+    with pytest.raises(error):
+        keras_bn.recalibrate(model, Breaks(), order=order, verbose=0)
+    assert snapshot(model) == before
+    assert not any("call" in vars(layer) for layer in model._flatten_layers())
+
+
+@pytest.mark.parametrize("order", ["sequential", "joint"])
+def test_a_nan_batch_is_named_and_leaves_the_model_bit_for_bit(order):
+    model = four_layer_cnn()
+    before = snapshot(model)
+    x = pictures(24)
+    x[17, 2, 3, 1] = np.nan
+    first = norms(model)[0].name
+    with pytest.raises(
+        ValueError, match=rf"batch 2 \(counted from 0\) with non-finite values at the input of '{first}'"
+    ):
+        keras_bn.recalibrate(model, x, order=order, batch_size=8, verbose=0)
+    assert snapshot(model) == before
+
+
+def test_a_layer_that_is_not_called_keeps_its_statistics_and_is_reported():
+    class Auxiliary(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.main, self.extra = (
+                keras.layers.BatchNormalization(name="main"),
+                keras.layers.BatchNormalization(name="extra"),
+            )
+            self.extra.build((None, 2))
+
+        def call(self, x):
+            return self.main(x)
+
+    model = Auxiliary()
+    model(np.zeros((1, 2), "float32"))
+    report = keras_bn.recalibrate(model, np.random.default_rng(0).normal(3, 1, (8, 2)).astype("float32"), verbose=0)
+    assert report.not_called == ["extra"]
+    assert "Not called, left as it was: extra" in str(report)
+    assert model.extra.moving_mean.numpy().tolist() == [0, 0]
+
+
+def test_the_report_prints_as_a_table_with_old_and_new_distance():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.BatchNormalization(name="norm", epsilon=1e-9)])
+    x = np.array([[1.0, 1.0], [5.0, 5.0]], "float32")
+    report = keras_bn.recalibrate(model, x, verbose=0)
+    assert report.layers[0].old_mean.tolist() == [0, 0]
+    header, _, row = str(report).splitlines()[1:]
+    assert header.split("  ")[0] == "layer"
+    assert row.split()[:5] == ["norm", "2", "2", "3", "4"]
+
+
+def test_the_progress_bar_counts_passes_times_batches(capsys):
+    keras_bn.recalibrate(four_layer_cnn(), pictures(12), batch_size=4)
+    assert "12/12" in capsys.readouterr().out
+
+
+def test_wrong_arguments_are_named():
+    model = four_layer_cnn()
+    with pytest.raises(
+        ValueError, match=r"`method` must be one of \('pooled', 'algorithm2'\). Received: method='mean'."
+    ):
+        keras_bn.recalibrate(model, pictures(), method="mean")
+    with pytest.raises(ValueError, match=r"`order` must be one of .* Received: order='random'."):
+        keras_bn.recalibrate(model, pictures(), order="random")
+    with pytest.raises(ValueError, match=r"`steps` must be a positive integer.* Received: steps=0."):
+        keras_bn.recalibrate(model, pictures(), steps=0)
+    with pytest.raises(ValueError, match=r"`steps` must be given for data that never ends"):
+        keras_bn.recalibrate(model, tf.data.Dataset.from_tensor_slices(pictures(4)).batch(2).repeat())
+    with pytest.raises(TypeError, match=r"`data` must be an array.* Received: data='images' of type str."):
+        keras_bn.recalibrate(model, "images")
+    with pytest.raises(ValueError, match=r"`data` must hold at least one batch. Received: no batch."):
+        keras_bn.recalibrate(model, iter([]))
+    with pytest.raises(ValueError, match=r"`model` must have a batch normalization."):
+        keras_bn.recalibrate(keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]), np.ones((2, 2)))
+
+
+def compiled_on(x, y, **optimizer):
+    keras.utils.set_random_seed(3)
+    model = keras.Sequential(
+        [keras.Input((4,)), keras.layers.Dense(8), keras.layers.BatchNormalization(), keras.layers.Dense(1)]
+    )
+    model.compile(keras.optimizers.SGD(0.05, **optimizer), "mse")
+    return model
+
+
+def regression(n=64):
+    x = np.random.default_rng(0).normal(2, 3, (n, 4)).astype("float32")
+    return x, x.sum(1, keepdims=True)
+
+
+def inference_statistics(model, x):
+    seen = model.layers[0](x).numpy().astype("float64")
+    return seen.mean(0), seen.var(0)
+
+
+def test_the_callback_recalibrates_at_the_end_of_training():
+    x, y = regression()
+    model = compiled_on(x, y)
+    model.fit(x, y, epochs=2, verbose=0, callbacks=[keras_bn.Recalibrate(x)])
+    mean, variance = inference_statistics(model, x)
+    np.testing.assert_allclose(model.layers[1].moving_mean, mean, rtol=1e-4)
+    np.testing.assert_allclose(model.layers[1].moving_variance, variance, rtol=1e-4)
+
+
+def test_the_callback_measures_the_averaged_weights_that_training_ends_with():
+    x, y = regression()
+    model = compiled_on(x, y, use_ema=True, ema_momentum=0.9)
+    callbacks = [keras.callbacks.SwapEMAWeights(), keras_bn.Recalibrate(x)]
+    model.fit(x, y, epochs=2, verbose=0, callbacks=callbacks)
+    _, variance = inference_statistics(model, x)
+    np.testing.assert_allclose(model.layers[1].moving_variance, variance, rtol=1e-4)
+
+
+def test_each_validation_sees_statistics_of_the_weights_it_validates():
+    x, y = regression()
+    model = compiled_on(x, y, use_ema=True, ema_momentum=0.9)
+    errors = []
+
+    class Watch(keras.callbacks.Callback):
+        def on_test_begin(self, logs=None):
+            _, variance = inference_statistics(model, x)
+            errors.append(np.abs(model.layers[1].moving_variance - variance).max() / variance.max())
+
+    callbacks = [keras.callbacks.SwapEMAWeights(), keras_bn.Recalibrate(x, when="epoch"), Watch()]
+    model.fit(x, y, epochs=3, verbose=0, callbacks=callbacks, validation_data=(x, y))
+    assert len(errors) == 3
+    assert max(errors) < 1e-4
+
+
+def test_the_callback_does_not_measure_the_same_weights_twice(monkeypatch):
+    x, y = regression()
+    model = compiled_on(x, y)
+    runs = []
+    original = keras_bn.population.recalibrate
+    monkeypatch.setattr(keras_bn.population, "recalibrate", lambda *a, **k: runs.append(1) or original(*a, **k))
+    model.fit(x, y, epochs=2, verbose=0, callbacks=[keras_bn.Recalibrate(x, when="epoch")], validation_data=(x, y))
+    assert len(runs) == 2
+
+
+def test_the_callback_refuses_an_unknown_moment():
+    with pytest.raises(ValueError, match=r'`when` must be "end" or "epoch". Received: when=\'batch\''):
+        keras_bn.Recalibrate(np.ones((2, 2)), when="batch")
+
+
+REPLICAS = """
+import numpy as np, tensorflow as tf
+devices = tf.config.list_physical_devices("CPU")
+tf.config.set_logical_device_configuration(devices[0], [tf.config.LogicalDeviceConfiguration()] * 2)
+import keras, keras_bn
+x = np.random.default_rng(0).normal(3, 2, (40, 4)).astype("float32")
+with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+    model = keras.Sequential([keras.Input((4,)), keras_bn.BatchNormalization(synchronized=True), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+model.fit(x, x[:, :1], batch_size=10, epochs=2, verbose=0, callbacks=[keras_bn.Recalibrate(x, when="epoch")])
+for variable, expected in ((model.layers[0].moving_mean, x.mean(0)), (model.layers[0].moving_variance, x.var(0))):
+    copies = [component.numpy() for component in variable.value.values]
+    assert len(copies) == 2, copies
+    for copy in copies:
+        np.testing.assert_allclose(copy, expected, rtol=1e-5)
+"""
+
+
+@pytest.mark.slow
+def test_every_replica_gets_the_population_statistics():
+    done = subprocess.run([sys.executable, "-c", REPLICAS], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
