@@ -52,6 +52,7 @@ class _Task:
     inputs: Mapping[str, np.ndarray]
     output_names: tuple[str, ...]
     rows: int
+    alone: bool = True
     future: "Future[Outputs]" = field(default_factory=Future)
     since: float = field(default_factory=time.monotonic)
 
@@ -146,6 +147,7 @@ class Batcher:
         if not self._options.strict and task.signature.name in task.servable.never_group:
             return object()
         pad = self._options.pad_variable_length_inputs
+        task.alone = False
         shapes = tuple(array.ndim if pad else array.shape[1:] for array in arrays)
         return (id(task.servable), task.signature.name, task.output_names, shapes)
 
@@ -177,7 +179,7 @@ class Batcher:
                 self._ready.wait(wait)
 
     def _time_left(self, queue: deque[_Task]) -> float:
-        if self._options is None or not self._options.batch_timeout_seconds or self._closing:
+        if self._options is None or not self._options.batch_timeout_seconds or self._closing or queue[0].alone:
             return 0.0
         if sum(task.rows for task in queue) >= self._options.max_batch_size:
             return 0.0

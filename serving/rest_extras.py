@@ -55,6 +55,8 @@ class Extras:
             return self._readiness()
         if path == "/openapi.json":
             return _json(self._openapi())
+        if path == "/page/models":
+            return self.models()
         # TensorFlow Serving has no page, and what is not a browser is told so.
         if path in _PAGE_FILES and (path != "/" or b"text/html" in request.headers.get(b"accept", b"")):
             return _page_file(_PAGE_FILES[path])

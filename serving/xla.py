@@ -1,6 +1,6 @@
 """Finds the signatures that only XLA can run."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from tensorflow.core.framework import attr_value_pb2, node_def_pb2
 from tensorflow.core.protobuf import meta_graph_pb2
@@ -12,24 +12,31 @@ def needs_xla(meta_graph: meta_graph_pb2.MetaGraphDef, tensor_names: Iterable[st
     """Tells whether computing these tensors runs a function that was saved with `jit_compile=True`."""
     nodes = {node.name: node for node in meta_graph.graph_def.node}
     functions = {function.signature.name: function for function in meta_graph.graph_def.library.function}
-    waiting: list[node_def_pb2.NodeDef] = [nodes[name] for name in map(_node_name, tensor_names) if name in nodes]
-    seen_nodes = {node.name for node in waiting}
-    seen_functions: set[str] = set()
+    waiting = [nodes[name] for name in map(_node_name, tensor_names) if name in nodes]
+    needed = {node.name: node for node in waiting}
     while waiting:
-        node = waiting.pop()
-        if node.attr[_MUST_COMPILE].b if _MUST_COMPILE in node.attr else False:
-            return True
-        for name in map(_node_name, node.input):
-            if name in nodes and name not in seen_nodes:
-                seen_nodes.add(name)
+        for name in map(_node_name, waiting.pop().input):
+            if name in nodes and name not in needed:
+                needed[name] = nodes[name]
                 waiting.append(nodes[name])
+    # Inside a function every node counts, and its names are its own.
+    calls = list(needed.values())
+    seen: set[str] = set()
+    while calls:
+        node = calls.pop()
+        if _is_set(node.attr):
+            return True
         for name in _called(node):
-            if name in functions and name not in seen_functions:
-                seen_functions.add(name)
-                if _MUST_COMPILE in functions[name].attr and functions[name].attr[_MUST_COMPILE].b:
+            if name in functions and name not in seen:
+                seen.add(name)
+                if _is_set(functions[name].attr):
                     return True
-                waiting.extend(functions[name].node_def)
+                calls.extend(functions[name].node_def)
     return False
+
+
+def _is_set(attributes: Mapping[str, attr_value_pb2.AttrValue]) -> bool:
+    return _MUST_COMPILE in attributes and attributes[_MUST_COMPILE].b
 
 
 def _node_name(tensor_name: str) -> str:

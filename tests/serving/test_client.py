@@ -1,16 +1,20 @@
 """The client against a real server."""
 
+import asyncio
+import http.server
 import json
 import re
 import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from serving.client import Client
+from serving.client import AsyncClient, Client, Retry
 from serving.errors import Code, DeadlineExceededError, InvalidArgumentError, ServingError
 from tests.serving.servers import ROOT, RunningServer, environment
 
@@ -127,3 +131,85 @@ def test_the_command_says_in_one_line_what_is_wrong(server: RunningServer, tmp_p
     assert result.returncode == 1
     assert result.stderr.count("\n") == 1
     assert "must end in .npy, .json" in result.stderr
+
+
+def test_grpc_gives_the_same_as_rest(server: RunningServer, client: Client):
+    pixels = np.arange(8, dtype=np.uint8).reshape(2, 2, 2, 1)
+    with Client(f"grpc://{server.grpc_target}") as other:
+        other.wait_until_ready("image")
+        for name, value in client.predict("image", pixels).items():
+            np.testing.assert_array_equal(other.predict("image", pixels)[name], value)
+        assert other.predict("half_plus_two", [1, 2], version=1).tolist() == [2.5, 3.0]
+        assert other.predict("strings", ["ä", b"\xff"])["raw_bytes"].tolist() == ["ä".encode(), b"\xff"]
+        assert other.status("half_plus_two") == client.status("half_plus_two")
+        assert other.metadata("image") == client.metadata("image")
+        with pytest.raises(ServingError, match="Unrecognized servable version label: nope") as caught:
+            other.predict("half_plus_two", [1.0], label="nope")
+        assert caught.value.code is Code.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize("scheme", ["http", "grpc"])
+def test_examples_are_classified_and_regressed(server: RunningServer, scheme: str):
+    with Client(server.url if scheme == "http" else f"grpc://{server.grpc_target}") as client:
+        examples = [{"x": 0.25}, {"x": [0.5]}]
+        assert client.classify("examples", examples) == [[("yes", 0.25), ("no", 0.75)], [("yes", 0.5), ("no", 0.5)]]
+        answer = client.regress("examples", [{}, {"x": 2.0}], context={"x": 0.5}, signature_name="regress_x")
+        assert answer.tolist() == [1.0, 4.0]
+
+
+@pytest.mark.parametrize("scheme", ["http", "grpc"])
+def test_the_asynchronous_client_asks_many_things_at_once(server: RunningServer, scheme: str):
+    async def ask() -> list[float]:
+        async with AsyncClient(server.url if scheme == "http" else f"grpc://{server.grpc_target}") as client:
+            await client.wait_until_ready("half_plus_two")
+            answers = await asyncio.gather(*(client.predict("half_plus_two", [float(n)]) for n in range(20)))
+            with pytest.raises(ServingError, match=r"Latest\(nobody\)"):
+                await client.predict("nobody", [1.0])
+            return [float(answer[0]) for answer in answers]
+
+    assert asyncio.run(ask()) == [number / 2 + 3 for number in range(20)]
+
+
+class Flaky(http.server.BaseHTTPRequestHandler):
+    """Answers 503 twice, then the truth; 500 to one path."""
+
+    asked = 0
+
+    def do_GET(self) -> None:
+        type(self).asked += 1
+        status = 500 if "broken" in self.path else 503 if self.asked < 3 else 200
+        body = b'{"model_version_status": []}' if status == 200 else b'{"error": "busy"}'
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.fixture
+def flaky_url() -> Iterator[str]:
+    """An HTTP server that is busy at first: a real server is not busy on demand."""
+    Flaky.asked = 0
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Flaky) as flaky:
+        thread = threading.Thread(target=flaky.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{flaky.server_address[1]}"
+        flaky.shutdown()
+        thread.join()
+
+
+def test_a_busy_server_is_asked_again_and_a_broken_one_is_not(flaky_url: str):
+    with Client(flaky_url, retry=Retry(first_wait_seconds=0.01)) as client:
+        assert client.status("m") == []
+        assert Flaky.asked == 3
+        with pytest.raises(ServingError, match="busy") as caught:
+            client.status("broken")
+        assert caught.value.code is Code.UNKNOWN
+        assert Flaky.asked == 4
+
+
+def test_no_more_is_asked_than_the_attempts_allow(flaky_url: str):
+    with Client(flaky_url, retry=Retry(attempts=2, first_wait_seconds=0.01)) as client:
+        with pytest.raises(ServingError) as caught:
+            client.status("m")
+        assert caught.value.code is Code.UNAVAILABLE
+        assert Flaky.asked == 2

@@ -1,0 +1,128 @@
+"""What `benchmarks.serving` compares: builds the model, runs it bare, and serves it with FastAPI."""
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import numpy as np
+
+NAME = "fashion_cnn"
+
+
+def build(folder: Path) -> None:
+    """Saves the network as Keras file, and exports it folded."""
+    import keras_bn
+    from models.networks import fashion_cnn
+
+    model = fashion_cnn()
+    model.save(folder / "model.keras")
+    keras_bn.export(model, folder / "export")
+
+
+def bodies(folder: Path, count: int) -> None:
+    """Writes the same request for REST and for gRPC, and makes sure that the model takes it."""
+    import orjson
+    import tensorflow as tf
+    from tensorflow_serving.apis import predict_pb2
+
+    run, dtype = _signature(folder)
+    images = np.load(folder / f"images{count}.npy")
+    pictures = (images / 255).astype(dtype) if np.issubdtype(dtype, np.floating) else images.astype(dtype)
+    run(pictures)
+    text = orjson.dumps({"instances": np.round(pictures, 4)}, option=orjson.OPT_SERIALIZE_NUMPY)
+    (folder / f"body{count}.json").write_bytes(text)
+    request = predict_pb2.PredictRequest()
+    request.model_spec.name = NAME
+    request.inputs[_input_name(folder)].CopyFrom(tf.make_tensor_proto(pictures))
+    message = request.SerializeToString()
+    # gRPC's frame: not compressed, and the length.
+    (folder / f"body{count}.grpc").write_bytes(b"\0" + len(message).to_bytes(4, "big") + message)
+    np.save(folder / f"pictures{count}.npy", pictures)
+
+
+def bare(folder: Path, count: int, seconds: float) -> float:
+    """Returns how often a second the signature runs in a loop."""
+    run, _ = _signature(folder)
+    pictures = np.load(folder / f"pictures{count}.npy")
+    for _ in range(5):
+        run(pictures)
+    begin = time.perf_counter()
+    calls = 0
+    while time.perf_counter() - begin < seconds:
+        run(pictures)
+        calls += 1
+    return calls / (time.perf_counter() - begin)
+
+
+def serve(folder: Path, kind: str) -> None:
+    """Serves the model with FastAPI on a free port."""
+    import uvicorn
+    from fastapi import FastAPI, Request, Response
+
+    app = FastAPI()
+    if kind == "predict":
+        import keras
+
+        model = keras.models.load_model(folder / "model.keras")
+
+        @app.post(f"/v1/models/{NAME}:predict")
+        def predict(body: dict[str, Any]) -> dict[str, Any]:
+            return {"predictions": model.predict(np.array(body["instances"], np.float32), verbose=0).tolist()}
+    else:
+        import orjson
+
+        run, dtype = _signature(folder)
+
+        @app.post(f"/v1/models/{NAME}:predict")
+        async def call(request: Request) -> Response:
+            pictures = np.array(orjson.loads(await request.body())["instances"], dtype)
+            answer = {"predictions": run(pictures)}
+            return Response(orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY), media_type="application/json")
+
+    listening = socket.create_server(("127.0.0.1", 0), backlog=1024)
+    print(f"REST at http://127.0.0.1:{listening.getsockname()[1]}\nReady", flush=True)
+    uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False)).run([listening])
+
+
+def _loaded(folder: Path) -> Any:
+    import tensorflow as tf
+
+    (version,) = (folder / "export").glob("[0-9]*")
+    return tf.saved_model.load(str(version)).signatures["serving_default"]
+
+
+def _input_name(folder: Path) -> str:
+    return next(iter(_loaded(folder).structured_input_signature[1]))
+
+
+def _signature(folder: Path) -> tuple[Callable[[np.ndarray], np.ndarray], np.dtype]:
+    import tensorflow as tf
+
+    function = _loaded(folder)
+    ((name, spec),) = function.structured_input_signature[1].items()
+    output = sorted(function.structured_outputs, key=lambda key: key != "probabilities")[0]
+
+    def run(pictures: np.ndarray) -> np.ndarray:
+        return function(**{name: tf.constant(pictures)})[output].numpy()
+
+    return run, np.dtype(spec.dtype.as_numpy_dtype)
+
+
+if __name__ == "__main__":
+    command, place, *rest = sys.argv[1:]
+    if command == "build":
+        build(Path(place))
+    elif command == "bodies":
+        bodies(Path(place), int(rest[0]))
+    elif command == "bare":
+        print(bare(Path(place), int(rest[0]), float(rest[1])))
+    elif command == "serve":
+        serve(Path(place), rest[0])
+    else:
+        sys.exit(f"error: unknown command {command!r}")

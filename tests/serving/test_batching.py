@@ -1,0 +1,175 @@
+"""Grouping requests: the answers stay what they are alone, and TensorFlow Serving's parameters hold."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from serving.batching import Batcher, BatchingOptions
+from serving.errors import Code, InvalidArgumentError, ServingError, UnavailableError
+from serving.servable import Servable
+from serving.server_files import read_batching
+from tests.serving import saved_models
+
+ANY = tf.TensorSpec([None], tf.float32, name="x")
+TABLE = tf.TensorSpec([None, None], tf.float32, name="x")
+
+
+@pytest.fixture(scope="module")
+def servable(tmp_path_factory: pytest.TempPathFactory) -> Servable:
+    """Signatures whose rows stand alone, and one whose rows depend on each other."""
+
+    def picky(x: tf.Tensor) -> dict[str, tf.Tensor]:
+        with tf.control_dependencies([tf.debugging.assert_greater(x, 0.0, message="x must be positive")]):
+            return {"y": tf.sqrt(x)}
+
+    path = saved_models.export(
+        tmp_path_factory.mktemp("batching") / "1",
+        {
+            "serving_default": (lambda x: {"y": x * 2.0, "size": tf.fill(tf.shape(x), tf.size(x))}, [ANY]),
+            "double": (lambda x: {"y": x * 2.0}, [ANY]),
+            "share": (lambda x: {"y": x / tf.reduce_sum(x)}, [ANY]),
+            "picky": (picky, [ANY]),
+            "rows": (lambda x: {"y": tf.reduce_sum(x, 1)}, [TABLE]),
+        },
+    )
+    return Servable(path)
+
+
+@pytest.fixture
+def make_batcher() -> Any:
+    """Makes batchers and closes them."""
+    made: list[Batcher] = []
+
+    def make(options: BatchingOptions | None) -> Batcher:
+        made.append(Batcher(options))
+        return made[-1]
+
+    yield make
+    for batcher in made:
+        batcher.close(60)
+
+
+def run_all(batcher: Batcher, servable: Servable, name: str, arrays: list[Any]) -> list["Future[Any]"]:
+    signature = servable.signature(name)
+    return [batcher.submit(servable, signature, {"x": np.array(array, np.float32)}) for array in arrays]
+
+
+Make = Callable[[BatchingOptions | None], Batcher]
+
+
+def strict(**options: Any) -> BatchingOptions:
+    return BatchingOptions(**{"max_batch_size": 8, "batch_timeout_seconds": 60.0, "strict": True, **options})
+
+
+def test_a_full_group_runs_at_once_and_each_request_gets_its_own_rows(servable: Servable, make_batcher: Make):
+    futures = run_all(make_batcher(strict()), servable, "", [[1], [2, 3], [4, 5, 6, 7, 8]])
+    outputs = [future.result(60) for future in futures]
+    assert [each["y"].tolist() for each in outputs] == [[2], [4, 6], [8, 10, 12, 14, 16]]
+    assert [each["size"].tolist() for each in outputs] == [[8], [8, 8], [8] * 5]
+
+
+def test_a_group_that_is_not_full_runs_after_the_timeout(servable: Servable, make_batcher: Make):
+    futures = run_all(make_batcher(strict(batch_timeout_seconds=0.05)), servable, "", [[1], [2]])
+    assert [future.result(60)["size"].tolist() for future in futures] == [[2], [2]]
+
+
+def test_groups_are_filled_up_to_an_allowed_size(servable: Servable, make_batcher: Make):
+    options = strict(batch_timeout_seconds=0.05, allowed_batch_sizes=(4, 8))
+    (future,) = run_all(make_batcher(options), servable, "", [[1, 2, 3]])
+    assert future.result(60)["y"].tolist() == [2, 4, 6]
+    assert future.result(60)["size"].tolist() == [4, 4, 4]
+
+
+def test_requests_of_different_lengths_are_filled_up_with_zeros_where_that_is_asked_for(
+    servable: Servable, make_batcher: Make
+):
+    batcher = make_batcher(strict(max_batch_size=2, pad_variable_length_inputs=True))
+    futures = run_all(batcher, servable, "rows", [[[1, 2, 3]], [[4]]])
+    assert [future.result(60)["y"].tolist() for future in futures] == [[6], [4]]
+
+
+def test_a_request_larger_than_a_group_is_refused_with_tensorflow_servings_words(
+    servable: Servable, make_batcher: Make
+):
+    with pytest.raises(InvalidArgumentError, match="Task size 9 is larger than maximum input batch size 8"):
+        run_all(make_batcher(strict()), servable, "", [list(range(9))])
+
+
+def test_a_full_queue_turns_requests_away(servable: Servable, make_batcher: Make):
+    batcher = make_batcher(strict(max_batch_size=4, max_enqueued_batches=1))
+    run_all(batcher, servable, "", [[1, 2, 3]])
+    with pytest.raises(UnavailableError, match="queue to which this task was submitted is full"):
+        run_all(batcher, servable, "double", [[1, 2]])
+
+
+def test_one_bad_request_of_a_group_fails_alone(servable: Servable, make_batcher: Make):
+    futures = run_all(make_batcher(strict(max_batch_size=3)), servable, "picky", [[4], [-1], [9]])
+    assert futures[0].result(60)["y"].tolist() == [2]
+    assert futures[2].result(60)["y"].tolist() == [3]
+    with pytest.raises(ServingError, match="x must be positive") as caught:
+        futures[1].result(60)
+    assert caught.value.code is Code.INVALID_ARGUMENT
+
+
+def test_by_default_what_waits_is_grouped_once_that_has_proved_to_change_nothing(
+    servable: Servable, make_batcher: Make
+):
+    waiting = BatchingOptions(max_batch_size=2, batch_timeout_seconds=60.0)
+    batcher = make_batcher(waiting)
+    futures = run_all(batcher, servable, "double", [[1], [2]])
+    assert [future.result(60)["y"].tolist() for future in futures] == [[2], [4]]
+    assert "double" in servable.may_group
+
+
+def test_by_default_rows_that_depend_on_each_other_are_never_grouped(servable: Servable, make_batcher: Make):
+    batcher = make_batcher(BatchingOptions(max_batch_size=2, batch_timeout_seconds=60.0))
+    for _ in range(2):
+        futures = run_all(batcher, servable, "share", [[1], [3]])
+        assert [future.result(60)["y"].tolist() for future in futures] == [[1], [1]]
+    assert "share" in servable.never_group
+
+
+def test_without_grouping_every_request_runs_alone(servable: Servable, make_batcher: Make):
+    futures = run_all(make_batcher(None), servable, "", [[1], [2], [3]])
+    assert [future.result(60)["size"].tolist() for future in futures] == [[1], [1], [1]]
+
+
+def test_many_threads_get_their_own_answers(servable: Servable, make_batcher: Make):
+    batcher = make_batcher(BatchingOptions())
+    wrong: list[float] = []
+
+    def ask(start: int) -> None:
+        for number in range(start, start + 200):
+            (future,) = run_all(batcher, servable, "double", [[number]])
+            if future.result(60)["y"].tolist() != [2.0 * number]:
+                wrong.append(number)
+
+    threads = [threading.Thread(target=ask, args=[1000 * index]) for index in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_a_parameters_file_is_read_and_its_mistakes_are_named(tmp_path: Path):
+    path = tmp_path / "batching.config"
+    path.write_text("max_batch_size { value: 16 } batch_timeout_micros { value: 500 } allowed_batch_sizes: [4, 16]")
+    options = read_batching(str(path))
+    assert (options.max_batch_size, options.batch_timeout_seconds, options.allowed_batch_sizes) == (16, 5e-4, (4, 16))
+    assert options.strict
+    path.write_text("max_batch_size { value: 0 }")
+    with pytest.raises(InvalidArgumentError, match=r"`max_batch_size` must be at least 1\. Received: 0"):
+        read_batching(str(path))
+    path.write_text("max_batch_size { value: 8 } allowed_batch_sizes: [4, 16]")
+    with pytest.raises(InvalidArgumentError, match=r"end with max_batch_size \(8\). Received: \[4, 16\]"):
+        read_batching(str(path))
+    path.write_text("max_batch_sice { value: 8 }")
+    with pytest.raises(InvalidArgumentError, match="max_batch_sice"):
+        read_batching(str(path))
