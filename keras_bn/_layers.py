@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_bn.batch_normalization import BatchNormalization
+from keras_bn.batch_normalization import BatchNormalization, _aligned_weights
 from keras_bn.layouts import as_rows
 from keras_bn.statistics import Moments, merged, weighted_moments
 
@@ -103,7 +103,7 @@ def input_moments(
     Args:
         layer: tells the channel axes.
         inputs: any rank and floating dtype.
-        mask: boolean or weights, of the shape of `inputs` with or without the channel axis, or of its first axes only.
+        mask: boolean or weights, aligned with `inputs` as the layer does it.
         sample_weight: shape `(batch,)`; a sample of weight 2 counts as two.
 
     Returns:
@@ -113,9 +113,9 @@ def input_moments(
     channels = [axis % rank for axis in channel_axes(layer)]
     weights = tf.ones([1] * rank, tf.float64)
     if mask is not None:
-        weights *= _broadcast_weights(tf.convert_to_tensor(mask), rank, channels)
+        weights *= tf.cast(_aligned_weights(mask, inputs, sorted(channels)), tf.float64)
     if sample_weight is not None:
-        weights *= _broadcast_weights(tf.convert_to_tensor(sample_weight), rank, channels)
+        weights *= tf.reshape(tf.cast(sample_weight, tf.float64), [-1] + [1] * (rank - 1))
     weights = tf.ensure_shape(tf.broadcast_to(weights, tf.shape(inputs)), inputs.shape)
     sizes = [inputs.shape[axis] for axis in sorted(channels)]
     rows, _ = as_rows(tf.cast(inputs, tf.float64), sorted(channels))
@@ -139,15 +139,6 @@ def observed_call(layer: keras.Layer, observe: Callable[[tf.Tensor, Any], None])
         return call(*args, **kwargs)
 
     return observe_and_call
-
-
-def _broadcast_weights(weights: tf.Tensor, rank: int, channels: list[int]) -> tf.Tensor:
-    """`weights` in float64 with that rank: without the channel axes, or with the first axes only."""
-    weights = tf.cast(weights, tf.float64)
-    if len(weights.shape) == rank - len(channels):
-        for axis in sorted(channels):
-            weights = tf.expand_dims(weights, axis)
-    return tf.reshape(weights, tf.concat([tf.shape(weights), [1] * (rank - len(weights.shape))], 0))
 
 
 @contextlib.contextmanager

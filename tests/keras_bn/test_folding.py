@@ -322,6 +322,13 @@ def test_shared_layers_refuse_where_one_use_differs():
     assert "it is shared, and not all its uses follow the same layer" in reasons(keras_bn.fold(two_layers))["n"]
 
 
+def test_a_following_layer_that_also_takes_something_else_is_left_alone():
+    a, b = keras.Input((4,)), keras.Input((4,))
+    dense, norm = keras.layers.Dense(3, name="d"), keras.layers.BatchNormalization(name="n")
+    folded = keras_bn.fold(unsettled(keras.Model([a, b], [dense(norm(keras.layers.ReLU()(a))), dense(b)])))
+    assert "Dense 'd' after it is also used without the normalization" in reasons(folded)["n"]
+
+
 def test_nested_models_are_laid_out_and_folded_across_their_borders():
     inner = keras.Sequential([keras.Input((6, 6, 2)), keras.layers.Conv2D(3, 3, name="c")], name="inner")
     x = keras.Input((6, 6, 2))

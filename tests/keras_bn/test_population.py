@@ -174,6 +174,21 @@ def test_masked_steps_do_not_count_even_if_they_are_nan():
     np.testing.assert_allclose(model.layers[1].moving_variance, table[1:].var(0), rtol=1e-6)
 
 
+@pytest.mark.parametrize("norm", [keras.layers.BatchNormalization, keras_bn.BatchNormalization])
+def test_recalibration_counts_what_training_counts_under_a_mask(norm):
+    """With momentum 0 one step of training leaves the statistics of the batch."""
+    inputs, mask = keras.Input((5, 3)), keras.Input((5,), dtype="bool")
+    layer = norm(momentum=0.0)
+    model = keras.Model([inputs, mask], layer(inputs, mask=mask))
+    rng = np.random.default_rng(0)
+    x, keep = rng.normal(2, 3, (6, 5, 3)).astype("float32"), rng.random((6, 5)) < 0.6
+    model([x, keep], training=True)
+    trained = statistics(model)
+    recalibrated([x, keep], model, batch_size=4)
+    for a, b in zip(statistics(model), trained, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
 def test_a_shared_layer_gets_the_statistics_of_all_its_uses():
     a, b = keras.Input((3,)), keras.Input((3,))
     shared = keras.layers.BatchNormalization()
