@@ -321,7 +321,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
     def _update_with_renorm(self, batch):
         stddev = tf.sqrt(batch.variance + self.epsilon)
-        rate = batch.worth * (1.0 - self.renorm_momentum)
+        rate = tf.where(batch.worth, tf.cast(1.0 - self.renorm_momentum, stddev.dtype), 0)
         _move(self.renorm_mean, batch.mean, rate)
         _move(self.renorm_stddev, stddev, rate)
         rate = self._next_rate(batch)
@@ -338,10 +338,10 @@ class BatchNormalization(keras.layers.BatchNormalization):
         elif arguments.is_schedule(self.momentum):
             rate = 1.0 - tf.cast(self.momentum(tf.reduce_max(_flat(self.update_count, dtype))), dtype)
         else:
-            rate = 1.0 - self.momentum
-        rate = batch.worth * rate
+            rate = tf.cast(1.0 - self.momentum, dtype)
+        rate = tf.where(batch.worth, rate, 0)
         if self.update_count is not None:
-            _assign(self.update_count, _flat(self.update_count, dtype) + batch.worth)
+            _assign(self.update_count, _flat(self.update_count, dtype) + tf.cast(batch.worth, dtype))
         if self.zero_debias:
             initial_weight = _flat(self.initial_weight, dtype) * (1.0 - rate)
             _assign(self.initial_weight, initial_weight)

@@ -33,7 +33,7 @@ class BatchStatistics(NamedTuple):
     Attributes:
         mean: Shape `(C,)`.
         variance: Shape `(C,)`; biased or unbiased, as asked for.
-        worth: 1 for the channels that have a finite mean and variance of more than one value, else 0. Shape `(C,)`.
+        worth: Which channels have a finite mean and variance of more than one value. Boolean, shape `(C,)`.
     """
 
     mean: tf.Tensor
@@ -54,9 +54,9 @@ def batch_statistics(moments: Moments, unbiased: bool) -> BatchStatistics:
         unbiased: Which variance.
     """
     count, mean, m2 = moments
-    worth = tf.cast(tf.math.is_finite(m2), m2.dtype)
+    worth = tf.math.is_finite(m2)
     if not isinstance(count, float):
-        worth *= tf.cast(count > 1, m2.dtype)
+        worth &= count > 1
         variance = tf.math.divide_no_nan(m2, count - 1 if unbiased else count)
     elif count > 1:
         variance = m2 / (count - 1 if unbiased else count)
@@ -64,13 +64,13 @@ def batch_statistics(moments: Moments, unbiased: bool) -> BatchStatistics:
         variance, worth = m2, tf.zeros_like(worth)
     if len(mean.shape) == 1:
         return BatchStatistics(mean, variance, worth)
-    weight = worth * count
+    weight = tf.where(worth, count, 0)
     total = tf.reduce_sum(weight, 0)
 
     def average(value):
         return tf.math.divide_no_nan(tf.reduce_sum(tf.math.multiply_no_nan(value, weight), 0), total)
 
-    return BatchStatistics(average(mean), average(variance), tf.cast(total > 0, m2.dtype))
+    return BatchStatistics(average(mean), average(variance), total > 0)
 
 
 def weighted_moments(x: tf.Tensor, weights: tf.Tensor | None) -> Moments:
