@@ -109,12 +109,13 @@ def test_dictionary_outputs_keep_their_keys(tmp_path):
     assert (answer["z_double"].max(), answer["a_triple"].max()) == (2.0, 3.0)
 
 
-def test_training_true_written_by_the_author_is_overruled(tmp_path):
+@pytest.mark.parametrize("fold", [True, False])
+def test_training_true_written_by_the_author_is_overruled(tmp_path, fold):
     x = keras.Input((4,))
     y = keras.layers.Dropout(0.9)(keras.layers.BatchNormalization()(x, training=True), training=True)
     model = keras.Model(x, y)
     batch = np.random.default_rng(0).normal(5, 3, size=(16, 4)).astype("float32")
-    answer = serve(keras_bn.export(model, tmp_path).path, inputs=batch)
+    answer = serve(keras_bn.export(model, tmp_path, fold=fold).path, inputs=batch)
     np.testing.assert_allclose(answer["outputs"], batch / np.sqrt(1.001), rtol=1e-5)
 
 

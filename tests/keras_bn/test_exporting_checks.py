@@ -12,7 +12,7 @@ import pytest
 import tensorflow as tf
 
 import keras_bn
-from keras_bn import exporting
+from keras_bn import _versions, exporting
 
 
 class FromFunction(keras.layers.Layer):
@@ -113,6 +113,11 @@ def test_overwrite_puts_the_new_version_in_the_place_of_the_old(tmp_path):
     assert [child.name for child in tmp_path.iterdir()] == ["3"]
 
 
+def test_an_exchange_the_system_refuses_says_why_and_what_else_to_do(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"No such file or directory: exchanging folders; export a new version"):
+        _versions._exchange(tmp_path / "new", tmp_path / "old")
+
+
 def test_a_failed_overwrite_leaves_the_old_version(tmp_path):
     path = keras_bn.export(small_model(), tmp_path, version=3).path
     before = contents(path)
@@ -157,7 +162,7 @@ def contents(folder):
 KILLED = """
 import os, signal, sys
 import keras, keras_bn
-from keras_bn import exporting
+from keras_bn import _versions, exporting
 
 def kill(stage):
     if stage == sys.argv[2]:

@@ -38,6 +38,16 @@ def test_the_layer_with_the_wrong_statistics_is_named_and_only_that():
     assert "because of: second." in str(report)
 
 
+def test_a_layer_no_farther_off_than_its_own_batches_is_not_named():
+    """With batches of four the batch statistics training sees are far from the population themselves."""
+    model = three_norms()
+    keras_bn.recalibrate(model, normal_data(), order="joint", batch_size=4, verbose=0)
+    model.get_layer("first").moving_variance.assign(model.get_layer("first").moving_variance * 1.25)
+    report = keras_bn.health(model, normal_data(), batch_size=4, verbose=0)
+    assert 0.01 < report.layers[0].kl < report.layers[0].batch_kl
+    assert report.suspects == []
+
+
 def test_the_worst_suspect_comes_first():
     model = three_norms()
     keras_bn.recalibrate(model, normal_data(), order="joint", batch_size=64, verbose=0)
