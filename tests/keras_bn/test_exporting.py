@@ -175,6 +175,7 @@ def test_half_precision_never_reaches_the_wire(tmp_path):
 
 
 def test_lookup_tables_travel_with_the_model(tmp_path):
+    pytest.importorskip("tensorflow_serving.apis")
     layer = keras.layers.StringLookup(vocabulary=["shirt", "shoe"])
     x = keras.Input((1,), dtype="string", name="article")
     with pytest.raises(ValueError, match="`warmup` must be given for a model that takes strings"):
