@@ -6,47 +6,14 @@ import zlib
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from email.utils import formatdate
 from http import HTTPStatus
-from typing import Any, NamedTuple
+from typing import Any
 
 import httptools
 
+from serving.http_messages import Headers, Request, Response, serialize
+
 _log = logging.getLogger(__name__)
-
-Headers = dict[bytes, bytes]
-
-
-class Request(NamedTuple):
-    """One request, complete.
-
-    Attributes:
-        method: As it came.
-        target: Path and query, as they came.
-        headers: By lower-case name; of equal names the last counts.
-        body: Decompressed.
-    """
-
-    method: str
-    target: str
-    headers: Headers
-    body: bytes
-
-
-class Response(NamedTuple):
-    """One answer.
-
-    Attributes:
-        status: The HTTP status code.
-        body: The bytes, of the type that `content_type` says.
-        content_type: For the header of that name.
-        headers: More headers.
-    """
-
-    status: int
-    body: bytes
-    content_type: str = "application/json"
-    headers: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,6 +24,7 @@ class HttpLimits:
         header_bytes: Request line and headers together.
         body_bytes: A body as it comes over the wire.
         inflated_bytes: A body after decompression.
+        buffered_bytes: The bodies of all connections together.
         idle_seconds: How long a connection may stay without a request.
         read_seconds: How long a request may take to arrive.
     """
@@ -64,6 +32,7 @@ class HttpLimits:
     header_bytes: int = 64 * 1024
     body_bytes: int = 256 * 1024 * 1024
     inflated_bytes: int = 100 * 1024 * 1024
+    buffered_bytes: int = 1024 * 1024 * 1024
     idle_seconds: float = 300.0
     read_seconds: float = 30.0
 
@@ -77,6 +46,7 @@ class HttpService:
         refuse: Makes the answer for a request that cannot be read: a status and why.
         limits: What one connection may cost.
         connections: Those open now.
+        buffered: Bytes of bodies held now.
         closing: Set once no further request is taken on.
     """
 
@@ -84,6 +54,7 @@ class HttpService:
     refuse: Callable[[int, str], Response]
     limits: HttpLimits = field(default_factory=HttpLimits)
     connections: set["HttpConnection"] = field(default_factory=set)
+    buffered: int = 0
     closing: bool = False
 
 
@@ -109,6 +80,7 @@ class HttpConnection(asyncio.Protocol):
         self._can_write.set()
         self._unreadable = False
         self._ended = False
+        self._held = 0
         self._in_request = False
         self._target = b""
         self._headers: Headers = {}
@@ -127,6 +99,7 @@ class HttpConnection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._service.connections.discard(self)
+        self._hold(-self._held)
         self._transport = None
         self._can_write.set()
         self._await(None)
@@ -208,6 +181,9 @@ class HttpConnection(asyncio.Protocol):
                 raise _Refused(
                     HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"A body may hold {limit} bytes once it is decompressed."
                 )
+        self._hold(len(body))
+        if self._service.buffered > self._service.limits.buffered_bytes:
+            raise _Refused(HTTPStatus.SERVICE_UNAVAILABLE, "The server holds as much as it can. Try again later.")
         self._body.append(body)
 
     def on_message_complete(self) -> None:
@@ -229,6 +205,10 @@ class HttpConnection(asyncio.Protocol):
         """Closes the connection now if it is idle, else after the answer to the request that has begun to arrive."""
         if self._task is None and not self._in_request and self._transport is not None:
             self._transport.close()
+
+    def _hold(self, size: int) -> None:
+        self._held += size
+        self._service.buffered += size
 
     def _count_header(self, size: int) -> None:
         self._header_bytes += size
@@ -263,10 +243,11 @@ class HttpConnection(asyncio.Protocol):
         else:
             response = await self._service.handle(request)
             head_only = request.method == "HEAD"
+            self._hold(-min(len(request.body), self._held))
         keep_alive = keep_alive and not self._service.closing and (bool(self._waiting) or not self._ended)
         if self._transport is None:
             return
-        self._transport.write(_serialize(response, keep_alive, version, head_only))
+        self._transport.write(serialize(response, keep_alive, version, head_only))
         if not keep_alive:
             self._transport.close()
         # A client that does not read its answers gets no further ones.
@@ -297,27 +278,7 @@ class HttpConnection(asyncio.Protocol):
             return
         if self._in_request and self._task is None:
             refusal = self._service.refuse(HTTPStatus.REQUEST_TIMEOUT, "The request did not arrive in time.")
-            self._transport.write(_serialize(refusal, False, "1.1", False))
+            self._transport.write(serialize(refusal, False, "1.1", False))
             self._transport.close()
         else:
             self._transport.abort()
-
-
-def _serialize(response: Response, keep_alive: bool, version: str, head_only: bool) -> bytes:
-    try:
-        reason = HTTPStatus(response.status).phrase
-    except ValueError:
-        reason = "Client Closed Request"
-    lines = [
-        f"HTTP/1.1 {response.status} {reason}",
-        f"Content-Type: {response.content_type}",
-        f"Date: {formatdate(usegmt=True)}",
-        f"Content-Length: {len(response.body)}",
-        *(f"{name}: {value}" for name, value in response.headers),
-    ]
-    if not keep_alive:
-        lines.append("Connection: close")
-    elif version == "1.0":
-        lines.append("Connection: keep-alive")
-    head = "\r\n".join(lines) + "\r\n\r\n"
-    return head.encode("latin-1") + (b"" if head_only else response.body)

@@ -6,7 +6,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from serving.http_protocol import Request, Response
+from serving.http_messages import Request, Response
 from serving.json_answer import encode_error
 from serving.metrics import CONTENT_TYPE, Metrics
 from serving.model_repository import State

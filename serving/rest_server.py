@@ -16,7 +16,7 @@ from google.protobuf import json_format
 from tensorflow_serving.apis import get_model_metadata_pb2, get_model_status_pb2
 
 from serving.errors import Code, InvalidArgumentError, ServingError
-from serving.http_protocol import Request, Response
+from serving.http_messages import Request, Response
 from serving.json_answer import encode_classifications, encode_error, encode_predict, encode_regressions
 from serving.json_examples import decode_examples
 from serving.json_tensor import PredictInput, decode_predict

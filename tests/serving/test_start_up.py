@@ -78,8 +78,10 @@ def test_a_config_file_with_a_mistake_is_one_line_that_says_where(tmp_path: Path
     assert_one_clear_line(run_to_the_end(f"--model_config_file={path}"), str(path), "2:", "nam")
 
 
-@pytest.mark.parametrize("arguments", [["-m", "serving", "--help"], ["-m", "serving.client", "--help"]])
-def test_help_does_without_tensorflow(arguments: list[str]):
+@pytest.mark.parametrize(
+    "arguments", [["-m", "serving", "--help"], ["-m", "serving", "--version"], ["-m", "serving.client", "--help"]]
+)
+def test_help_and_version_do_without_tensorflow(arguments: list[str]):
     script = (
         "import runpy, sys\n"
         f"sys.argv = ['x', *{arguments[2:]!r}]\n"
@@ -91,7 +93,7 @@ def test_help_does_without_tensorflow(arguments: list[str]):
         [sys.executable, "-c", script], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60
     )
     assert result.returncode == 0, result.stderr
-    assert "--model_name" in result.stdout
+    assert ("TensorFlow" if "--version" in arguments else "--model_name") in result.stdout
 
 
 def test_the_server_says_what_it_serves_and_where_and_stops_when_told(models_folder: Path):

@@ -1,0 +1,60 @@
+"""HTTP requests and responses as values, and a response as bytes."""
+
+from email.utils import formatdate
+from http import HTTPStatus
+from typing import NamedTuple
+
+Headers = dict[bytes, bytes]
+
+
+class Request(NamedTuple):
+    """One request, complete.
+
+    Attributes:
+        method: As it came.
+        target: Path and query, as they came.
+        headers: By lower-case name; of equal names the last counts.
+        body: Decompressed.
+    """
+
+    method: str
+    target: str
+    headers: Headers
+    body: bytes
+
+
+class Response(NamedTuple):
+    """One answer.
+
+    Attributes:
+        status: The HTTP status code.
+        body: The bytes, of the type that `content_type` says.
+        content_type: For the header of that name.
+        headers: More headers.
+    """
+
+    status: int
+    body: bytes
+    content_type: str = "application/json"
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+def serialize(response: Response, keep_alive: bool, version: str, head_only: bool) -> bytes:
+    """Writes a response as it goes over the wire."""
+    try:
+        reason = HTTPStatus(response.status).phrase
+    except ValueError:
+        reason = "Client Closed Request"
+    lines = [
+        f"HTTP/1.1 {response.status} {reason}",
+        f"Content-Type: {response.content_type}",
+        f"Date: {formatdate(usegmt=True)}",
+        f"Content-Length: {len(response.body)}",
+        *(f"{name}: {value}" for name, value in response.headers),
+    ]
+    if not keep_alive:
+        lines.append("Connection: close")
+    elif version == "1.0":
+        lines.append("Connection: keep-alive")
+    head = "\r\n".join(lines) + "\r\n\r\n"
+    return head.encode("latin-1") + (b"" if head_only else response.body)
