@@ -186,15 +186,22 @@ class RestServer:
         def read() -> PredictInput:
             return decode_predict(body, self._taking(spec, taken))
 
-        try:
-            if len(body) <= _READ_AT_ONCE_BYTES:
-                understood = read()
-            else:
-                understood = await self._in_time(asyncio.get_running_loop().run_in_executor(self._readers, read))
-            future = self._service.predict(taken[0], understood.signature_name, understood.inputs)
-        except BaseException:
+        def release(_: object = None) -> None:
             for lease in taken:
                 lease.release()
+
+        if len(body) <= _READ_AT_ONCE_BYTES:
+            reading: asyncio.Future[PredictInput] | None = None
+        else:
+            reading = asyncio.get_running_loop().run_in_executor(self._readers, read)
+        try:
+            understood = read() if reading is None else await self._in_time(asyncio.shield(reading))
+            future = self._service.predict(taken[0], understood.signature_name, understood.inputs)
+        except BaseException:
+            release()
+            if reading is not None:
+                # The reading goes on where the request is given up, and may take its lease only then.
+                reading.add_done_callback(release)
             raise
         outputs = await self._in_time(asyncio.wrap_future(future))
         return Response(HTTPStatus.OK, encode_predict(outputs, understood.row_format))

@@ -2,8 +2,10 @@
 
 import gzip
 import json
+import shutil
 import signal
 import socket
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -153,6 +155,26 @@ def test_an_answer_that_takes_too_long_is_a_deadline_error_and_others_go_on(slow
     assert b"too long" in answer
     with Client(slow_server.url) as client:
         assert client.status("m")[0].state == "AVAILABLE"
+
+
+def test_clients_that_go_away_while_a_large_body_is_read_leave_no_version_in_use(models_folder: Path, tmp_path: Path):
+    base = tmp_path / "half"
+    shutil.copytree(models_folder / "half_plus_two", base)
+    body = json.dumps({"inputs": {"x": [0.5] * 300_000, "ignored": None}}).encode()
+    flags = ["--model_name=half_plus_two", f"--model_base_path={base}", "--file_system_poll_wait_seconds=0.05"]
+    with running_server(*flags) as server, Client(server.url) as client:
+        for _ in range(20):
+            with socket.create_connection(address_of(server), timeout=60) as connection:
+                connection.sendall(post(body, b"Content-Length: %d" % len(body)))
+        shutil.rmtree(base / "2")
+        for _ in range(1000):
+            if client.status("half_plus_two", version=2)[0].state == "END":
+                break
+            threading.Event().wait(0.02)
+        assert [(each.version, each.state) for each in client.status("half_plus_two")] == [
+            (2, "END"),
+            (1, "AVAILABLE"),
+        ]
 
 
 def test_a_server_told_to_stop_answers_the_request_that_has_begun_and_takes_nothing_new(slow_model: Path):
