@@ -44,6 +44,12 @@ def number(name, value, low, high=math.inf, alternative=""):
     return float(value)
 
 
+def flag(name, value):
+    if value not in (True, False):
+        raise TypeError(f"`{name}` must be True or False. Received: {name}={value!r}.")
+    return bool(value)
+
+
 def choice(name, value, choices):
     if value not in choices:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}. Received: {name}={value!r}.")

@@ -114,8 +114,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
             axis=axes[0],
             momentum=momentum if isinstance(momentum, float) else 0.99,
             epsilon=arguments.number("epsilon", epsilon, 0.0),
-            center=center,
-            scale=scale,
+            center=arguments.flag("center", center),
+            scale=arguments.flag("scale", scale),
             beta_initializer=beta_initializer,
             gamma_initializer=gamma_initializer,
             moving_mean_initializer=moving_mean_initializer,
@@ -124,17 +124,17 @@ class BatchNormalization(keras.layers.BatchNormalization):
             gamma_regularizer=gamma_regularizer,
             beta_constraint=beta_constraint,
             gamma_constraint=gamma_constraint,
-            synchronized=bool(synchronized),
+            synchronized=arguments.flag("synchronized", synchronized),
             **kwargs,
         )
         self.axis = axes[0] if len(axes) == 1 else axes
         self.momentum = momentum
-        self.renorm = bool(renorm)
-        self.renorm_clipping = arguments.clipping(renorm_clipping) if renorm else renorm_clipping
+        self.renorm = arguments.flag("renorm", renorm)
+        self.renorm_clipping = arguments.clipping(renorm_clipping) if self.renorm else renorm_clipping
         self.renorm_momentum = arguments.number("renorm_momentum", renorm_momentum, 0.0, 1.0)
         self.virtual_batch_size = arguments.group_size(virtual_batch_size)
-        self.unbiased_variance = bool(unbiased_variance)
-        self.zero_debias = bool(zero_debias)
+        self.unbiased_variance = arguments.flag("unbiased_variance", unbiased_variance)
+        self.zero_debias = arguments.flag("zero_debias", zero_debias)
         self.activation = keras.activations.get(activation)
         self.kernel = arguments.choice("kernel", kernel, _KERNELS)
         self.statistics = "auto"

@@ -1,5 +1,6 @@
 """Bad arguments: each says which, what is allowed, what came and the way out."""
 
+import inspect
 import re
 
 import keras
@@ -88,10 +89,20 @@ _BAD = [
         ValueError,
         "`kernel` must be one of 'auto', 'fused', 'xla', 'stable'. Received: kernel='cudnn'.",
     ),
+    *(
+        ({name: "yes"}, TypeError, f"`{name}` must be True or False. Received: {name}='yes'.")
+        for name in ("center", "scale", "renorm", "synchronized", "unbiased_variance", "zero_debias")
+    ),
     ({"activation": "rectify"}, ValueError, "Could not interpret activation function identifier: rectify"),
-    ({"gamma_initializer": "first"}, ValueError, "Could not interpret initializer identifier: first"),
-    ({"beta_regularizer": "l3"}, ValueError, "Could not interpret regularizer identifier: l3"),
-    ({"gamma_constraint": "small"}, ValueError, "Could not interpret constraint identifier: small"),
+    *(
+        ({f"{weight}_{kind}": "odd"}, ValueError, f"Could not interpret {kind} identifier: odd")
+        for kind, weights in {
+            "initializer": ("beta", "gamma", "moving_mean", "moving_variance"),
+            "regularizer": ("beta", "gamma"),
+            "constraint": ("beta", "gamma"),
+        }.items()
+        for weight in weights
+    ),
 ]
 
 
@@ -99,6 +110,12 @@ _BAD = [
 def test_bad_argument_is_named_with_what_is_allowed(arguments, error, text):
     with pytest.raises(error, match=re.escape(text)):
         keras_bn.BatchNormalization(**arguments)
+
+
+def test_every_public_argument_has_a_bad_value_here():
+    named = {name for arguments, _, _ in _BAD for name in arguments}
+    public = set(inspect.signature(keras_bn.BatchNormalization).parameters) - {"kwargs"}
+    assert public - named == set()
 
 
 _BAD_SHAPES = [
