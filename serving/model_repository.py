@@ -14,6 +14,8 @@ from serving.servable import Servable
 _log = logging.getLogger(__name__)
 # Unloaded and failed versions stay in the status; this many a model at most.
 _MOST_ENDED = 100
+# How often a version that waits for its last request looks whether the server stops.
+_LOOK_SECONDS = 0.5
 
 
 class State(enum.IntEnum):
@@ -90,6 +92,7 @@ class ModelRepository:
         # Held while folders are looked at and versions come and go; requests never take it.
         self._managing = threading.Lock()
         self._closing = threading.Event()
+        self._patience = 0.0
         self._poller: threading.Thread | None = None
 
     def start(self, configs: Iterable[ModelConfig]) -> None:
@@ -174,8 +177,9 @@ class ModelRepository:
         """Returns the labels of a model."""
         return self._labels.get(name, {})
 
-    def close(self) -> None:
-        """Stops following the folders and unloads everything."""
+    def close(self, seconds: float) -> None:
+        """Stops following the folders and unloads everything, what is in use after `seconds` at the latest."""
+        self._patience = seconds
         self._closing.set()
         if self._poller is not None:
             self._poller.join()
@@ -250,7 +254,10 @@ class ModelRepository:
             return
         with self._changed:
             version.state = State.UNLOADING
-            self._changed.wait_for(lambda: version.in_use == 0)
+            # Once the server stops, what does not end in time is cut off: closing a model cancels its runs.
+            while version.in_use and not self._closing.is_set():
+                self._changed.wait(_LOOK_SECONDS)
+            self._changed.wait_for(lambda: version.in_use == 0, self._patience)
             servable, version.servable = version.servable, None
         if servable is not None:
             servable.close()

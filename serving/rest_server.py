@@ -190,12 +190,9 @@ class RestServer:
             for lease in taken:
                 lease.release()
 
-        if len(body) <= _READ_AT_ONCE_BYTES:
-            reading: asyncio.Future[PredictInput] | None = None
-        else:
-            reading = asyncio.get_running_loop().run_in_executor(self._readers, read)
+        reading = None if len(body) <= _READ_AT_ONCE_BYTES else self._readers.submit(read)
         try:
-            understood = read() if reading is None else await self._in_time(asyncio.shield(reading))
+            understood = read() if reading is None else await self._in_time(asyncio.wrap_future(reading))
             future = self._service.predict(taken[0], understood.signature_name, understood.inputs)
         except BaseException:
             release()

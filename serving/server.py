@@ -90,7 +90,7 @@ def serve(configs: list[ModelConfig], options: ServerOptions) -> None:
         loop.close()
         rest.close()
         batcher.close(options.drain_seconds)
-        repository.close()
+        repository.close(options.drain_seconds)
 
 
 async def _serve_until_told(rest: RestServer, options: ServerOptions) -> None:
