@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -25,6 +26,11 @@ AXES = ("last", "first")
 TASKS = ("forward", "training", "inference")
 MODES = ("eager", "graph", "jit_compile")
 SERIES = ("ours", "keras", "tf_keras", "torch", "copy")
+# Calling a function costs more than normalizing a small tensor does: in a graph so many values go through a stack of
+# layers, at most 20 of them, and the time is for each. XLA would fuse layers that follow each other directly, as they
+# never do in a network: it gets a stack only where the call would be most of the time.
+VALUES_IN_A_CALL = 2**24
+SMALL = 2**17
 COLUMNS = ("mode", "dtype", "axis", "shape", "task", *SERIES, "keras / ours", "best peer / ours", "ours / copy")
 
 
@@ -64,8 +70,11 @@ def _measure(mode: str, dtype: str, axis: str, shape_name: str, task: str, secon
     shape = SHAPES[shape_name]
     if axis == "first":
         shape = (shape[0], shape[-1], *shape[1:-1])
-    contestants = _tensorflow(mode, dtype, axis, shape, task) | _torch(mode, dtype, axis, shape, task)
-    times = measuring.interleaved(contestants, seconds)
+    layers = max(1, min(20, VALUES_IN_A_CALL // math.prod(shape)))
+    if mode == "eager" or (mode == "jit_compile" and math.prod(shape) > SMALL):
+        layers = 1
+    contestants = _tensorflow(mode, dtype, axis, shape, task, layers) | _torch(mode, dtype, axis, shape, task, layers)
+    times = {name: time / layers for name, time in measuring.interleaved(contestants, seconds).items()}
     del contestants
     gc.collect()
     peers = [times[name] for name in ("keras", "tf_keras", "torch") if name in times]
@@ -82,7 +91,7 @@ def _measure(mode: str, dtype: str, axis: str, shape_name: str, task: str, secon
     }
 
 
-def _tensorflow(mode: str, dtype: str, axis: str, shape: tuple, task: str) -> dict:
+def _tensorflow(mode: str, dtype: str, axis: str, shape: tuple, task: str, layers: int) -> dict:
     import keras
     import tensorflow as tf
     import tf_keras
@@ -94,18 +103,23 @@ def _tensorflow(mode: str, dtype: str, axis: str, shape: tuple, task: str) -> di
     x = tf.cast(tf.random.normal(shape, mean=0.5), dtype)
     dy = tf.cast(tf.random.normal(shape), dtype)
 
-    def runner(layer):
-        layer.build(shape)
-        variables = [getattr(variable, "_value", variable) for variable in (layer.gamma, layer.beta)]
+    def runner(kind):
+        stack = [kind(axis=number, dtype=policy) for _ in range(layers)]
+        for layer in stack:
+            layer.build(shape)
+        variables = [getattr(variable, "_value", variable) for layer in stack for variable in (layer.gamma, layer.beta)]
+
+        def forward(x):
+            for layer in stack:
+                x = layer(x, training=task != "inference")
+            return x
 
         def run(x, dy):
-            if task == "inference":
-                return layer(x, training=False)
-            if task == "forward":
-                return layer(x, training=True)
+            if task != "training":
+                return forward(x)
             with tf.GradientTape() as tape:
                 tape.watch(x)
-                y = layer(x, training=True)
+                y = forward(x)
             return tape.gradient(y, [x, *variables], output_gradients=dy)
 
         function = run if mode == "eager" else tf.function(run, jit_compile=mode == "jit_compile", autograph=False)
@@ -113,14 +127,14 @@ def _tensorflow(mode: str, dtype: str, axis: str, shape: tuple, task: str) -> di
         return lambda: function(x, dy)
 
     return {
-        "ours": runner(keras_bn.BatchNormalization(axis=number, dtype=policy)),
-        "keras": runner(keras.layers.BatchNormalization(axis=number, dtype=policy)),
-        "tf_keras": runner(tf_keras.layers.BatchNormalization(axis=number, dtype=policy)),
-        "copy": lambda: tf.raw_ops.DeepCopy(x=x),
+        "ours": runner(keras_bn.BatchNormalization),
+        "keras": runner(keras.layers.BatchNormalization),
+        "tf_keras": runner(tf_keras.layers.BatchNormalization),
+        "copy": lambda: [tf.raw_ops.DeepCopy(x=x) for _ in range(layers)],
     }
 
 
-def _torch(mode: str, dtype: str, axis: str, shape: tuple, task: str) -> dict:
+def _torch(mode: str, dtype: str, axis: str, shape: tuple, task: str, layers: int) -> dict:
     """PyTorch's functional batch norm, eager, in its own layout (channels after the examples)."""
     try:
         import torch
@@ -138,14 +152,17 @@ def _torch(mode: str, dtype: str, axis: str, shape: tuple, task: str) -> dict:
     mean, variance = torch.zeros(channels), torch.ones(channels)
 
     def run():
-        training = task != "inference"
         if task != "training":
             with torch.no_grad():
-                torch.nn.functional.batch_norm(x, mean, variance, weight, bias, training)
+                y = x
+                for _ in range(layers):
+                    y = torch.nn.functional.batch_norm(y, mean, variance, weight, bias, task == "forward")
             return
-        leaf = x.detach().requires_grad_()
+        y = x.detach().requires_grad_()
         weight.grad = bias.grad = None
-        torch.nn.functional.batch_norm(leaf, mean, variance, weight, bias, True).backward(dy)
+        for _ in range(layers):
+            y = torch.nn.functional.batch_norm(y, mean, variance, weight, bias, True)
+        y.backward(dy)
 
     return {"torch": run}
 

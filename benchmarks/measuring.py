@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -11,6 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+# Threads that wait by spinning would slow down whoever is measured next; read when PyTorch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("KMP_BLOCKTIME", "0")
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -31,12 +37,12 @@ def interleaved(
             run()
     times: dict[str, list[float]] = {name: [] for name in contestants}
     end = time.perf_counter() + seconds
-    names = list(contestants)
+    order = random.Random(0)
     for rounds in range(most):
         if rounds >= least and time.perf_counter() > end:
             break
-        # Each round begins with another one: what runs first after a given other is not always the same.
-        for name in names[rounds % len(names) :] + names[: rounds % len(names)]:
+        # What one leaves behind (caches, freed memory, threads not yet asleep) must not always meet the same other.
+        for name in order.sample(list(contestants), len(contestants)):
             start = time.perf_counter()
             contestants[name]()
             times[name].append(time.perf_counter() - start)
@@ -46,7 +52,6 @@ def interleaved(
 def machine() -> dict[str, str]:
     """What the figures were measured on."""
     import importlib.metadata
-    import os
 
     versions = {}
     for package in ("tensorflow", "keras", "tf_keras", "torch", "numpy"):

@@ -359,13 +359,13 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
 
 def _either(condition, if_true, if_false):
-    if tf.is_symbolic_tensor(condition):
+    if not isinstance(condition, bool) and tf.is_symbolic_tensor(condition):
         return tf.cond(tf.cast(condition, tf.bool), if_true, if_false)
     return if_true() if condition else if_false()
 
 
 def _when(condition, action):
-    if tf.is_symbolic_tensor(condition):
+    if not isinstance(condition, bool) and tf.is_symbolic_tensor(condition):
         tf.cond(tf.cast(condition, tf.bool), lambda: (action(), tf.no_op())[1], tf.no_op)
     elif condition:
         action()

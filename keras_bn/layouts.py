@@ -24,10 +24,16 @@ def as_rows(x: tf.Tensor, axes: Sequence[int]) -> tuple[tf.Tensor, Restore]:
     return rows, lambda y: tf.transpose(restore(y), back)
 
 
-def as_image(x: tf.Tensor, axes: Sequence[int]) -> tuple[tf.Tensor, str, Restore]:
-    """`x` as a rank-4 tensor that the fused kernel takes, its data format, and the way back."""
+def as_image(x: tf.Tensor, axes: Sequence[int], flat: bool) -> tuple[tf.Tensor, str, Restore]:
+    """`x` as a rank-4 tensor that the fused kernel takes, its data format, and the way back.
+
+    Args:
+        x: Tensor of rank 2 or more.
+        axes: The channel axes, not negative, ascending.
+        flat: Whether an image with the channels last becomes a batch of single pixels.
+    """
     rank, channels = len(x.shape), math.prod(x.shape[axis] for axis in axes)
-    if rank == 4 and tuple(axes) == (3,):
+    if rank == 4 and tuple(axes) == (3,) and not flat:
         return x, "NHWC", lambda y: y
     first, last = axes[0], axes[-1]
     if last == rank - 1 or last - first + 1 != len(axes):
@@ -41,7 +47,9 @@ def as_image(x: tf.Tensor, axes: Sequence[int]) -> tuple[tf.Tensor, str, Restore
 
 
 def along(axes: Sequence[int], values: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
-    """`values`, shape `(C,)`, with the rank of `x` and its sizes along `axes`."""
+    """`values`, shape `(C,)`, so that it broadcasts along `axes` of `x`."""
+    if tuple(axes) == (len(x.shape) - 1,):
+        return values
     return tf.reshape(values, [size if axis in axes else 1 for axis, size in enumerate(x.shape)])
 
 

@@ -87,6 +87,30 @@ def test_gradients_keep_their_digits_at_any_offset(mode, kernel, offset):
         np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
 
 
+@pytest.mark.parametrize("known", [True, False], ids=["known batch", "unknown batch"])
+@pytest.mark.parametrize("rows", [3, 64, 67, 135])
+def test_xla_sums_in_parts_whatever_the_number_of_rows(rows, known, monkeypatch):
+    monkeypatch.setattr(kernels, "_SMALL", 0)
+    rng = np.random.default_rng(rows)
+    x, dy = (tf.constant(rng.normal(size=(rows, 5)), "float32") for _ in range(2))
+    gamma, beta = _affine(5)
+    spec = tf.TensorSpec([rows if known else None, 5])
+
+    @tf.function(jit_compile=True, input_signature=[spec, spec])
+    def run(x, dy):
+        with tf.GradientTape() as tape:
+            tape.watch([x, gamma, beta])
+            y, moments = _with_batch(x, gamma, beta)
+        return y, moments, tape.gradient(y, [x, gamma, beta], output_gradients=dy)
+
+    y, moments, gradients = run(x, dy)
+    oracle = Reference(x, -1, gamma, beta)
+    assert_close(y, oracle.y, "float32")
+    assert_close(moments.m2, oracle.m2[0], "float32", scale=10)
+    for got, want in zip(gradients, oracle.gradients(dy), strict=True):
+        assert_close(got, want, "float32", scale=10)
+
+
 @pytest.mark.parametrize("value", [0.0, 0.1, -7.3, 1e6, 3e-20])
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
 @pytest.mark.parametrize("mode", MODES)
