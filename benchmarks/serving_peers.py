@@ -70,6 +70,8 @@ def serve(folder: Path, kind: str) -> None:
     if kind == "predict":
         import keras
 
+        import keras_bn  # noqa: F401 - the file names its layers
+
         model = keras.models.load_model(folder / "model.keras")
 
         @app.post(f"/v1/models/{NAME}:predict")
