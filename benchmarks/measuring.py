@@ -89,9 +89,13 @@ def save(name: str, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> N
 
 
 def bars(
-    name: str, rows: Sequence[dict[str, Any]], label: Callable[[dict[str, Any]], str], series: Sequence[str]
+    name: str,
+    rows: Sequence[dict[str, Any]],
+    label: Callable[[dict[str, Any]], str],
+    series: Sequence[str],
+    axis: str = "milliseconds (median)",
 ) -> Path:
-    """A picture of grouped horizontal bars, time in milliseconds on a logarithmic axis; returns its path."""
+    """A picture of grouped horizontal bars on a logarithmic axis; returns its path."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -105,7 +109,7 @@ def bars(
     axes.set_yticks([index + 0.4 - height / 2 for index in range(len(rows))], [label(row) for row in rows], fontsize=7)
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.set_xlabel("milliseconds (median)")
+    axes.set_xlabel(axis)
     axes.legend(fontsize=7)
     figure.tight_layout()
     path = RESULTS / f"{name}.png"

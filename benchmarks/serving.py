@@ -1,30 +1,44 @@
 """How many predictions a second the embedded server gives, beside FastAPI and the bare call.
 
-Load comes from wrk (REST) and h2load (gRPC), as Debian ships them: apt-get install wrk nghttp2-client.
+Load comes from wrk (REST) and h2load (gRPC), as Debian ships them: apt-get install wrk nghttp2-client. All servers
+are up and one is loaded at a time, in turn, so that a drift of the machine hits all of them.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
-import platform
 import re
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from benchmarks import measuring
 
 ROOT = Path(__file__).parents[1]
 NAME = "fashion_cnn"
 CONNECTIONS = (1, 8, 32)
 IMAGES = (1, 32)
-PEERS = {"FastAPI, model.predict": "predict", "FastAPI, signature, orjson": "signature"}
+OURS, BARE = "ours", "bare call"
+PEERS = {"FastAPI predict": "predict", "FastAPI signature": "signature"}
+KEYS = ("protocol", "images", "connections")
+COLUMNS = (
+    *KEYS,
+    *(f"{name} {unit}" for name in (OURS, *PEERS) for unit in ("requests/s", "p50 ms", "p99 ms")),
+    f"{BARE} requests/s",
+    *(f"ours / {name}" for name in (*PEERS, BARE)),
+)
+# Protocol, images, connections, which ratio, and how large it should be.
+AIMS = (("REST", 1, 32, "ours / FastAPI signature", 4.0), ("REST", 32, 8, f"ours / {BARE}", 0.9))
 _RATE = re.compile(r"Requests/sec:\s+([\d.]+)")
 _ERRORS = re.compile(r"Non-2xx or 3xx responses: (\d+)|Socket errors: (.*)")
 _QUANTILE = re.compile(r"^\s+(50|99)%\s+([\d.]+)(us|ms|s)\s*$", re.MULTILINE)
@@ -43,6 +57,7 @@ class Server(NamedTuple):
     """One of those that are compared."""
 
     name: str
+    process: int
     rest: str
     grpc: str = ""
 
@@ -50,81 +65,102 @@ class Server(NamedTuple):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=10.0, help="length of one measurement, default: %(default)s")
+    parser.add_argument("--seconds", type=float, default=3.0, help="length of one measurement, default: %(default)s")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each kind, default: %(default)s")
     parser.add_argument("--connections", type=int, nargs="+", default=CONNECTIONS)
     parser.add_argument("--images", type=int, nargs="+", default=IMAGES, help="images a request")
-    parser.add_argument("--without", nargs="*", default=[], choices=[*PEERS.values(), "grpc"], help="leave out")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "serving.json")
+    parser.add_argument("--protocols", nargs="+", default=("REST", "gRPC"), choices=("REST", "gRPC"))
+    parser.add_argument("--without", nargs="*", default=[], choices=PEERS.values(), help="peers to leave out")
+    parser.add_argument("--keep", action="store_true", help="keep the rows of an earlier run not measured now")
     options = parser.parse_args(arguments)
     missing = [tool for tool in ("wrk", "h2load") if not shutil.which(tool)]
     if missing:
         print(f"error: {' and '.join(missing)} not found: apt-get install wrk nghttp2-client", file=sys.stderr)
         return 1
     with tempfile.TemporaryDirectory() as folder:
-        results = _compare(Path(folder), options)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps({"machine": _machine(), "results": results}, indent=1) + "\n")
-    print(f"written to {options.output}")
+        rows = _compare(Path(folder), options)
+    earlier = measuring.RESULTS / "serving.json"
+    if options.keep and earlier.exists():
+        measured = {tuple(row[key] for key in KEYS) for row in rows}
+        kept = [
+            row for row in json.loads(earlier.read_text())["rows"] if tuple(row[key] for key in KEYS) not in measured
+        ]
+        rows = sorted(kept + rows, key=lambda row: (row["protocol"] != "REST", row["images"], row["connections"]))
+    measuring.save("serving", rows, COLUMNS)
+    rates = [f"{name} requests/s" for name in (OURS, *PEERS, BARE)]
+    measuring.bars(
+        "serving",
+        rows,
+        lambda row: f"{row['protocol']}, {row['images']} images, {row['connections']} connections",
+        rates,
+        "requests a second (median)",
+    )
+    for row in rows:
+        for aim in AIMS:
+            if tuple(row[key] for key in KEYS) == aim[:3] and aim[3] in row:
+                print(f"{aim[1]} images, {aim[2]} connections: {aim[3]} is {row[aim[3]]:.2f}; the aim is {aim[4]}")
     return 0
 
 
-def _compare(folder: Path, options: argparse.Namespace) -> list[dict[str, object]]:
-    subprocess.run([sys.executable, "-m", "benchmarks.serving_peers", "build", str(folder)], cwd=ROOT, check=True)
-    bodies = {count: _write_bodies(folder, count) for count in options.images}
-    results: list[dict[str, object]] = []
-    for count in options.images:
-        rate = _bare_rate(folder, count, options.seconds)
-        results.append(
-            {"server": "the bare call, in process", "protocol": "none", "images": count, "requests_per_second": rate}
-        )
-        print(f"{count:3} images, bare call: {rate:8.1f} requests/s", flush=True)
-    names = ["ours", *(name for name, kind in PEERS.items() if kind not in options.without)]
-    # One server runs at a time: on a small machine two would only measure each other.
-    for name in names:
-        with _running(name, folder) as server:
-            for protocol in ("REST", "gRPC") if server.grpc and "grpc" not in options.without else ("REST",):
-                for count in options.images:
-                    for connections in options.connections:
-                        measured = _measure(server, protocol, bodies[count], connections, options)
-                        row = {"server": name, "protocol": protocol, "images": count, "connections": connections}
-                        results.append(row | measured._asdict())
-                        print(
-                            f"{count:3} images, {connections:3} connections, {name} ({protocol}): "
-                            f"{measured.requests_per_second:8.1f} requests/s, p50 {measured.p50_milliseconds:.1f} ms, "
-                            f"p99 {measured.p99_milliseconds:.1f} ms",
-                            flush=True,
-                        )
-    _print_ratios(results)
-    return results
-
-
-def _print_ratios(results: list[dict[str, object]]) -> None:
-    def rate(server: str, images: int, connections: int | None, protocol: str = "REST") -> float | None:
-        for row in results:
-            same = (row["server"], row["images"], row.get("connections")) == (server, images, connections)
-            if same and (connections is None or row["protocol"] == protocol):
-                return float(str(row["requests_per_second"]))
-        return None
-
-    signature = next(name for name, kind in PEERS.items() if kind == "signature")
-    bars = [
-        (1, 32, rate(signature, 1, 32), "FastAPI calling the signature", 4.0),
-        (32, 8, rate("the bare call, in process", 32, None), "the bare call", 0.9),
-    ]
-    for images, connections, other, name, aim in bars:
-        ours = rate("ours", images, connections)
-        if ours and other:
-            print(f"{images} images, {connections} connections: {ours / other:.2f} times {name}; the aim is {aim}")
+def _compare(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+    _peers("build", str(folder))
+    names = [OURS, *(name for name, kind in PEERS.items() if kind not in options.without)]
+    rows = []
+    with contextlib.ExitStack() as stack:
+        bodies = {count: _write_bodies(folder, count) for count in options.images}
+        bare = {count: stack.enter_context(_bare(folder, count)) for count in options.images}
+        servers = [stack.enter_context(_running(name, folder)) for name in names]
+        questions = list(itertools.product(options.protocols, options.images, options.connections))
+        for protocol, count, connections in measuring.progress(questions, "serving"):
+            asked = [server for server in servers if protocol == "REST" or server.grpc]
+            row = {"protocol": protocol, "images": count, "connections": connections}
+            rows.append(row | _measure(asked, protocol, bodies[count], connections, bare[count], options))
+    return rows
 
 
 def _measure(
-    server: Server, protocol: str, bodies: dict[str, Path], connections: int, options: argparse.Namespace
-) -> Measured:
+    servers: list[Server],
+    protocol: str,
+    bodies: dict[str, Path],
+    connections: int,
+    bare_rate: Callable[[float], float],
+    options: argparse.Namespace,
+) -> dict[str, float]:
     load = _wrk if protocol == "REST" else _h2load
-    load(server, bodies, connections, 1.0)
-    rounds = [load(server, bodies, connections, options.seconds) for _ in range(options.rounds)]
-    return Measured(*(statistics.median(values) for values in zip(*rounds, strict=True)))
+    for server in servers:
+        load(server, bodies, connections, 1.0)
+        _settle(server)
+    seen: dict[str, list[Measured]] = {server.name: [] for server in servers}
+    bare = []
+    for _ in range(options.rounds):
+        bare.append(bare_rate(options.seconds / 2))
+        for server in servers:
+            seen[server.name].append(load(server, bodies, connections, options.seconds))
+            _settle(server)
+    found = {f"{BARE} requests/s": statistics.median(bare)}
+    for name, rounds in seen.items():
+        medians = [statistics.median(values) for values in zip(*rounds, strict=True)]
+        found |= dict(zip((f"{name} requests/s", f"{name} p50 ms", f"{name} p99 ms"), medians, strict=True))
+    ours = [one.requests_per_second for one in seen[OURS]]
+    others = {name: [one.requests_per_second for one in rounds] for name, rounds in seen.items() if name != OURS}
+    for name, rates in {**others, BARE: bare}.items():
+        # Of each round by itself: what the machine did to one of a pair it did to both.
+        found[f"ours / {name}"] = statistics.median(mine / rate for mine, rate in zip(ours, rates, strict=True))
+    return found
+
+
+def _settle(server: Server) -> None:
+    """Waits until a server is idle: one that does not notice that its clients are gone still answers them."""
+    fields = Path(f"/proc/{server.process}/stat")
+    deadline = time.monotonic() + 60
+    used = -1
+    while time.monotonic() < deadline:
+        now = sum(map(int, fields.read_text().rpartition(")")[2].split()[11:13]))
+        if used >= 0 and now - used <= 1:
+            return
+        used = now
+        time.sleep(0.2)
+    raise RuntimeError(f"{server.name} is still busy a minute after the load has ended.")
 
 
 def _wrk(server: Server, bodies: dict[str, Path], connections: int, seconds: float) -> Measured:
@@ -142,6 +178,9 @@ def _wrk(server: Server, bodies: dict[str, Path], connections: int, seconds: flo
     rate = _RATE.search(result)
     if failed or not rate:
         raise RuntimeError(f"{server.name} has failed under load: {result}")
+    if not float(rate[1]):
+        # No answer in all that time counts as one at its very end: in favour of the server that gave none.
+        return Measured(1 / seconds, seconds * 1e3, seconds * 1e3)
     quantiles = {percent: float(number) * _MILLISECONDS[unit] for percent, number, unit in _QUANTILE.findall(result)}
     return Measured(float(rate[1]), quantiles["50"], quantiles["99"])
 
@@ -168,15 +207,34 @@ def _h2load(server: Server, bodies: dict[str, Path], connections: int, seconds: 
 def _write_bodies(folder: Path, count: int) -> dict[str, Path]:
     images = np.random.default_rng(count).integers(0, 256, (count, 28, 28, 1), np.uint8)
     np.save(folder / f"images{count}.npy", images)
-    subprocess.run(
-        [sys.executable, "-m", "benchmarks.serving_peers", "bodies", str(folder), str(count)], cwd=ROOT, check=True
-    )
+    _peers("bodies", str(folder), str(count))
     return {"json": folder / f"body{count}.json", "grpc": folder / f"body{count}.grpc"}
 
 
-def _bare_rate(folder: Path, count: int, seconds: float) -> float:
-    command = [sys.executable, "-m", "benchmarks.serving_peers", "bare", str(folder), str(count), str(seconds)]
-    return float(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
+@contextlib.contextmanager
+def _bare(folder: Path, count: int) -> Iterator[Callable[[float], float]]:
+    """Gives a function that tells how often a second the signature runs, measured for so many seconds."""
+    command = [sys.executable, "-m", "benchmarks.serving_peers", "bare", str(folder), str(count)]
+    process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    questions, answers = process.stdin, process.stdout
+    if questions is None or answers is None:
+        raise RuntimeError("no pipes")
+
+    def rate(seconds: float) -> float:
+        print(seconds, file=questions, flush=True)
+        return float(answers.readline())
+
+    try:
+        rate(0.1)
+        yield rate
+    finally:
+        questions.close()
+        process.wait()
+
+
+def _peers(*arguments: str) -> str:
+    command = [sys.executable, "-m", "benchmarks.serving_peers", *arguments]
+    return subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 @contextlib.contextmanager
@@ -184,7 +242,7 @@ def _running(name: str, folder: Path) -> Iterator[Server]:
     command = (
         [sys.executable, "-m", "serving", f"--model_name={NAME}", f"--model_base_path={folder / 'export'}",
          "--rest_api_port=0"]
-        if name == "ours"
+        if name == OURS
         else [sys.executable, "-m", "benchmarks.serving_peers", "serve", str(folder), PEERS[name]]
     )  # fmt: skip
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ})
@@ -198,21 +256,10 @@ def _running(name: str, folder: Path) -> Iterator[Server]:
         if rest is None:
             raise RuntimeError(f"{name} did not start: {text}")
         grpc = re.search(r"gRPC at grpc(://\S+)", text)
-        yield Server(name, rest[1], f"http{grpc[1]}" if grpc else "")
+        yield Server(name, process.pid, rest[1], f"http{grpc[1]}" if grpc else "")
     finally:
         process.terminate()
         process.wait()
-
-
-def _machine() -> dict[str, object]:
-    import importlib.metadata
-
-    return {
-        "processors": os.cpu_count(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "tensorflow": importlib.metadata.version("tensorflow"),
-    }
 
 
 if __name__ == "__main__":

@@ -46,18 +46,19 @@ def bodies(folder: Path, count: int) -> None:
     np.save(folder / f"pictures{count}.npy", pictures)
 
 
-def bare(folder: Path, count: int, seconds: float) -> float:
-    """Returns how often a second the signature runs in a loop."""
+def bare(folder: Path, count: int) -> None:
+    """Runs the signature for as many seconds as a line of standard input says; prints how often a second it ran."""
     run, _ = _signature(folder)
     pictures = np.load(folder / f"pictures{count}.npy")
     for _ in range(5):
         run(pictures)
-    begin = time.perf_counter()
-    calls = 0
-    while time.perf_counter() - begin < seconds:
-        run(pictures)
-        calls += 1
-    return calls / (time.perf_counter() - begin)
+    for line in sys.stdin:
+        begin = time.perf_counter()
+        calls = 0
+        while time.perf_counter() - begin < float(line):
+            run(pictures)
+            calls += 1
+        print(calls / (time.perf_counter() - begin), flush=True)
 
 
 def serve(folder: Path, kind: str) -> None:
@@ -68,6 +69,8 @@ def serve(folder: Path, kind: str) -> None:
     app = FastAPI()
     if kind == "predict":
         import keras
+
+        import keras_bn  # noqa: F401 - the file names its layers
 
         model = keras.models.load_model(folder / "model.keras")
 
@@ -121,7 +124,7 @@ if __name__ == "__main__":
     elif command == "bodies":
         bodies(Path(place), int(rest[0]))
     elif command == "bare":
-        print(bare(Path(place), int(rest[0]), float(rest[1])))
+        bare(Path(place), int(rest[0]))
     elif command == "serve":
         serve(Path(place), rest[0])
     else:

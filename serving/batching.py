@@ -84,6 +84,7 @@ class Batcher:
         self._waiting_rows = 0
         self._ready = threading.Condition()
         self._closing = False
+        self._will_start = False
         count = num_threads if options is None else options.num_batch_threads
         self._threads = [threading.Thread(target=self._work, name=f"run-{n}", daemon=True) for n in range(count)]
         for thread in self._threads:
@@ -95,8 +96,17 @@ class Batcher:
         signature: Signature,
         inputs: Mapping[str, np.ndarray],
         output_names: Iterable[str] = (),
+        start: Callable[[Callable[[], None]], object] | None = None,
     ) -> "Future[Outputs]":
         """Runs a signature in the background.
+
+        Args:
+            servable: The model.
+            signature: One of its signatures.
+            inputs: The arrays by input name.
+            output_names: Which outputs are wanted; all where empty.
+            start: Calls what it is given a little later, and only then a free thread looks at the request: an event
+                loop's `call_soon` lets those that arrive in one go be grouped.
 
         Raises:
             InvalidArgumentError: If the inputs do not fit, or are more than a group may have.
@@ -112,7 +122,11 @@ class Batcher:
                 raise UnavailableError("The batch scheduling queue to which this task was submitted is full")
             self._waiting_rows += task.rows
             self._queues.setdefault(key, deque()).append(task)
-            self._ready.notify()
+            if start is None:
+                self._ready.notify()
+            elif not self._will_start:
+                self._will_start = True
+                start(self._start)
         return task.future
 
     def waiting(self) -> int:
@@ -127,6 +141,11 @@ class Batcher:
             self._ready.notify_all()
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _start(self) -> None:
+        with self._ready:
+            self._will_start = False
+            self._ready.notify(len(self._queues))
 
     def _key(self, task: _Task) -> object:
         """Returns what requests must share to be grouped, and sets the task's rows; a fresh object for one alone."""
@@ -196,6 +215,7 @@ class Batcher:
         if queue:
             # Other signatures and models get their turn before the rest of this queue.
             self._queues.move_to_end(key)
+            self._ready.notify()
         else:
             del self._queues[key]
         return group

@@ -1,5 +1,7 @@
 """HTTP requests and responses as values, and a response as bytes."""
 
+import functools
+import time
 from email.utils import formatdate
 from http import HTTPStatus
 from typing import NamedTuple
@@ -48,7 +50,7 @@ def serialize(response: Response, keep_alive: bool, version: str, head_only: boo
     lines = [
         f"HTTP/1.1 {response.status} {reason}",
         f"Content-Type: {response.content_type}",
-        f"Date: {formatdate(usegmt=True)}",
+        f"Date: {_date(int(time.time()))}",
         f"Content-Length: {len(response.body)}",
         *(f"{name}: {value}" for name, value in response.headers),
     ]
@@ -58,3 +60,8 @@ def serialize(response: Response, keep_alive: bool, version: str, head_only: boo
         lines.append("Connection: keep-alive")
     head = "\r\n".join(lines) + "\r\n\r\n"
     return head.encode("latin-1") + (b"" if head_only else response.body)
+
+
+@functools.lru_cache(maxsize=1)
+def _date(seconds: int) -> str:
+    return formatdate(seconds, usegmt=True)

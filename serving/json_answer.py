@@ -1,6 +1,7 @@
 """Arrays to JSON text, laid out and with numbers written as TensorFlow Serving does it."""
 
 import base64
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -120,7 +121,7 @@ def _indented(name: str, array: np.ndarray, level: int) -> str:
 
 
 def _groups(items: list[str], shape: tuple[int, ...], axis: int) -> list[list[str]]:
-    count, size = int(np.prod(shape[:axis], dtype=np.int64)), shape[axis]
+    count, size = math.prod(shape[:axis]), shape[axis]
     return [items[start * size : (start + 1) * size] for start in range(count)]
 
 

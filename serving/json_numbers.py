@@ -1,5 +1,6 @@
 """Bodies that hold one regular list of numbers: straight into NumPy, without a Python object a number."""
 
+import contextlib
 import math
 import re
 import threading
@@ -37,6 +38,7 @@ _TAIL = re.compile(
 _NUMBERS_AND_SPACE = b"0123456789+-.eE \t\r\n"
 # A tail of any length made of spaces would cost quadratic time.
 _LONGEST_TAIL = 1000
+_SMALLEST_FLOAT = np.finfo(np.float32).tiny
 _parsers = threading.local()
 
 
@@ -105,10 +107,11 @@ def _parse_numbers(text: bytes) -> np.ndarray | None:
         _parsers.parser = simdjson.Parser()
     try:
         array = _parsers.parser.parse(text)
-        try:
-            return np.frombuffer(array.as_buffer(of_type="i"), np.int64)
-        except (TypeError, ValueError):
-            return np.frombuffer(array.as_buffer(of_type="d"), np.float64)
+        # A number with a point is no integer; without one, an exponent or the size may still make it none.
+        if b"." not in text:
+            with contextlib.suppress(TypeError, ValueError):
+                return np.frombuffer(array.as_buffer(of_type="i"), np.int64)
+        return np.frombuffer(array.as_buffer(of_type="d"), np.float64)
     except (TypeError, ValueError, RuntimeError):
         # Whatever the matter is, the long way has the protocol's words for it.
         return None
@@ -137,5 +140,5 @@ def to_float32(doubles: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore", under="ignore"):
         floats = doubles.astype(np.float32)
     # Serving threads of TensorFlow flush subnormal numbers to zero, in the conversion as everywhere.
-    floats[np.abs(floats) < np.finfo(np.float32).tiny] = 0.0
+    floats[np.abs(floats) < _SMALLEST_FLOAT] = 0.0
     return floats

@@ -1,5 +1,7 @@
 """TensorFlow Serving's metrics, by its names, in Prometheus's text format."""
 
+from typing import Any
+
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -18,6 +20,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
+        self._known: dict[tuple[object, tuple[str, ...]], Any] = {}
 
         def histogram(name: str, help: str, labels: list[str]) -> Histogram:
             return Histogram(_PREFIX + name, help, labels, registry=self._registry, buckets=_BUCKETS)
@@ -40,14 +43,14 @@ class Metrics:
 
     def request(self, model_name: str, api: str, entrypoint: str, status: str, seconds: float) -> None:
         """Counts a request that has been answered."""
-        self._requests.labels(model_name, status).inc()
-        self._latency.labels(model_name, api, entrypoint).observe(seconds * _MICROSECONDS)
+        self._series(self._requests, model_name, status).inc()
+        self._series(self._latency, model_name, api, entrypoint).observe(seconds * _MICROSECONDS)
 
     def ran(self, name: str, rows: int, waited_seconds: float, seconds: float) -> None:
         """Counts a run of a model: `name` is the model's, `rows` those of one request."""
-        self._runtime.labels(name, "Predict", "TF1").observe(seconds * _MICROSECONDS)
-        self._examples.labels(name).observe(rows)
-        self._queuing.labels(name).observe(waited_seconds * _MICROSECONDS)
+        self._series(self._runtime, name, "Predict", "TF1").observe(seconds * _MICROSECONDS)
+        self._series(self._examples, name).observe(rows)
+        self._series(self._queuing, name).observe(waited_seconds * _MICROSECONDS)
 
     def warmed_up(self, model_name: str, status: str, seconds: float) -> None:
         """Counts a version's warm-up."""
@@ -58,3 +61,10 @@ class Metrics:
         self._waiting.set(waiting_rows)
         # TensorFlow Serving's counters go without the suffix that the library gives them.
         return generate_latest(self._registry).replace(b"request_count_total", b"request_count")
+
+    def _series(self, metric: Any, *labels: str) -> Any:
+        # The library's own look-up takes a lock and makes strings of strings, five times a request.
+        key = (metric, labels)
+        if key not in self._known:
+            self._known[key] = metric.labels(*labels)
+        return self._known[key]

@@ -75,6 +75,7 @@ class PredictionService:
         signature_name: str,
         inputs: Mapping[str, np.ndarray],
         output_names: Iterable[str] = (),
+        start: Callable[[Callable[[], None]], object] | None = None,
     ) -> "Future[Outputs]":
         """Runs a signature on arrays, in the background.
 
@@ -83,6 +84,7 @@ class PredictionService:
             signature_name: Which signature; empty for `serving_default`.
             inputs: The arrays by input name.
             output_names: Which outputs are wanted; all where empty.
+            start: Calls what it is given a little later, once the requests that came with this one are there too.
 
         Raises:
             FailedPreconditionError: If there is no such signature.
@@ -90,7 +92,7 @@ class PredictionService:
             UnavailableError: If too much is waiting already.
         """
         signature = lease.servable.signature(signature_name)
-        future = self._batcher.submit(lease.servable, signature, inputs, output_names)
+        future = self._batcher.submit(lease.servable, signature, inputs, output_names, start)
         # The model must stay loaded while it runs, even where nobody waits for the answer any longer.
         future.add_done_callback(lambda _: lease.release())
         return future

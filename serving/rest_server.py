@@ -15,6 +15,7 @@ from urllib.parse import unquote_to_bytes
 from google.protobuf import json_format
 from tensorflow_serving.apis import get_model_metadata_pb2, get_model_status_pb2
 
+from serving.arrivals import Arrivals
 from serving.errors import Code, InvalidArgumentError, ServingError
 from serving.http_messages import Request, Response
 from serving.json_answer import encode_classifications, encode_error, encode_predict, encode_regressions
@@ -55,8 +56,8 @@ _LOOK = re.compile(
     r"/v1/models(?:/([^/:]+))?(?:(?:/versions/(\d+))|(?:/labels/([^/:]+)))?(?:/(metadata))?", re.IGNORECASE
 )
 _LARGEST_VERSION = 2**63 - 1
-# Below this a body is read at once; a larger one would keep the other connections waiting.
-_READ_AT_ONCE_BYTES = 64 * 1024
+# Below this a body is read at once, in a millisecond or so; a larger one would keep the other connections waiting.
+_READ_AT_ONCE_BYTES = 256 * 1024
 _CORS = (
     ("Access-Control-Allow-Origin", "*"),
     ("Access-Control-Allow-Methods", "GET, POST"),
@@ -97,6 +98,7 @@ class RestServer:
         waiting_rows: Tells how much waits to be run.
         options: What to do beside the protocol.
         timeout_seconds: How long an answer may take.
+        loop: Where `handle` runs.
     """
 
     def __init__(
@@ -106,12 +108,15 @@ class RestServer:
         waiting_rows: Callable[[], int],
         options: RestOptions,
         timeout_seconds: float,
+        loop: asyncio.AbstractEventLoop,
     ):
         self._service = service
         self._metrics = metrics
         self._options = options
         self._timeout_seconds = timeout_seconds
         self._extras = Extras(service, metrics, waiting_rows, options.metrics_path)
+        self._loop = loop
+        self._arrivals = Arrivals(loop)
         self._readers = ThreadPoolExecutor(options.num_threads, thread_name_prefix="read")
 
     async def handle(self, request: Request) -> Response:
@@ -123,7 +128,7 @@ class RestServer:
             response, code = Response(HTTP_STATUS[error.code], encode_error(error.message)), error.code
         except _Overflow:
             response, code = Response(HTTPStatus.BAD_REQUEST, b""), Code.INVALID_ARGUMENT
-        except asyncio.TimeoutError:
+        except TimeoutError:
             code = Code.DEADLINE_EXCEEDED
             response = Response(HTTP_STATUS[code], encode_error("The request took too long."))
         except Exception:
@@ -192,15 +197,17 @@ class RestServer:
 
         reading = None if len(body) <= _READ_AT_ONCE_BYTES else self._readers.submit(read)
         try:
-            understood = read() if reading is None else await self._in_time(asyncio.wrap_future(reading))
-            future = self._service.predict(taken[0], understood.signature_name, understood.inputs)
+            understood = read() if reading is None else await self._in_time(reading)
+            future = self._service.predict(
+                taken[0], understood.signature_name, understood.inputs, start=self._loop.call_soon
+            )
         except BaseException:
             release()
             if reading is not None:
                 # The reading goes on where the request is given up, and may take its lease only then.
                 reading.add_done_callback(release)
             raise
-        outputs = await self._in_time(asyncio.wrap_future(future))
+        outputs = await self._in_time(future)
         return Response(HTTPStatus.OK, encode_predict(outputs, understood.row_format))
 
     async def _run(self, spec: ModelSpec, body: bytes, method: str) -> Response:
@@ -212,13 +219,13 @@ class RestServer:
         except BaseException:
             lease.release()
             raise
-        result = await self._in_time(asyncio.wrap_future(future))
+        result = await self._in_time(future)
         if method == "regress":
             return Response(HTTPStatus.OK, encode_regressions(result))
         return Response(HTTPStatus.OK, encode_classifications(result.labels, result.scores))
 
-    def _in_time(self, future: "asyncio.Future[_T]") -> Awaitable[_T]:
-        return asyncio.wait_for(future, self._timeout_seconds)
+    def _in_time(self, future: "Future[_T]") -> Awaitable[_T]:
+        return self._arrivals.result(future, self._timeout_seconds)
 
     def _count(self, request: Request, code: Code, seconds: float) -> None:
         found = _RUN.fullmatch(request.target) if request.method == "POST" else None

@@ -1,6 +1,7 @@
 """The embedded server put together: repository, prediction service and protocols, started and stopped as one."""
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -74,14 +75,17 @@ def serve(configs: list[ModelConfig], options: ServerOptions) -> None:
         on_run=lambda servable, rows, waited, ran: metrics.ran(servable.name, rows, waited, ran),
     )
     service = PredictionService(repository, batcher)
-    rest = RestServer(service, metrics, batcher.waiting, options.rest, options.timeout_seconds)
     stopped = threading.Event()
     loop = uvloop.new_event_loop()
+    rest = RestServer(service, metrics, batcher.waiting, options.rest, options.timeout_seconds, loop)
     try:
         repository.start(configs)
         grpc_server, ports = _start_grpc(service, metrics, options)
         _print_summary(repository, options, ports)
         _follow_configs(configs, repository, options, stopped)
+        # What is loaded stays: looking through TensorFlow's millions of objects for garbage stops every request.
+        gc.collect()
+        gc.freeze()
         loop.run_until_complete(_serve_until_told(rest, options))
         grpc_server.stop(options.drain_seconds).wait()
     finally:

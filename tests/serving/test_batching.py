@@ -101,6 +101,18 @@ def test_a_request_larger_than_a_group_is_refused_with_tensorflow_servings_words
         run_all(make_batcher(strict()), servable, "", [list(range(9))])
 
 
+def test_requests_that_came_in_one_go_are_one_group_though_a_thread_is_free(servable: Servable, make_batcher: Make):
+    batcher = make_batcher(strict(batch_timeout_seconds=0.0))
+    later: list[Callable[[], None]] = []
+    signature = servable.signature("")
+    ones = {"x": np.ones(1, np.float32)}
+    futures = [batcher.submit(servable, signature, ones, start=later.append) for _ in range(5)]
+    assert not any(future.done() for future in futures)
+    (start,) = later
+    start()
+    assert [future.result(60)["size"].tolist() for future in futures] == [[5]] * 5
+
+
 def test_a_full_queue_turns_requests_away(servable: Servable, make_batcher: Make):
     batcher = make_batcher(strict(max_batch_size=4, max_enqueued_batches=1))
     run_all(batcher, servable, "", [[1, 2, 3]])
