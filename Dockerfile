@@ -19,8 +19,10 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     --mount=type=secret,id=pip_config,target=/etc/pip.conf \
     python3 -c "from configparser import ConfigParser as C; c = C(); c.read('setup.cfg'); \
 print(c['options']['install_requires'], c['options.extras_require']['serving'])" > requirements.txt \
-    && python3 -m venv /opt/venv \
-    && /opt/venv/bin/python -m pip install --no-compile --requirement requirements.txt \
+    # The pip that fills the environment stands beside it, so that no image gets it.
+    && python3 -m venv /opt/tools \
+    && python3 -m venv --without-pip /opt/venv \
+    && /opt/tools/bin/pip --python /opt/venv/bin/python install --no-compile --requirement requirements.txt \
     # Headers are for compiling against TensorFlow, which nobody does here.
     && rm -rf /opt/venv/lib/python3*/site-packages/tensorflow/include
 
@@ -31,8 +33,8 @@ COPY pyproject.toml README.md LICENSE ./
 COPY keras_bn keras_bn
 RUN --mount=type=cache,target=/root/.cache/pip \
     --mount=type=secret,id=pip_config,target=/etc/pip.conf \
-    /opt/venv/bin/python -m pip wheel --no-deps --wheel-dir /wheels . \
-    && /opt/venv/bin/python -m pip install --no-compile "$(echo /wheels/keras_bn-*.whl)[models]" \
+    /opt/tools/bin/pip wheel --no-deps --wheel-dir /wheels . \
+    && /opt/tools/bin/pip --python /opt/venv/bin/python install --no-compile "$(echo /wheels/keras_bn-*.whl)[models]" \
     # What exports is the wheel, not the checkout.
     && rm -rf keras_bn
 COPY models models

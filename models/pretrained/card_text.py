@@ -6,8 +6,8 @@ _PAGE = """\
 A convolutional network of {parameters:,} weights that says which of ten kinds of clothing a picture of 28x28 grey
 pixels shows. **{accuracy:.2%}** of the {test_images:,} test images are answered rightly.
 
-This page is written by the command that makes the files. `python -m models.pretrained evaluate` computes the numbers anew
-from `fashion_cnn.keras`, and a test compares them with `card.json`.
+This page is written by the command that makes the files. `python -m models.pretrained evaluate` computes the numbers
+anew from `fashion_cnn.keras`, and a test compares them with `card.json`.
 
 ## How it was made
 
@@ -47,7 +47,7 @@ of clothing, upright, filling the picture, light on black.
 ## What it is not for
 
 - Photographs: another background, a person who wears the thing, several things, colour. It answers one of its ten
-  classes whatever it is shown; a probability says how alike the training images are, not how sure to be of a photograph.
+  classes whatever it is shown; a probability says how alike training images are, not how sure to be of a photograph.
 - Decisions about people. The images are from one shop's catalogue and stand for nobody's clothing in general.
 - Telling tops apart: {worst} is its weakest class ({worst_accuracy:.1%}).
 
