@@ -11,7 +11,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from serving.docker_check import MODEL, ROOT, CheckError, Skipped, files, images
+from serving.__main__ import _import_tensorflow_quietly
+from serving.docker_check import MODEL, ROOT, CheckError, Skipped, images
 
 EXAMPLE = ROOT / "models/pretrained/examples/9_ankle_boot.png"
 EXAMPLE_LABEL = "Ankle boot"
@@ -54,6 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--python_image", metavar="IMAGE", help="base image with Python; by default the Dockerfile's")
     parser.add_argument("--tf_serving_image", metavar="IMAGE", help="TensorFlow Serving; by default the Dockerfile's")
     flags = parser.parse_args(arguments)
+    _import_tensorflow_quietly()
+    from serving.docker_check import files
+
     report = _Report()
     for check in files.CHECKS:
         report.step((check.__doc__ or "").split(".\n")[0].rstrip("."), check)
