@@ -54,7 +54,10 @@ def answering(answer):
 
 def http(body, code="200 OK"):
     def answer(connection):
-        connection.recv(4096)
+        request = b""
+        # bash sends its lines one by one; closing before the last would reset the connection.
+        while not request.endswith(b"\r\n\r\n"):
+            request += connection.recv(4096)
         text = json.dumps(body, indent=1)
         connection.sendall(f"HTTP/1.0 {code}\r\nContent-Length: {len(text)}\r\n\r\n{text}".encode())
 
