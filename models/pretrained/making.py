@@ -63,7 +63,7 @@ def make(run: Path, images: data.ImageData, folder: Path, machine: str, minutes:
     card = {
         "network": settings.network,
         "parameters": model.count_params(),
-        "command": _command(settings),
+        "command": training_command(settings),
         "seed": settings.seed,
         "epochs": len(log),
         "training_images": trained_on,
@@ -81,6 +81,23 @@ def make(run: Path, images: data.ImageData, folder: Path, machine: str, minutes:
     return card
 
 
+def training_command(settings: Settings) -> str:
+    """The command line of a training: what differs from the flags' defaults.
+
+    Args:
+        settings: Of the training.
+
+    Returns:
+        One line.
+    """
+    words = ["python -m models.train"]
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if value != field.default:
+            words.append(f"--{field.name}" if value is True else f"--{field.name} {value}")
+    return " ".join([*words, "--output runs/pretrained"])
+
+
 def _settings(run: Path, images: data.ImageData) -> tuple[Settings, int]:
     """The settings of the training, and on how many of the images it was."""
     if not (run / "model.keras").exists():
@@ -93,16 +110,6 @@ def _settings(run: Path, images: data.ImageData) -> tuple[Settings, int]:
     if fingerprint["crc32"] != zlib.crc32(np.ascontiguousarray(images.x_train).data):
         raise ValueError(f"{run} was trained on other images than {images}. Name its own by `--data`.")
     return settings, settings.training_images or len(images.x_train) - settings.validation_images
-
-
-def _command(settings: Settings) -> str:
-    """The command line of the training: what differs from the flags' defaults."""
-    words = ["python -m models.train"]
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        if value != field.default:
-            words.append(f"--{field.name}" if value is True else f"--{field.name} {value}")
-    return " ".join([*words, "--output runs/pretrained"])
 
 
 def _write_examples(folder: Path, images: data.ImageData) -> None:

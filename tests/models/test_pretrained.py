@@ -20,7 +20,7 @@ from models.training import train as run_training
 from serving.client import Client
 from tests.serving.servers import running_server
 
-SETTINGS = Settings(width=2, epochs=1, batch_size=50, augment=True, erase=4, training_images=300, seed=3)
+SETTINGS = Settings(width=2, epochs=1, batch_size=50, training_images=300, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -93,11 +93,12 @@ def test_the_file_holds_no_state_of_the_optimizer(made, tmp_path):
         assert "optimizer" not in weights
 
 
-def test_the_recorded_command_gives_the_settings_of_the_training(made):
-    program, flags = pretrained.load_card(made)["command"].split(" --", 1)
+@pytest.mark.parametrize("settings", [SETTINGS, Settings(epochs=40, augment=True, erase=8, weight_decay=0.05)])
+def test_the_recorded_command_gives_the_settings_of_the_training(settings):
+    program, flags = making.training_command(settings).split(" --", 1)
     assert program == "python -m models.train"
     flags = vars(train._parser().parse_args(f"--{flags}".split()))
-    assert Settings(**{field.name: flags[field.name] for field in dataclasses.fields(Settings)}) == SETTINGS
+    assert Settings(**{field.name: flags[field.name] for field in dataclasses.fields(Settings)}) == settings
 
 
 def test_the_page_names_what_a_person_asks_for(made):

@@ -40,7 +40,7 @@ SPOILT = [
     (files.check_command_lines, "Dockerfile", "/config/batching", "/config/b", "no serving/config/b.config"),
     (files.check_command_lines, "Dockerfile", 'ENTRYPOINT ["/usr', 'ENTRYPOINT exec ["/usr', "1 ENTRYPOINTs in exec"),
     (files.check_text_protos, MODELS, "base_path", "base_paths", 'no field named "base_paths"'),
-    (files.check_text_protos, BATCHING, "value: ", "value: -", "must be at least"),
+    (files.check_text_protos, BATCHING, "size { value: ", "size { value: -", "must be at least"),
     (files.check_text_protos, MONITORING, "enable: true", "enable: false", "prometheus.yml scrapes"),
     (files.check_dashboard, DASHBOARD, "request_latency", "latency", "latency_bucket"),
 ]
