@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help install data demo test test-all lint clean
+.PHONY: help install data demo test test-all lint docker-check clean
 
 help:  ## Show this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
 install: $(INSTALLED)  ## Make .venv and install everything into it
 
@@ -35,6 +35,10 @@ lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docker-check: $(INSTALLED)  ## Check what Docker and Kubernetes run; build and ask the images where buildah is
+	$(BIN)/python -m serving.docker_check $(if $(PYTHON_IMAGE),--python_image '$(PYTHON_IMAGE)') \
+		$(if $(TF_SERVING_IMAGE),--tf_serving_image '$(TF_SERVING_IMAGE)')
 
 clean:  ## Remove what the other targets made, but the data
 	rm -rf $(VENV) .demo build dist *.egg-info

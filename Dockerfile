@@ -1,0 +1,90 @@
+# The trained network behind TensorFlow Serving, and behind the embedded server:
+#
+#     docker build --tag fashion-cnn .                                  TensorFlow Serving (x86-64)
+#     docker build --tag fashion-cnn:embedded --target embedded .       the embedded server (arm64 as well)
+#
+# Where packages come from an index of your own, hand pip's configuration over as a secret, which no image keeps:
+# `--secret id=pip_config,src=$HOME/.config/pip/pip.conf`.
+
+ARG PYTHON_IMAGE=docker.io/library/python:3.12.11-slim-bookworm
+ARG TF_SERVING_VERSION=2.20.0
+ARG TF_SERVING_IMAGE=docker.io/tensorflow/serving:${TF_SERVING_VERSION}
+
+
+# What the server needs at run time, read from setup.cfg: changes in our code leave this layer alone.
+FROM ${PYTHON_IMAGE} AS dependencies
+WORKDIR /src
+COPY setup.cfg ./
+RUN --mount=type=cache,target=/root/.cache/pip \
+    --mount=type=secret,id=pip_config,target=/etc/pip.conf \
+    python3 -c "from configparser import ConfigParser as C; c = C(); c.read('setup.cfg'); \
+print(c['options']['install_requires'], c['options.extras_require']['serving'])" > requirements.txt \
+    # The pip that fills the environment stands beside it, so that no image gets it.
+    && python3 -m venv /opt/tools \
+    && python3 -m venv --without-pip /opt/venv \
+    && /opt/tools/bin/pip --python /opt/venv/bin/python install --no-compile --requirement requirements.txt \
+    # Headers are for compiling against TensorFlow, which nobody does here.
+    && rm -rf /opt/venv/lib/python3*/site-packages/tensorflow/include
+
+
+# Our wheel exports the network, folded, with labels, pictures as bytes, warm-up and drift, and verifies what it wrote.
+FROM dependencies AS builder
+COPY pyproject.toml README.md LICENSE ./
+COPY keras_bn keras_bn
+RUN --mount=type=cache,target=/root/.cache/pip \
+    --mount=type=secret,id=pip_config,target=/etc/pip.conf \
+    /opt/tools/bin/pip wheel --no-deps --wheel-dir /wheels . \
+    && /opt/tools/bin/pip --python /opt/venv/bin/python install --no-compile "$(echo /wheels/keras_bn-*.whl)[models]" \
+    # What exports is the wheel, not the checkout.
+    && rm -rf keras_bn
+COPY models models
+RUN TF_CPP_MIN_LOG_LEVEL=2 /opt/venv/bin/python -m models.pretrained export /models/fashion_cnn --version 1
+
+
+# The embedded server: the same protocol and flags, on any machine that TensorFlow runs on.
+FROM ${PYTHON_IMAGE} AS embedded
+LABEL org.opencontainers.image.title="fashion_cnn, embedded server" \
+      org.opencontainers.image.description="A trained network behind a server that speaks TensorFlow Serving's protocol" \
+      org.opencontainers.image.licenses="Apache-2.0"
+ARG REVISION=unknown
+ARG CREATED=unknown
+LABEL org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.created="${CREATED}"
+COPY --from=dependencies /opt/venv /opt/venv
+COPY serving /app/serving
+COPY serving/model-available /usr/local/bin/
+COPY serving/config /config
+COPY --from=builder /models /models
+WORKDIR /app
+ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+USER 65532:65532
+EXPOSE 8500 8501
+HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 CMD ["model-available", "fashion_cnn"]
+ENTRYPOINT ["/opt/venv/bin/python", "-m", "serving", "--address=0.0.0.0", "--port=8500", "--rest_api_port=8501", \
+    "--model_config_file=/config/models.config", "--model_config_file_poll_wait_seconds=30", \
+    "--monitoring_config_file=/config/monitoring.config"]
+
+
+# TensorFlow Serving itself. It is started without its image's shell script, which would keep SIGTERM to itself.
+# TensorFlow Serving has no handler for it, and Linux spares process 1 a signal that it does not handle: to be stopped at
+# once and not after the grace period, it is to be run below an init (`docker run --init`, `init: true`,
+# `shareProcessNamespace: true`). https://github.com/tensorflow/serving/issues/1853
+FROM ${TF_SERVING_IMAGE} AS serving
+ARG TF_SERVING_VERSION
+LABEL org.opencontainers.image.title="fashion_cnn, TensorFlow Serving" \
+      org.opencontainers.image.description="A trained network behind TensorFlow Serving ${TF_SERVING_VERSION}" \
+      org.opencontainers.image.licenses="Apache-2.0"
+ARG REVISION=unknown
+ARG CREATED=unknown
+LABEL org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.created="${CREATED}"
+COPY serving/model-available /usr/local/bin/
+COPY serving/config /config
+COPY --from=builder /models /models
+USER 65532:65532
+EXPOSE 8500 8501
+HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 CMD ["model-available", "fashion_cnn"]
+ENTRYPOINT ["/usr/bin/tensorflow_model_server", "--port=8500", "--rest_api_port=8501", \
+    "--model_config_file=/config/models.config", "--model_config_file_poll_wait_seconds=30", \
+    "--monitoring_config_file=/config/monitoring.config", \
+    "--enable_batching=true", "--batching_parameters_file=/config/batching.config"]

@@ -1,0 +1,125 @@
+"""From a finished training to the files that are shipped."""
+
+import dataclasses
+import json
+import shutil
+import sys
+import zlib
+from pathlib import Path
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import keras_bn
+from models import data, pictures, pretrained
+from models.checkpoint import read_log, whole
+from models.pretrained import evaluation
+from models.pretrained.card_text import card_text
+from models.settings import Settings
+
+LARGEST_FILE = 2_000_000
+
+
+def make(run: Path, images: data.ImageData, folder: Path, machine: str, minutes: float | None = None) -> dict:
+    """Recalibrate the network of a finished training and write all that is shipped.
+
+    `folder` gets `fashion_cnn.keras` (without the optimizer's state), `card.json`, `README.md`, `confusion.png`,
+    `curve.png`, `log.csv`, `settings.json` and `examples/`: the first test image of each class.
+
+    Args:
+        run: Folder of the training.
+        images: The data that it was trained on.
+        folder: For the files.
+        machine: What the training ran on, in words.
+        minutes: What it took; None for the sum of its log.
+
+    Returns:
+        The card.
+
+    Raises:
+        FileNotFoundError: The training is not there or not finished.
+        ValueError: It was trained on other images, or the network does not fit into `LARGEST_FILE` bytes.
+    """
+    settings, trained_on = _settings(run, images)
+    # Not compiled, so its file will hold no optimizer.
+    model = keras.models.load_model(run / "model.keras", compile=False)
+    before = evaluation.evaluate(model, images)["accuracy"]
+    bar = "auto" if sys.stdout.isatty() else 0
+    recalibration = keras_bn.recalibrate(model, images.x_train[:trained_on], batch_size=500, verbose=bar)
+    folder.mkdir(parents=True, exist_ok=True)
+    with whole(folder / pretrained.NETWORK) as path:
+        model.save(path)
+        size = path.stat().st_size
+        if size > LARGEST_FILE:
+            path.unlink()
+            raise ValueError(f"the network must fit into {LARGEST_FILE:,} bytes. Received: {size:,} bytes")
+    for name in ("log.csv", "settings.json"):
+        shutil.copyfile(run / name, folder / name)
+    _write_examples(folder / pretrained.EXAMPLES, images)
+
+    log = read_log(run / "log.csv")
+    numbers = evaluation.evaluate(pretrained.load(folder), images)
+    card = {
+        "network": settings.network,
+        "parameters": model.count_params(),
+        "command": training_command(settings),
+        "seed": settings.seed,
+        "epochs": len(log),
+        "training_images": trained_on,
+        "minutes": round(sum(float(row["seconds"]) for row in log) / 60 if minutes is None else minutes, 1),
+        "machine": machine,
+        "versions": {"keras_bn": keras_bn.__version__, "keras": keras.__version__, "tensorflow": tf.__version__},
+        "accuracy_before_recalibration": before,
+        **numbers,
+        "recalibration": recalibration.to_dict(),
+    }
+    (folder / pretrained.CARD).write_text(json.dumps(card, indent=2) + "\n")
+    (folder / "README.md").write_text(card_text(card))
+    pictures.save_confusion(folder / "confusion.png", np.array(numbers["confusion"]), data.CLASS_NAMES)
+    pictures.save_curve(folder / "curve.png", log)
+    return card
+
+
+def training_command(settings: Settings) -> str:
+    """The command line of a training: what differs from the flags' defaults.
+
+    Args:
+        settings: Of the training.
+
+    Returns:
+        One line.
+    """
+    words = ["python -m models.train"]
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if value != field.default:
+            words.append(f"--{field.name}" if value is True else f"--{field.name} {value}")
+    return " ".join([*words, "--output runs/pretrained"])
+
+
+def _settings(run: Path, images: data.ImageData) -> tuple[Settings, int]:
+    """The settings of the training, and on how many of the images it was."""
+    if not (run / "model.keras").exists():
+        raise FileNotFoundError(f"{run} must hold a finished training with its model.keras. `python -m models.train`")
+    values = json.loads((run / "settings.json").read_text())
+    fingerprint = values.pop("data")
+    settings = Settings(**values)
+    if settings.network != "fashion_cnn":
+        raise ValueError(f"`network` of the shipped network must be fashion_cnn. Received: {settings.network}")
+    if fingerprint["crc32"] != zlib.crc32(np.ascontiguousarray(images.x_train).data):
+        raise ValueError(f"{run} was trained on other images than {images}. Name its own by `--data`.")
+    return settings, settings.training_images or len(images.x_train) - settings.validation_images
+
+
+def _write_examples(folder: Path, images: data.ImageData) -> None:
+    folder.mkdir(exist_ok=True)
+    for old in folder.glob("*.png"):
+        old.unlink()
+    for label, name in enumerate(data.CLASS_NAMES):
+        chosen = images.x_test[images.y_test == label]
+        if not len(chosen):
+            raise ValueError(f"the test images must hold every class. Missing: {name}")
+        stem = f"{label}_{name.lower().replace('/', '_').replace(' ', '_').replace('-', '_')}"
+        encoded = tf.io.encode_png(np.round(chosen[0] * 255).astype(np.uint8))
+        (folder / f"{stem}.png").write_bytes(encoded.numpy())
