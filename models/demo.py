@@ -1,4 +1,4 @@
-"""From nothing to an answer: train, export, serve, and ask over REST: `python -m models.demo`."""
+"""From nothing to an answer: train, recalibrate, export, serve, and ask over REST: `python -m models.demo`."""
 
 import argparse
 import json
@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -33,11 +33,13 @@ class DemoError(Exception):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command. Exits with 0 only if accuracy and agreement are as good as promised, else with 1; 130 on Ctrl-C."""
+    """The command. Exits with 0 only if accuracy, agreement and drift are as promised, else with 1; 130 on Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="python -m models.demo",
-        description="Trains fashion_cnn, exports it, serves it, classifies all test images over REST, and compares the "
-        "answers with the labels and with the model's own. Ends with an error where they are not good enough.",
+        description="Trains fashion_cnn, replaces its moving statistics by those of all training images, folds and "
+        "exports it, serves it, classifies all test images over REST, compares the answers with the labels and with "
+        "the model's own, and asks how far the test images are from those it was trained on. Ends with an error where "
+        "the answers are not good enough.",
     )
     add = parser.add_argument
     add("--data", metavar="PATH", help="folder of IDX files or .npz; by default Fashion-MNIST is fetched")
@@ -59,35 +61,59 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _demo(settings: Settings, images: data.ImageData, folder: Path, least_accuracy: float) -> None:
     start_tensorflow()
-    from keras_bn import export
-    from models.training import train
+    from keras_bn import export, recalibrate
+    from models.training import accuracy, train
 
     _headline(1, f"Train {settings.network} with keras_bn.BatchNormalization")
     model = train(settings, images, folder / "training", restart=True)
-    _headline(2, "Export")
-    exported = export(model, folder / "served" / MODEL_NAME)
+    _headline(2, f"Recalibrate: the statistics of all {len(images.x_train):,} training images")
+    before = accuracy(model, images.x_test, images.y_test)
+    recalibration = recalibrate(model, images.x_train, batch_size=500, verbose="auto" if sys.stdout.isatty() else 0)
+    print(recalibration)
+    model.save(folder / "recalibrated.keras")
+    after = accuracy(model, images.x_test, images.y_test)
+    _headline(3, "Fold, export and check")
+    exported = export(
+        model,
+        folder / "served" / MODEL_NAME,
+        labels=data.CLASS_NAMES,
+        warmup=images.x_test[:8],
+        accuracy=after,
+        recalibration=recalibration,
+    )
+    print(exported.folding)
     signature = " -> ".join(", ".join(names) for names in (exported.inputs, exported.outputs))
     print(f"{exported.path}  ({signature})")
-    _headline(3, "Serve")
+    _headline(4, "Serve")
     with serving(MODEL_NAME, exported.path.parent, folder / "server.log") as url:
         print(f"{url}/v1/models/{MODEL_NAME}")
-        _headline(4, f"Classify {len(images.x_test):,} test images over REST")
+        _headline(5, f"Classify {len(images.x_test):,} test images over REST")
         answers = classify(url, images.x_test)
+        drifts = {
+            "test images": drift(url, images.x_test[:IMAGES_IN_A_REQUEST]),
+            "the same inverted": drift(url, 1 - images.x_test[:IMAGES_IN_A_REQUEST]),
+        }
 
     expected = model.predict(images.x_test, batch_size=IMAGES_IN_A_REQUEST, verbose=0)
-    accuracy = float(np.mean(answers.argmax(axis=1) == images.y_test))
+    answered = float(np.mean(answers.argmax(axis=1) == images.y_test))
     difference = float(np.abs(answers - expected).max())
     picture, question = folder / "answers.png", folder / "question.json"
     pictures.save_answers(picture, images.x_test[:16], images.y_test[:16], answers[:16], data.CLASS_NAMES)
     question.write_text(json.dumps({"instances": images.x_test[:1].tolist()}))
 
-    print(f"\nAccuracy of the answers              {accuracy:.4f} (at least {least_accuracy:g})")
+    print(f"\nAccuracy before recalibration        {before:.4f}")
+    print(f"Accuracy after recalibration         {after:.4f}")
+    print(f"Accuracy of the answers              {answered:.4f} (at least {least_accuracy:g})")
     print(f"Largest difference to model.predict  {difference:.1e} (at most {LARGEST_DIFFERENCE:g})")
     print(f"Sixteen of them as a picture         {picture}")
+    print("\nDrift from the training images, as the signature batch_norm_drift tells it (mean shift in standard")
+    print("deviations; ratio of variances; KL divergence in nats):\n")
+    print(_drift_table(drifts))
     print("\nThe server is stopped. To ask the same question, start it again and post the first test image:\n")
     for line in _commands(exported.path.parent, question):
         print(f"  {line}")
-    check(accuracy, difference, least_accuracy)
+    check(answered, difference, least_accuracy)
+    check_drift(drifts["test images"], drifts["the same inverted"])
 
 
 def check(accuracy: float, difference: float, least_accuracy: float) -> None:
@@ -105,6 +131,21 @@ def check(accuracy: float, difference: float, least_accuracy: float) -> None:
         raise DemoError(f"the accuracy of the answers is {accuracy:.4f}, less than {least_accuracy:g}")
     if not difference <= LARGEST_DIFFERENCE:
         raise DemoError(f"an answer differs from model.predict by {difference:.1e}, more than {LARGEST_DIFFERENCE:g}")
+
+
+def check_drift(usual: Mapping[str, np.ndarray], strange: Mapping[str, np.ndarray]) -> None:
+    """Whether the drift tells strange images from usual ones.
+
+    Args:
+        usual: From `drift`, of images like those of the training.
+        strange: From `drift`, of others.
+
+    Raises:
+        DemoError: It does not: the largest KL divergence of the strange ones is not above that of the usual ones.
+    """
+    low, high = float(np.max(usual["kl"])), float(np.max(strange["kl"]))
+    if not high > low:
+        raise DemoError(f"the drift of inverted images is {high:.2g}, not above that of test images, {low:.2g}")
 
 
 @contextmanager
@@ -154,9 +195,36 @@ def classify(url: str, images: np.ndarray) -> np.ndarray:
     with Client(url) as client, tqdm(total=len(images), unit=" images", disable=None) as bar:
         for first in range(0, len(images), IMAGES_IN_A_REQUEST):
             batch = images[first : first + IMAGES_IN_A_REQUEST]
-            answers.append(client.predict(MODEL_NAME, batch))
+            answers.append(client.predict(MODEL_NAME, batch)["probabilities"])
             bar.update(len(batch))
     return np.concatenate(answers)
+
+
+def drift(url: str, images: np.ndarray) -> dict[str, np.ndarray]:
+    """Ask the server how far a batch is from what the network was trained on.
+
+    Args:
+        url: Address of the server.
+        images: As in `classify`.
+
+    Returns:
+        `layer`, `mean_shift`, `variance_ratio` and `kl`, each of shape `(normalizations,)`.
+    """
+    with Client(url) as client:
+        return client.predict(MODEL_NAME, {"image": images}, signature_name="batch_norm_drift")
+
+
+def _drift_table(drifts: Mapping[str, Mapping[str, np.ndarray]]) -> str:
+    names = list(drifts)
+    lines = [" " * 16 + "".join(f"{name:>30}" for name in names)]
+    for number, layer in enumerate(drifts[names[0]]["layer"]):
+        cells = [[float(drifts[name][key][number]) for key in ("mean_shift", "variance_ratio", "kl")] for name in names]
+        lines.append(f"{_text(layer):<16}" + "".join(f"{a:>10.3f}{b:>10.3f}{c:>10.3f}" for a, b, c in cells))
+    return "\n".join(lines)
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def _commands(model_base_path: Path, question: Path) -> list[str]:
@@ -181,7 +249,7 @@ def _address(server: subprocess.Popen, log: Path) -> str:
 
 
 def _headline(number: int, text: str) -> None:
-    print(f"\n{number}/4  {text}", flush=True)
+    print(f"\n{number}/5  {text}", flush=True)
 
 
 def _exit_on_signal(number: int, frame: object) -> NoReturn:

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 import keras_bn
-from models import demo, networks, pictures
+from models import data, demo, networks, pictures
 
 
 def free_port():
@@ -70,15 +70,31 @@ def test_the_server_is_stopped_afterwards(shown):
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not here")
 def test_the_printed_lines_work_when_pasted(shown, fashion_mnist):
     printed, folder = shown
-    start, ask = (line.strip() for line in printed.splitlines() if line.startswith("  "))
+    start, ask = (line.strip() for line in printed.splitlines()[-2:])
     port = str(free_port())
     start = start.removesuffix(" &") + " > /dev/null &"
     script = f"{start}\n{ask}\ncode=$?\nkill $!\nexit $code\n".replace("8501", port)
     done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=False, cwd=demo.ROOT)
     assert done.returncode == 0, done.stderr
-    predictions = np.array(json.loads(done.stdout)["predictions"])
-    model = keras.models.load_model(folder / "training" / "model.keras")
-    np.testing.assert_allclose(predictions, model.predict(fashion_mnist.x_test[:1], verbose=0), atol=1e-5)
+    (prediction,) = json.loads(done.stdout)["predictions"]
+    model = keras.models.load_model(folder / "recalibrated.keras")
+    expected = model.predict(fashion_mnist.x_test[:1], verbose=0)[0]
+    np.testing.assert_allclose(prediction["probabilities"], expected, atol=1e-5)
+    best = int(np.argmax(expected))
+    assert prediction["top_labels"][0] == data.CLASS_NAMES[best]
+
+
+def test_the_demo_shows_accuracy_before_and_after_recalibration_and_the_drift(shown):
+    printed, folder = shown
+    card = json.loads((folder / "served" / "fashion_cnn" / "1" / "assets.extra" / "keras_bn.json").read_text())
+    for when in ("before", "after"):
+        assert re.search(rf"^Accuracy {when} recalibration +0\.\d{{4}}$", printed, re.MULTILINE)
+    after = float(re.search(r"^Accuracy after recalibration +(\S+)$", printed, re.MULTILINE)[1])
+    assert card["accuracy"] == pytest.approx(after, abs=1e-4)
+    drifts = np.array(re.findall(r"^block_\d_bn" + r" +(-?\d+\.\d{3})" * 6 + "$", printed, re.MULTILINE), float)
+    assert drifts.shape == (5, 6)
+    usual, inverted = drifts[0, 2], drifts[0, 5]
+    assert inverted > 10 * usual
 
 
 def test_the_server_is_stopped_when_something_goes_wrong_meanwhile(tmp_path):
@@ -117,6 +133,12 @@ def test_a_server_that_does_not_start_is_reported_with_its_own_words(tmp_path):
 def test_answers_that_are_not_good_enough_are_refused(accuracy, difference, message):
     with pytest.raises(demo.DemoError, match=message):
         demo.check(accuracy, difference, least_accuracy=0.91)
+
+
+@pytest.mark.parametrize("strange", [0.1, 0.2, float("nan")])
+def test_a_drift_that_does_not_tell_strange_images_is_refused(strange):
+    with pytest.raises(demo.DemoError, match=r"not above that of test images, 0\.2"):
+        demo.check_drift({"kl": np.array([0.1, 0.2])}, {"kl": np.array([strange, 0.05])})
 
 
 def test_answers_at_the_bar_are_good_enough():
