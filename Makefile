@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help install data demo test test-all lint docker-check clean
+.PHONY: help install data demo test test-all lint docker-check bench clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -39,6 +39,13 @@ lint: $(INSTALLED)  ## ruff and mypy
 docker-check: $(INSTALLED)  ## Check what Docker and Kubernetes run; build and ask the images where buildah is
 	$(BIN)/python -m serving.docker_check $(if $(PYTHON_IMAGE),--python_image '$(PYTHON_IMAGE)') \
 		$(if $(TF_SERVING_IMAGE),--tf_serving_image '$(TF_SERVING_IMAGE)')
+
+bench: $(INSTALLED)  ## Measure everything beside its peers (an hour); see benchmarks/RESULTS.md
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[serving,models,bench]'
+	$(BIN)/python -m benchmarks.layer
+	$(BIN)/python -m benchmarks.network
+	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.serving
 
 clean:  ## Remove what the other targets made, but the data
 	rm -rf $(VENV) .demo build dist *.egg-info

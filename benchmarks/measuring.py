@@ -85,7 +85,17 @@ def save(name: str, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> N
     text = table(rows, columns)
     described = ", ".join(f"{key} {value}" for key, value in machine().items())
     (RESULTS / f"{name}.md").write_text(f"Measured on: {described}\n\n{text}\n")
+    _collect()
     print(text)
+
+
+def _collect() -> None:
+    """Writes RESULTS.md anew from all results."""
+    parts = ["# Results\n\nWhat `make bench` measured last. Times are medians; contestants ran in turn in one run.\n"]
+    for path in sorted(RESULTS.glob("*.md")):
+        picture = f"![{path.stem}](results/{path.stem}.png)\n"
+        parts.append(f"## {path.stem}\n\n{path.read_text()}\n{picture}")
+    (RESULTS.parent / "RESULTS.md").write_text("\n".join(parts))
 
 
 def bars(
