@@ -10,9 +10,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_bn.batch_normalization import BatchNormalization, _aligned_weights
+from keras_bn.batch_normalization import BatchNormalization
 from keras_bn.layouts import as_rows
-from keras_bn.statistics import Moments, merged, weighted_moments
+from keras_bn.statistics import Moments, aligned_weights, merged, weighted_moments
 
 
 def layers_below(model: keras.Layer) -> list[keras.Layer]:
@@ -113,7 +113,7 @@ def input_moments(
     channels = [axis % rank for axis in channel_axes(layer)]
     weights = tf.ones([1] * rank, tf.float64)
     if mask is not None:
-        weights *= tf.cast(_aligned_weights(mask, inputs, sorted(channels)), tf.float64)
+        weights *= tf.cast(aligned_weights(mask, inputs, sorted(channels)), tf.float64)
     if sample_weight is not None:
         weights *= tf.reshape(tf.cast(sample_weight, tf.float64), [-1] + [1] * (rank - 1))
     weights = tf.ensure_shape(tf.broadcast_to(weights, tf.shape(inputs)), inputs.shape)

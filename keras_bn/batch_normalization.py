@@ -281,7 +281,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         dtype = kernels.statistics_dtype(x.dtype)
         gamma = _flat(self.gamma, dtype) if self.scale else None
         beta = _flat(self.beta, dtype) if self.center else None
-        weights = None if mask is None else _aligned_weights(mask, x, self._axes)
+        weights = None if mask is None else statistics.aligned_weights(mask, x, self._axes)
         options = {
             "axes": self._axes,
             "epsilon": self.epsilon,
@@ -384,33 +384,6 @@ def _move(moving, batch, rate):
     value = statistics.moved(_flat(moving, batch.dtype), batch, rate)
     _assign(moving, value)
     return value
-
-
-def _aligned_weights(mask, x, axes):
-    """`mask` with the rank of `x`: read without the channel axes, else as Keras's (examples, steps), else as it is."""
-    mask = tf.convert_to_tensor(mask)
-    rank = len(x.shape)
-    without = [size for axis, size in enumerate(x.shape) if axis not in axes]
-    if len(mask.shape) < rank and _broadcasts(mask.shape, without):
-        mask = tf.reshape(mask, tf.concat([[1] * (len(without) - len(mask.shape)), tf.shape(mask)], 0))
-        for axis in axes:
-            mask = tf.expand_dims(mask, axis)
-        return mask
-    if len(mask.shape) == rank - 1 and _broadcasts(mask.shape, x.shape[:-1]):
-        return tf.expand_dims(mask, -1)
-    if len(mask.shape) <= rank and _broadcasts(mask.shape, x.shape):
-        return mask
-    raise ValueError(
-        f"`mask` must broadcast to the shape of the inputs, with or without the channel axes {list(axes)}. "
-        f"Received: mask of shape {tuple(mask.shape)} for inputs of shape {tuple(x.shape)}."
-    )
-
-
-def _broadcasts(shape, target):
-    if len(shape) > len(target):
-        return False
-    pairs = zip(reversed(list(shape)), reversed(list(target)), strict=False)
-    return all(size in (1, None) or goal is None or size == goal for size, goal in pairs)
 
 
 def _cloned(initializer):

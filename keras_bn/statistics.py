@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -94,6 +94,42 @@ def weighted_moments(x: tf.Tensor, weights: tf.Tensor | None) -> Moments:
     mean = tf.math.divide_no_nan(tf.reduce_sum(weights * x, -2), count)
     m2 = tf.reduce_sum(weights * tf.square(x - mean[..., None, :]), -2)
     return Moments(count, mean, m2)
+
+
+def aligned_weights(mask: Any, x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
+    """`mask` with the rank of `x`: read without the channel axes, else as Keras's (examples, steps), else as it is.
+
+    Args:
+        mask: Weights, or True and False, of a shape that broadcasts to that of `x` in one of these ways.
+        x: What is weighted.
+        axes: The channel axes of `x`, not negative, ascending.
+
+    Raises:
+        ValueError: The shape of `mask` fits in none of these ways.
+    """
+    mask = tf.convert_to_tensor(mask)
+    rank = len(x.shape)
+    without = [size for axis, size in enumerate(x.shape) if axis not in axes]
+    if len(mask.shape) < rank and _broadcasts(mask.shape, without):
+        mask = tf.reshape(mask, tf.concat([[1] * (len(without) - len(mask.shape)), tf.shape(mask)], 0))
+        for axis in axes:
+            mask = tf.expand_dims(mask, axis)
+        return mask
+    if len(mask.shape) == rank - 1 and _broadcasts(mask.shape, x.shape[:-1]):
+        return tf.expand_dims(mask, -1)
+    if len(mask.shape) <= rank and _broadcasts(mask.shape, x.shape):
+        return mask
+    raise ValueError(
+        f"`mask` must broadcast to the shape of the inputs, with or without the channel axes {list(axes)}. "
+        f"Received: mask of shape {tuple(mask.shape)} for inputs of shape {tuple(x.shape)}."
+    )
+
+
+def _broadcasts(shape: Sequence[int | None], target: Sequence[int | None]) -> bool:
+    if len(shape) > len(target):
+        return False
+    pairs = zip(reversed(list(shape)), reversed(list(target)), strict=False)
+    return all(size in (1, None) or goal is None or size == goal for size, goal in pairs)
 
 
 def merged(moments: Moments) -> Moments:

@@ -1,8 +1,11 @@
 """recalibrate(): the statistics of the whole population, and a model that is never left half changed."""
 
 import itertools
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import keras
@@ -254,8 +257,14 @@ def test_renorm_statistics_follow():
 
 
 @pytest.mark.parametrize("order", ["sequential", "joint"])
-@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt], ids=["a broken disk", "Ctrl-C"])
 def test_data_that_raises_midway_leaves_the_model_bit_for_bit(order, error):
+    def stop():
+        if error is KeyboardInterrupt:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+        raise error("disk")
+
     model = four_layer_cnn()
     recalibrated(pictures(16, seed=5), model)
     before = snapshot(model)
@@ -267,7 +276,7 @@ def test_data_that_raises_midway_leaves_the_model_bit_for_bit(order, error):
             self.passes += 1
             yield pictures(4)
             if self.passes > 3 or order == "joint":
-                raise error("disk")
+                stop()
             yield pictures(4, seed=2)
 
     with pytest.raises(error):
