@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_bn import kernels
+from keras_bn import _batch_kernels, kernels
 from tests.reference import Reference, assert_close
 
 MODES = ("eager", "graph", "jit_compile")
@@ -90,7 +90,7 @@ def test_gradients_keep_their_digits_at_any_offset(mode, kernel, offset):
 @pytest.mark.parametrize("known", [True, False], ids=["known batch", "unknown batch"])
 @pytest.mark.parametrize("rows", [3, 64, 67, 135])
 def test_xla_sums_in_parts_whatever_the_number_of_rows(rows, known, monkeypatch):
-    monkeypatch.setattr(kernels, "_SMALL", 0)
+    monkeypatch.setattr(_batch_kernels, "_SMALL", 0)
     rng = np.random.default_rng(rows)
     x, dy = (tf.constant(rng.normal(size=(rows, 5)), "float32") for _ in range(2))
     gamma, beta = _affine(5)

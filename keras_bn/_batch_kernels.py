@@ -1,0 +1,277 @@
+"""One function for each way to normalize a batch with its own statistics; `kernels` chooses among them."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+import keras
+import tensorflow as tf
+from tensorflow.compiler.tf2xla.ops import gen_xla_ops
+from tensorflow.python.eager import record
+from tensorflow.python.ops import control_flow_util
+
+from keras_bn.statistics import Moments, merged_across_replicas, weighted_moments
+
+# The fused kernel sums in float32, so that its mean is off by up to 8e-6 of itself (measured, 64x56x56x64). Up to this
+# many standard deviations from zero that stays below 5e-5 of a standard deviation; beyond, the input is shifted first.
+_TRUSTED_OFFSET = 4.0
+
+# Up to this many values a few plain operations are faster than one that starts threads (measured: 256x128 yes, 4096x512
+# no). A size that is not known counts as so many.
+_SMALL = 2**17
+_LIKELY_BATCH = 64
+
+# XLA's CPU compiler vectorizes a sum of what it computes on the way only where it unrolls the loop: up to 16 rows.
+_PARTS = 8
+
+Activation = Callable[[tf.Tensor], tf.Tensor]
+
+
+def statistics_dtype(dtype: tf.DType) -> tf.DType:
+    """The dtype in which inputs of `dtype` are summed: float64 for float64, else float32."""
+    return tf.float64 if dtype == tf.float64 else tf.float32
+
+
+def in_xla_context() -> bool:
+    """Whether the graph that is being traced will be compiled by XLA."""
+    return not tf.executing_eagerly() and control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
+
+
+def is_small(x: tf.Tensor) -> bool:
+    """Whether starting operations costs more than computing them."""
+    return math.prod(_LIKELY_BATCH if size is None else size for size in x.shape) <= _SMALL
+
+
+def small(rows: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float) -> tuple[tf.Tensor, ...]:
+    """As few plain operations as it takes, for inputs whose time goes into starting operations: y, mean, m2."""
+    count = value_count(rows, 1, gamma.dtype)
+    divisor = max(count, 1.0) if isinstance(count, float) else tf.maximum(count, 1.0)
+
+    def mean_of(values):
+        # One operation fewer; of nothing it would be NaN.
+        return tf.reduce_mean(values, 0) if count is divisor else tf.reduce_sum(values, 0) / divisor
+
+    def normalize(rows, gamma, beta):
+        # The mean of the deviations from a rounded mean is what that lacks.
+        mean = mean_of(rows)
+        deviation = rows - mean
+        correction = mean_of(deviation)
+        deviation -= correction
+        m2 = tf.reduce_sum(tf.square(deviation), 0)
+        inverse_std = tf.math.rsqrt(m2 / divisor + epsilon)
+        factor = inverse_std * gamma
+
+        def gradient(dy, *_):
+            dbeta = tf.reduce_sum(dy, 0)
+            dgamma = tf.reduce_sum(dy * deviation, 0) * inverse_std
+            dx = (dy - dbeta / divisor - deviation * (dgamma * inverse_std / divisor)) * factor
+            return dx, dgamma, dbeta
+
+        return (deviation * factor + beta, mean + correction, m2), gradient
+
+    if tf.executing_eagerly() and not record.could_possibly_record():
+        outputs, _ = normalize(rows, gamma, beta)
+        return outputs
+    return tf.custom_gradient(normalize)(rows, gamma, beta)
+
+
+def fused(
+    image: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float, data_format: str
+) -> tuple[tf.Tensor, ...]:
+    """The fused operation: y, mean, unbiased variance.
+
+    Runs again on shifted input, if the statistics that come out say that it lost digits.
+    """
+
+    def forward(image):
+        return tf.raw_ops.FusedBatchNormV3(
+            x=image,
+            scale=gamma,
+            offset=beta,
+            mean=tf.zeros([0], gamma.dtype),
+            variance=tf.zeros([0], gamma.dtype),
+            epsilon=epsilon,
+            data_format=data_format,
+            is_training=True,
+        )
+
+    def shifted_forward(image):
+        shift = _central_value(image, data_format)
+        y, mean, *rest = forward(tf.cast(image, gamma.dtype) - shift)
+        return (tf.cast(y, image.dtype), mean + tf.reshape(shift, [-1]), *rest)
+
+    @tf.custom_gradient
+    def normalize(image, gamma, beta):
+        plain = forward(image)
+        # A constant channel fails this too, so that its output is beta to the last digit. So does a NaN.
+        trusted = tf.reduce_all(tf.square(plain.batch_mean) <= _TRUSTED_OFFSET**2 * plain.batch_variance)
+        y, mean, variance, *reserved = tf.cond(trusted, lambda: tuple(plain), lambda: shifted_forward(image))
+
+        def backward(dy, image):
+            return tf.raw_ops.FusedBatchNormGradV3(
+                y_backprop=dy,
+                x=image,
+                scale=gamma,
+                reserve_space_1=reserved[0],
+                reserve_space_2=reserved[1],
+                reserve_space_3=reserved[2],
+                epsilon=epsilon,
+                data_format=data_format,
+                is_training=True,
+            )[:3]
+
+        def shifted_backward(dy):
+            shifted = tf.cast(image, gamma.dtype) - _central_value(image, data_format)
+            dx, *rest = backward(tf.cast(dy, gamma.dtype), shifted)
+            return (tf.cast(dx, image.dtype), *rest)
+
+        def gradient(dy, *_):
+            return tf.cond(trusted, lambda: tuple(backward(dy, image)), lambda: shifted_backward(dy))
+
+        return (y, mean, variance), gradient
+
+    return normalize(image, gamma, beta)
+
+
+def two_pass(
+    rows: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float, activation: Activation
+) -> tuple[tf.Tensor, Moments]:
+    """Two reductions over the rows of a matrix, forward and backward: what XLA's CPU compiler does best.
+
+    Every deviation is (x - shift) - delta with a shift taken from the data: the first difference is exact where the
+    offset is large, so no digits are lost there, and it is zero for a constant channel. A rectifier is made part of it:
+    the backward pass finds its sign from the input again.
+
+    Args:
+        rows: Shape `(M, C)`, or `(G, M, C)` for groups.
+    """
+    channel_axis = len(rows.shape) - 1
+    count = value_count(rows, channel_axis, gamma.dtype)
+    rectified = activation is keras.activations.relu
+    # A group, or a batch, may be empty: its sums are zero, and so are their means.
+    divisor = max(count, 1.0) if isinstance(count, float) else tf.maximum(count, 1.0)
+
+    @tf.custom_gradient
+    def normalize(rows, gamma, beta):
+        shift = _central_value(rows)
+
+        def shifted():
+            return tf.cast(rows, gamma.dtype) - shift
+
+        delta = _sum_of_rows(shifted()) / divisor
+        m2 = _sum_of_rows(tf.square(shifted() - delta))
+        inverse_std = tf.math.rsqrt(m2 / divisor + epsilon)
+        y = (shifted() - delta) * (inverse_std * gamma) + beta
+        if rectified:
+            y = tf.nn.relu(y)
+
+        def gradient(dy, *_):
+            dy = tf.cast(dy, gamma.dtype)
+            deviation = shifted() - delta
+            if rectified:
+                dy = tf.where(deviation * (inverse_std * gamma) + beta > 0, dy, 0)
+            dbeta = _sum_of_rows(dy)
+            dgamma = _sum_of_rows(dy * deviation) * inverse_std
+            dx = (dy - dbeta / divisor - deviation * (dgamma * inverse_std / divisor)) * (inverse_std * gamma)
+            return tf.cast(dx, rows.dtype), *(tf.reduce_sum(d, range(channel_axis)) for d in (dgamma, dbeta))
+
+        return (tf.cast(y, rows.dtype), tf.squeeze(shift + delta, -2), tf.squeeze(m2, -2)), gradient
+
+    y, mean, m2 = normalize(rows, gamma, beta)
+    y = y if rectified else activation(y)
+    return y, Moments(count, tf.stop_gradient(mean), tf.stop_gradient(m2))
+
+
+def _sum_of_rows(values: tf.Tensor) -> tf.Tensor:
+    """Sum over axis -2, which is kept; for XLA in two steps, the first a sum of few."""
+    rows = values.shape[-2] if values.shape[-2] is not None else tf.shape(values)[-2]
+    if not in_xla_context() or is_small(values):
+        return tf.reduce_sum(values, -2, keepdims=True)
+    part = rows // _PARTS
+    sizes = tf.shape(values)
+    parts = tf.reshape(values[..., : part * _PARTS, :], tf.concat([sizes[:-2], [_PARTS, part], sizes[-1:]], 0))
+    total = tf.reduce_sum(_kept_apart(tf.reduce_sum(parts, -3)), -2, keepdims=True)
+    if isinstance(rows, int) and rows % _PARTS == 0:
+        return total
+    return total + tf.reduce_sum(values[..., part * _PARTS :, :], -2, keepdims=True)
+
+
+@tf.custom_gradient
+def _kept_apart(values: tf.Tensor) -> tuple[tf.Tensor, Callable]:
+    """The identity, across which XLA does not merge one sum with the next."""
+    return gen_xla_ops.xla_optimization_barrier(input=[values])[0], lambda gradient: gradient
+
+
+@functools.partial(tf.function, jit_compile=True, reduce_retracing=True)
+def compiled_two_pass(rows, gamma, beta, epsilon, activation):
+    return two_pass(rows, gamma, beta, epsilon, activation)
+
+
+def composed(
+    rows: tf.Tensor,
+    gamma: tf.Tensor,
+    beta: tf.Tensor,
+    epsilon: float,
+    weights: tf.Tensor | None,
+    synchronized: bool,
+) -> tuple[tf.Tensor, Moments]:
+    """From differentiable pieces, for what is rarer: weights and several replicas.
+
+    Args:
+        rows: Shape `(M, C)`, or `(G, M, C)` for groups.
+        weights: The shape of `rows`.
+    """
+    values = tf.cast(rows, gamma.dtype)
+    if weights is None:
+        shift = _central_value(rows)
+    else:
+        # The largest value that counts: a value of the channel, whatever the others hold.
+        largest = tf.reduce_max(tf.where(weights > 0, values, gamma.dtype.min), -2, keepdims=True)
+        shift = tf.stop_gradient(tf.where(tf.reduce_any(weights > 0, -2, keepdims=True), largest, 0))
+    shifted = values - shift
+    moments = weighted_moments(shifted, weights)
+    if synchronized:
+        moments = merged_across_replicas(moments, tf.squeeze(shift, -2))
+    variance = tf.math.divide_no_nan(moments.m2, moments.count)
+    inverse_std = tf.math.rsqrt(variance + epsilon)
+    y = (shifted - moments.mean[..., None, :]) * (inverse_std * gamma)[..., None, :] + beta
+    return tf.cast(y, rows.dtype), Moments(
+        tf.stop_gradient(moments.count),
+        tf.stop_gradient(moments.mean + tf.squeeze(shift, -2)),
+        tf.stop_gradient(moments.m2),
+    )
+
+
+def _central_value(x: tf.Tensor, data_format: str = "NHWC") -> tf.Tensor:
+    """Per channel the median of its first, middle and last value: near the mean, and itself a value of the channel.
+
+    Args:
+        x: Shape `(M, C)` or `(G, M, C)`, with a value of its own for each of G; or an image of `data_format`.
+
+    Returns:
+        Shape of `x` with 1 along what is reduced, in the dtype of the statistics; zero where `x` is empty.
+    """
+    reduced = [len(x.shape) - 2]
+    if len(x.shape) == 4:
+        reduced = [0, 1, 2] if data_format == "NHWC" else [0, 2, 3]
+    sizes = tf.unstack(tf.shape(x), len(x.shape))
+
+    def pick(position):
+        begin = [position(size) if axis in reduced else 0 for axis, size in enumerate(sizes)]
+        size = [tf.minimum(size, 1) if axis in reduced else size for axis, size in enumerate(sizes)]
+        # The sum of the one value, or of none.
+        return tf.reduce_sum(tf.cast(tf.slice(x, begin, size), statistics_dtype(x.dtype)), reduced, keepdims=True)
+
+    first, middle, last = pick(lambda n: 0), pick(lambda n: n // 2), pick(lambda n: tf.maximum(n - 1, 0))
+    low, high = tf.minimum(first, middle), tf.maximum(first, middle)
+    return tf.stop_gradient(tf.maximum(low, tf.minimum(high, last)))
+
+
+def value_count(x: tf.Tensor, channel_axis: int, dtype: tf.DType) -> tf.Tensor | float:
+    """How many values a channel (of a group, in rank 3) has: a Python number where the shape is known."""
+    counted = [axis for axis in range(len(x.shape)) if axis != channel_axis and (axis != 0 or len(x.shape) != 3)]
+    if all(x.shape[axis] is not None for axis in counted):
+        return float(math.prod(x.shape[axis] for axis in counted))
+    return tf.cast(tf.reduce_prod(tf.gather(tf.shape(x), counted)), dtype)
