@@ -84,7 +84,7 @@ def normalize_with_batch(
         if in_xla_context() or (kernel == "auto" and dtype == tf.float64):
             kernel = "stable"
         elif kernel == "auto":
-            kernel = "small" if x.dtype == tf.float32 and is_small(x) else "fused"
+            kernel = "small" if is_small(x) else "fused"
         if kernel == "fused":
             if dtype == tf.float64:
                 raise ValueError(
@@ -102,8 +102,8 @@ def normalize_with_batch(
             count = value_count(rows, 1, dtype)
             if not isinstance(count, float):
                 _warn_of_single_value(count)
-            y, mean, m2 = small(rows, gamma, beta, epsilon)
-            return activation(restore(y)), _constant(Moments(count, mean, m2))
+            y, mean, m2 = small(tf.cast(rows, dtype), gamma, beta, epsilon)
+            return activation(restore(tf.cast(y, x.dtype))), _constant(Moments(count, mean, m2))
         normalize = compiled_two_pass if kernel == "xla" else two_pass
         y, moments = normalize(rows, gamma, beta, epsilon, activation)
         return restore(y), moments
@@ -162,7 +162,9 @@ def normalize_with(
     Reference: Ioffe & Szegedy 2015 (arXiv 1502.03167), Algorithm 2, step 11.
     """
     dtype = statistics_dtype(x.dtype)
-    if dtype == tf.float64 or in_xla_context() or is_small(x):
+    image, data_format, restore = as_image(x, axes, flat=_on_cpu())
+    transposed = data_format == "NCHW" and _on_cpu()
+    if dtype == tf.float64 or in_xla_context() or is_small(x) or (transposed and x.dtype == tf.float32):
         factor = tf.math.rsqrt(variance + epsilon)
         if gamma is not None:
             factor *= gamma
@@ -170,11 +172,18 @@ def normalize_with(
         if beta is not None:
             y += along(axes, beta, x)
         return tf.cast(y, x.dtype)
-    image, data_format, restore = as_image(x, axes, flat=_on_cpu())
+    gamma = tf.ones_like(mean) if gamma is None else gamma
+    beta = tf.zeros_like(mean) if beta is None else beta
+    if transposed:
+        # The fused operation would transpose it forth and back. Each pixel of a channel can be a channel instead, for
+        # half types, where plain operations would have to copy the image to float32.
+        sizes = tf.shape(image)
+        gamma, beta, mean, variance = (tf.repeat(vector, sizes[2]) for vector in (gamma, beta, mean, variance))
+        image, data_format = tf.reshape(image, tf.stack([sizes[0], 1, 1, sizes[1] * sizes[2]])), "NHWC"
     output = tf.raw_ops.FusedBatchNormV3(
         x=image,
-        scale=tf.ones_like(mean) if gamma is None else gamma,
-        offset=tf.zeros_like(mean) if beta is None else beta,
+        scale=gamma,
+        offset=beta,
         mean=mean,
         variance=variance,
         epsilon=epsilon,
