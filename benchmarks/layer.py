@@ -27,8 +27,8 @@ TASKS = ("forward", "training", "inference")
 MODES = ("eager", "graph", "jit_compile")
 SERIES = ("ours", "keras", "tf_keras", "torch", "copy")
 # Calling a function costs more than normalizing a small tensor does: in a graph so many values go through a stack of
-# layers, at most 20 of them, and the time is for each. XLA would fuse layers that follow each other directly, as they
-# never do in a network: it gets a stack only where the call would be most of the time.
+# layers, at most 20 of them, and the time is for each. XLA gets a stack only where the call would be most of the time,
+# with a barrier after each layer: it would fuse layers that follow each other directly, as they never do in a network.
 VALUES_IN_A_CALL = 2**24
 SMALL = 2**17
 COLUMNS = ("mode", "dtype", "axis", "shape", "task", *SERIES, "keras / ours", "best peer / ours", "ours / copy")
@@ -52,9 +52,19 @@ def main() -> None:
         )
     parser.add_argument("--seconds", type=float, default=1.0, help="for each question (default: 1)")
     parser.add_argument("--name", default="layer", help="of the files below benchmarks/results (default: layer)")
+    parser.add_argument("--keep", action="store_true", help="keep the rows of an earlier run not measured now")
     flags = parser.parse_args()
     questions = list(itertools.product(flags.modes, flags.dtypes, flags.axes, flags.shapes, flags.tasks))
     rows = [_measure(*question, flags.seconds) for question in measuring.progress(questions, "layer")]
+    if flags.keep:
+        # In the order of the whole grid.
+        rows = sorted(
+            measuring.with_earlier(flags.name, rows, COLUMNS[:5]),
+            key=lambda row: [
+                choices.index(row[key])
+                for key, choices in zip(COLUMNS[:5], (MODES, DTYPES, AXES, list(SHAPES), TASKS), strict=True)
+            ],
+        )
     measuring.save(flags.name, rows, COLUMNS)
     training = [row for row in rows if row["task"] == "training" and row["axis"] == "last"]
     if training:
@@ -95,6 +105,7 @@ def _tensorflow(mode: str, dtype: str, axis: str, shape: tuple, task: str, layer
     import keras
     import tensorflow as tf
     import tf_keras
+    from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 
     import keras_bn
 
@@ -102,6 +113,13 @@ def _tensorflow(mode: str, dtype: str, axis: str, shape: tuple, task: str, layer
     number = 1 if axis == "first" else -1
     x = tf.cast(tf.random.normal(shape, mean=0.5), dtype)
     dy = tf.cast(tf.random.normal(shape), dtype)
+
+    @tf.custom_gradient
+    def barrier(x):
+        def apart(x):
+            return gen_xla_ops.xla_optimization_barrier(input=[x])[0]
+
+        return apart(x), apart
 
     def runner(kind):
         stack = [kind(axis=number, dtype=policy) for _ in range(layers)]
@@ -112,6 +130,8 @@ def _tensorflow(mode: str, dtype: str, axis: str, shape: tuple, task: str, layer
         def forward(x):
             for layer in stack:
                 x = layer(x, training=task != "inference")
+                if mode == "jit_compile" and layers > 1:
+                    x = barrier(x)
             return x
 
         def run(x, dy):

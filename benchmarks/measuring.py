@@ -89,6 +89,16 @@ def save(name: str, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> N
     print(text)
 
 
+def with_earlier(name: str, rows: list[dict[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of an earlier run whose `keys` were not measured now, and after them `rows`."""
+    earlier = RESULTS / f"{name}.json"
+    if not earlier.exists():
+        return rows
+    measured = {tuple(row[key] for key in keys) for row in rows}
+    kept = [row for row in json.loads(earlier.read_text())["rows"] if tuple(row[key] for key in keys) not in measured]
+    return kept + rows
+
+
 def _collect() -> None:
     """Writes RESULTS.md anew from all results."""
     parts = ["# Results\n\nWhat `make bench` measured last. Times are medians; contestants ran in turn in one run.\n"]

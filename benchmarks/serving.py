@@ -7,7 +7,6 @@ are up and one is loaded at a time, in turn, so that a drift of the machine hits
 import argparse
 import contextlib
 import itertools
-import json
 import os
 import re
 import shutil
@@ -79,13 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     with tempfile.TemporaryDirectory() as folder:
         rows = _compare(Path(folder), options)
-    earlier = measuring.RESULTS / "serving.json"
-    if options.keep and earlier.exists():
-        measured = {tuple(row[key] for key in KEYS) for row in rows}
-        kept = [
-            row for row in json.loads(earlier.read_text())["rows"] if tuple(row[key] for key in KEYS) not in measured
-        ]
-        rows = sorted(kept + rows, key=lambda row: (row["protocol"] != "REST", row["images"], row["connections"]))
+    if options.keep:
+        rows = measuring.with_earlier("serving", rows, KEYS)
+        rows = sorted(rows, key=lambda row: (row["protocol"] != "REST", row["images"], row["connections"]))
     measuring.save("serving", rows, COLUMNS)
     rates = [f"{name} requests/s" for name in (OURS, *PEERS, BARE)]
     measuring.bars(
