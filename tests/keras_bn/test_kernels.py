@@ -67,14 +67,13 @@ def test_inference_keeps_its_digits_at_any_offset(mode, offset):
     assert np.abs(call(x) - Reference(x, -1, gamma, beta).inference(mean, variance)).max() < 1e-4
 
 
-@pytest.mark.parametrize("known", [True, False], ids=["known batch", "unknown batch"])
-@pytest.mark.parametrize("shape", [(9, 5, 4, 70), (9, 5, 4, 3), (9, 2, 3, 4, 5), (9, 70), (9, 6, 70)], ids=str)
+@pytest.mark.parametrize("shape", [(9, 5, 4, 70), (None, 5, 4, 3), (9, 2, 3, 4, 5), (None, 70), (9, 6, 70)], ids=str)
 @pytest.mark.parametrize("axis", [1, -1])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_large_inputs_of_every_layout_are_normalized_right(dtype, axis, shape, known, monkeypatch):
+def test_large_inputs_of_every_layout_are_normalized_right(dtype, axis, shape, monkeypatch):
     monkeypatch.setattr(_batch_kernels, "_SMALL", 0)
     rng = np.random.default_rng(0)
-    x = tf.cast(rng.normal(1, 1, shape), dtype)
+    x = tf.cast(rng.normal(1, 1, (9, *shape[1:])), dtype)
     channels = shape[axis]
     mean, variance = (
         tf.constant(rng.normal(1, 1, channels), "float32"),
@@ -83,7 +82,7 @@ def test_large_inputs_of_every_layout_are_normalized_right(dtype, axis, shape, k
     gamma, beta = _affine(channels)
     axes = [axis % len(shape)]
 
-    @tf.function(input_signature=[tf.TensorSpec(shape if known else (None, *shape[1:]), dtype)], autograph=False)
+    @tf.function(input_signature=[tf.TensorSpec(shape, dtype)], autograph=False)
     def run(x):
         dy = tf.cast(tf.reshape(tf.range(tf.size(x)) % 11, tf.shape(x)), dtype)
         with tf.GradientTape() as tape:
@@ -98,7 +97,7 @@ def test_large_inputs_of_every_layout_are_normalized_right(dtype, axis, shape, k
     assert_close(inferred, oracle.inference(mean, variance), dtype, scale=4)
     assert_close(y, oracle.y, dtype, scale=2)
     assert_close(moments.m2, oracle.channels(oracle.m2), "float32", scale=10)
-    wants = oracle.gradients(np.arange(x.shape.num_elements()).reshape(shape) % 11)
+    wants = oracle.gradients(np.arange(x.shape.num_elements()).reshape(x.shape) % 11)
     for got, want in zip(gradients, wants, strict=True):
         assert_close(got, want, dtype, scale=2 * max(1.0, np.abs(want).max()))
 
