@@ -162,9 +162,8 @@ def normalize_with(
     Reference: Ioffe & Szegedy 2015 (arXiv 1502.03167), Algorithm 2, step 11.
     """
     dtype = statistics_dtype(x.dtype)
-    image, data_format, restore = as_image(x, axes, flat=_on_cpu())
-    transposed = data_format == "NCHW" and _on_cpu()
-    if dtype == tf.float64 or in_xla_context() or is_small(x) or (transposed and x.dtype == tf.float32):
+
+    def plain():
         factor = tf.math.rsqrt(variance + epsilon)
         if gamma is not None:
             factor *= gamma
@@ -172,18 +171,25 @@ def normalize_with(
         if beta is not None:
             y += along(axes, beta, x)
         return tf.cast(y, x.dtype)
-    gamma = tf.ones_like(mean) if gamma is None else gamma
-    beta = tf.zeros_like(mean) if beta is None else beta
+
+    if dtype == tf.float64 or in_xla_context() or is_small(x):
+        return plain()
+    image, data_format, restore = as_image(x, axes, flat=_on_cpu())
+    transposed = data_format == "NCHW" and _on_cpu()
+    if transposed and x.dtype == tf.float32:
+        return plain()
+    scale = tf.ones_like(mean) if gamma is None else gamma
+    offset = tf.zeros_like(mean) if beta is None else beta
     if transposed:
         # The fused operation would transpose it forth and back. Each pixel of a channel can be a channel instead, for
         # half types, where plain operations would have to copy the image to float32.
         sizes = tf.shape(image)
-        gamma, beta, mean, variance = (tf.repeat(vector, sizes[2]) for vector in (gamma, beta, mean, variance))
+        scale, offset, mean, variance = (tf.repeat(vector, sizes[2]) for vector in (scale, offset, mean, variance))
         image, data_format = tf.reshape(image, tf.stack([sizes[0], 1, 1, sizes[1] * sizes[2]])), "NHWC"
     output = tf.raw_ops.FusedBatchNormV3(
         x=image,
-        scale=gamma,
-        offset=beta,
+        scale=scale,
+        offset=offset,
         mean=mean,
         variance=variance,
         epsilon=epsilon,
