@@ -1,47 +1,32 @@
 """Brings what other threads have done to the event loop, all that is there in one go."""
 
 import asyncio
-import functools
 import threading
-from concurrent.futures import Future
-from typing import Any, TypeVar
-
-_T = TypeVar("_T")
+from collections.abc import Callable
+from typing import Any
 
 
 class Arrivals:
-    """Waits in the event loop for futures that other threads finish.
+    """Waits in the event loop for what other threads finish.
 
-    A group of requests finishes at once: waking the loop for each of them, and a chain of futures for each, would cost
-    as much as reading their bodies.
+    A group of requests finishes at once: waking the loop for each of them would cost as much as reading their bodies.
 
     Args:
-        loop: Where the results are waited for.
+        loop: Where the outcomes are waited for.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self._loop = loop
         self._lock = threading.Lock()
-        self._arrived: list[tuple[asyncio.Future[Any], Future[Any]]] = []
+        self._arrived: list[tuple[asyncio.Future[Any], Any]] = []
 
-    async def result(self, future: "Future[_T]", seconds: float) -> _T:
-        """Returns a future's result; cancels the future if that is no longer wanted or takes too long.
+    def expect(self) -> "Arrival":
+        """Returns something to wait for."""
+        return Arrival(self, self._loop)
 
-        Raises:
-            TimeoutError: If it takes longer than `seconds`.
-        """
-        waiting: asyncio.Future[_T] = self._loop.create_future()
-        timer = self._loop.call_later(seconds, _expire, waiting)
-        future.add_done_callback(functools.partial(self._add, waiting))
-        try:
-            return await waiting
-        finally:
-            timer.cancel()
-            future.cancel()
-
-    def _add(self, waiting: "asyncio.Future[Any]", future: "Future[Any]") -> None:
+    def _add(self, waiting: "asyncio.Future[Any]", outcome: Any) -> None:
         with self._lock:
-            self._arrived.append((waiting, future))
+            self._arrived.append((waiting, outcome))
             first = len(self._arrived) == 1
         # Once the loop is closed nobody waits any longer.
         if first and not self._loop.is_closed():
@@ -50,17 +35,48 @@ class Arrivals:
     def _deliver(self) -> None:
         with self._lock:
             arrived, self._arrived = self._arrived, []
-        for waiting, future in arrived:
+        for waiting, outcome in arrived:
             if waiting.done():
                 continue
-            if future.cancelled():
-                waiting.cancel()
-            elif (error := future.exception()) is not None:
-                waiting.set_exception(error)
+            if isinstance(outcome, BaseException):
+                waiting.set_exception(outcome)
             else:
-                waiting.set_result(future.result())
+                waiting.set_result(outcome)
 
 
-def _expire(waiting: "asyncio.Future[Any]") -> None:
-    if not waiting.done():
-        waiting.set_exception(TimeoutError())
+class Arrival:
+    """One outcome that another thread will bring."""
+
+    __slots__ = ("_arrivals", "_loop", "_waiting")
+
+    def __init__(self, arrivals: Arrivals, loop: asyncio.AbstractEventLoop):
+        self._arrivals = arrivals
+        self._loop = loop
+        self._waiting: asyncio.Future[Any] = loop.create_future()
+
+    def finish(self, outcome: Any) -> None:
+        """Brings the outcome: a result, or the error to raise. Any thread may call this."""
+        self._arrivals._add(self._waiting, outcome)
+
+    async def result(self, seconds: float, cancel: Callable[[], object]) -> Any:
+        """Returns the result or raises the error.
+
+        Args:
+            seconds: How long it may take.
+            cancel: Called where the outcome is no longer waited for: it took too long, or this was cancelled.
+
+        Raises:
+            TimeoutError: If it takes longer than `seconds`.
+        """
+        timer = self._loop.call_later(seconds, self._expire)
+        try:
+            return await self._waiting
+        except BaseException:
+            cancel()
+            raise
+        finally:
+            timer.cancel()
+
+    def _expire(self) -> None:
+        if not self._waiting.done():
+            self._waiting.set_exception(TimeoutError())

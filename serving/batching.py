@@ -6,7 +6,6 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +14,8 @@ from serving.errors import CancelledError, InvalidArgumentError, ServingError, U
 from serving.servable import Servable, Signature, check_inputs
 
 Outputs = dict[str, np.ndarray]
+# Told once how a request has ended: with its outputs or with an error.
+Finish = Callable[[Outputs | BaseException], None]
 
 _log = logging.getLogger(__name__)
 # Grouped and alone, an answer may differ in the last digits, as TensorFlow's kernels add up in another order.
@@ -45,16 +46,35 @@ class BatchingOptions:
     strict: bool = False
 
 
-@dataclass
-class _Task:
+@dataclass(slots=True)
+class Task:
+    """A request on its way.
+
+    Attributes:
+        servable: The model.
+        signature: What runs.
+        inputs: The arrays by input name.
+        output_names: Which outputs are wanted; all where empty.
+        finish: Called on a thread of the batcher's once the request has ended.
+        rows: How many rows it has, 1 where it is no batch.
+        alone: Whether it may not be grouped.
+        unwanted: Whether nobody waits for the outputs any longer.
+        since: When it came.
+    """
+
     servable: Servable
     signature: Signature
     inputs: Mapping[str, np.ndarray]
     output_names: tuple[str, ...]
-    rows: int
+    finish: Finish
+    rows: int = 1
     alone: bool = True
-    future: "Future[Outputs]" = field(default_factory=Future)
+    unwanted: bool = False
     since: float = field(default_factory=time.monotonic)
+
+    def cancel(self) -> None:
+        """Says that nobody waits for the outputs any longer: what has not begun does not run."""
+        self.unwanted = True
 
 
 class Batcher:
@@ -80,7 +100,7 @@ class Batcher:
         self._options = options
         self._on_run = on_run
         self._max_waiting = max_waiting if options is None else options.max_enqueued_batches * options.max_batch_size
-        self._queues: OrderedDict[object, deque[_Task]] = OrderedDict()
+        self._queues: OrderedDict[object, deque[Task]] = OrderedDict()
         self._waiting_rows = 0
         self._ready = threading.Condition()
         self._closing = False
@@ -95,15 +115,17 @@ class Batcher:
         servable: Servable,
         signature: Signature,
         inputs: Mapping[str, np.ndarray],
+        finish: Finish,
         output_names: Iterable[str] = (),
         start: Callable[[Callable[[], None]], object] | None = None,
-    ) -> "Future[Outputs]":
+    ) -> Task:
         """Runs a signature in the background.
 
         Args:
             servable: The model.
             signature: One of its signatures.
             inputs: The arrays by input name.
+            finish: Told once how the request has ended, on another thread; never where this raises.
             output_names: Which outputs are wanted; all where empty.
             start: Calls what it is given a little later, and only then a free thread looks at the request: an event
                 loop's `call_soon` lets those that arrive in one go be grouped.
@@ -113,7 +135,7 @@ class Batcher:
             UnavailableError: If too much is waiting already.
         """
         check_inputs(signature, inputs)
-        task = _Task(servable, signature, inputs, tuple(output_names), 1)
+        task = Task(servable, signature, inputs, tuple(output_names), finish)
         key = self._key(task)
         with self._ready:
             if self._closing:
@@ -127,7 +149,7 @@ class Batcher:
             elif not self._will_start:
                 self._will_start = True
                 start(self._start)
-        return task.future
+        return task
 
     def waiting(self) -> int:
         """Returns how many rows wait to be run."""
@@ -147,14 +169,13 @@ class Batcher:
             self._will_start = False
             self._ready.notify(len(self._queues))
 
-    def _key(self, task: _Task) -> object:
+    def _key(self, task: Task) -> object:
         """Returns what requests must share to be grouped, and sets the task's rows; a fresh object for one alone."""
         if self._options is None:
             return object()
-        arrays = [task.inputs[name] for name in sorted(task.inputs)]
-        sizes = {array.shape[0] if array.ndim else None for array in arrays}
-        rows = sizes.pop() if len(sizes) == 1 else None
-        if not rows or not _takes_batches(task.signature):
+        arrays = [task.inputs[name] for name in task.signature.inputs]
+        rows = arrays[0].shape[0] if arrays and arrays[0].ndim else 0
+        if not rows or not task.signature.takes_batches or any(array.shape[:1] != (rows,) for array in arrays):
             return object()
         task.rows = rows
         if task.rows > self._options.max_batch_size:
@@ -175,7 +196,12 @@ class Batcher:
             group = self._next_group()
             if group is None:
                 return
-            running = [task for task in group if task.future.set_running_or_notify_cancel()]
+            running = []
+            for task in group:
+                if task.unwanted:
+                    _finish(task, CancelledError("Nobody waits for the answer any longer."))
+                else:
+                    running.append(task)
             started = time.monotonic()
             if len(running) == 1:
                 self._run_alone(running[0])
@@ -184,7 +210,7 @@ class Batcher:
             for task in running:
                 self._on_run(task.servable, task.rows, started - task.since, time.monotonic() - started)
 
-    def _next_group(self) -> list[_Task] | None:
+    def _next_group(self) -> list[Task] | None:
         with self._ready:
             while True:
                 wait: float | None = None
@@ -197,14 +223,14 @@ class Batcher:
                     return None
                 self._ready.wait(wait)
 
-    def _time_left(self, queue: deque[_Task]) -> float:
+    def _time_left(self, queue: deque[Task]) -> float:
         if self._options is None or not self._options.batch_timeout_seconds or self._closing or queue[0].alone:
             return 0.0
         if sum(task.rows for task in queue) >= self._options.max_batch_size:
             return 0.0
         return queue[0].since + self._options.batch_timeout_seconds - time.monotonic()
 
-    def _take(self, key: object, queue: deque[_Task]) -> list[_Task]:
+    def _take(self, key: object, queue: deque[Task]) -> list[Task]:
         group = [queue.popleft()]
         rows = group[0].rows
         limit = self._options.max_batch_size if self._options is not None else 0
@@ -220,20 +246,20 @@ class Batcher:
             del self._queues[key]
         return group
 
-    def _run_alone(self, task: _Task) -> bool:
+    def _run_alone(self, task: Task) -> bool:
         try:
             sizes = self._options.allowed_batch_sizes if self._options is not None else ()
-            if sizes and _takes_batches(task.signature):
+            if sizes and task.signature.takes_batches:
                 (outputs,) = self._run_together([task])
             else:
                 outputs = task.servable.run(task.signature, task.inputs, task.output_names)
         except BaseException as error:
-            task.future.set_exception(error)
+            _finish(task, error)
             return False
-        task.future.set_result(outputs)
+        _finish(task, outputs)
         return True
 
-    def _run_group(self, tasks: list[_Task]) -> None:
+    def _run_group(self, tasks: list[Task]) -> None:
         servable, name = tasks[0].servable, tasks[0].signature.name
         proved = name in servable.may_group or (self._options is not None and self._options.strict)
         try:
@@ -244,17 +270,17 @@ class Batcher:
             agrees = False
         except BaseException as error:
             for task in tasks:
-                task.future.set_exception(error)
+                _finish(task, error)
             return
         if agrees:
             servable.may_group.add(name)
             for task, outputs in zip(tasks, results, strict=True):
-                task.future.set_result(outputs)
+                _finish(task, outputs)
         elif sum(map(self._run_alone, tasks)) == len(tasks) and not proved:
             _log.info("signature %s of %s is not grouped", name, servable.path)
             servable.never_group.add(name)
 
-    def _run_together(self, tasks: list[_Task]) -> list[Outputs]:
+    def _run_together(self, tasks: list[Task]) -> list[Outputs]:
         first = tasks[0]
         rows = sum(task.rows for task in tasks)
         sizes = self._options.allowed_batch_sizes if self._options is not None else ()
@@ -272,7 +298,7 @@ class Batcher:
             {name: array[start:end] for name, array in outputs.items()} for start, end in itertools.pairwise(starts)
         ]
 
-    def _agrees_alone(self, tasks: list[_Task], results: list[Outputs]) -> bool:
+    def _agrees_alone(self, tasks: list[Task], results: list[Outputs]) -> bool:
         for task, together in zip(tasks, results, strict=True):
             alone = task.servable.run(task.signature, task.inputs, task.output_names)
             if not all(_close(alone[name], together[name]) for name in alone):
@@ -280,9 +306,12 @@ class Batcher:
         return True
 
 
-def _takes_batches(signature: Signature) -> bool:
-    specs = [*signature.inputs.values(), *signature.outputs.values()]
-    return bool(signature.inputs) and all(spec.shape and spec.shape[0] == -1 for spec in specs)
+def _finish(task: Task, outcome: Outputs | BaseException) -> None:
+    try:
+        task.finish(outcome)
+    except Exception:
+        # The thread and the other requests of the group must go on.
+        _log.exception("the end of a request could not be told")
 
 
 def _joined(arrays: list[np.ndarray], padding: int) -> np.ndarray:

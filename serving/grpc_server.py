@@ -27,6 +27,7 @@ from tensorflow_serving.apis import (
     regression_pb2,
 )
 
+from serving.batching import Finish, Task
 from serving.config_files import model_configs
 from serving.errors import Code, InvalidArgumentError, ServingError, UnimplementedError
 from serving.examples import CLASSIFY, REGRESS, Classes
@@ -71,9 +72,19 @@ class _Servicer:
     def _lease(self, spec: model_pb2.ModelSpec) -> Lease:
         return self._service.lease(_model_spec(spec))
 
-    def _await(self, context: grpc.ServicerContext, lease: Lease, start: Callable[[], "Future[Any]"]) -> Any:
+    def _await(
+        self, context: grpc.ServicerContext, lease: Lease, start: Callable[[Callable[[Any], None]], Task]
+    ) -> Any:
+        future: Future[Any] = Future()
+
+        def finish(outcome: Any) -> None:
+            if isinstance(outcome, BaseException):
+                future.set_exception(outcome)
+            else:
+                future.set_result(outcome)
+
         try:
-            future = start()
+            task = start(finish)
         except BaseException:
             lease.release()
             raise
@@ -81,7 +92,7 @@ class _Servicer:
         try:
             return future.result(self._timeout_seconds if left is None else min(left, self._timeout_seconds))
         finally:
-            future.cancel()
+            task.cancel()
 
 
 class _PredictionServicer(_Servicer, prediction_service_pb2_grpc.PredictionServiceServicer):
@@ -108,10 +119,10 @@ class _PredictionServicer(_Servicer, prediction_service_pb2_grpc.PredictionServi
         lease = self._lease(request.model_spec)
         name = request.model_spec.signature_name
 
-        def start() -> "Future[Any]":
+        def start(finish: Finish) -> Task:
             lease.servable.signature(name)
             inputs = {key: to_array(value, key) for key, value in request.inputs.items()}
-            return self._service.predict(lease, name, inputs, request.output_filter)
+            return self._service.predict(lease, name, inputs, finish, request.output_filter)
 
         outputs = self._await(context, lease, start)
         return predict_pb2.PredictResponse(
@@ -124,7 +135,7 @@ class _PredictionServicer(_Servicer, prediction_service_pb2_grpc.PredictionServi
     ) -> classification_pb2.ClassificationResponse:
         lease = self._lease(request.model_spec)
         name = request.model_spec.signature_name
-        classes = self._await(context, lease, lambda: self._service.classify(lease, name, request.input))
+        classes = self._await(context, lease, lambda finish: self._service.classify(lease, name, request.input, finish))
         return classification_pb2.ClassificationResponse(
             model_spec=_answered_by(lease, name or DEFAULT_SIGNATURE), result=_classification(classes)
         )
@@ -134,7 +145,7 @@ class _PredictionServicer(_Servicer, prediction_service_pb2_grpc.PredictionServi
     ) -> regression_pb2.RegressionResponse:
         lease = self._lease(request.model_spec)
         name = request.model_spec.signature_name
-        numbers = self._await(context, lease, lambda: self._service.regress(lease, name, request.input))
+        numbers = self._await(context, lease, lambda finish: self._service.regress(lease, name, request.input, finish))
         return regression_pb2.RegressionResponse(
             model_spec=_answered_by(lease, name or DEFAULT_SIGNATURE), result=_regression(numbers)
         )
@@ -159,8 +170,8 @@ class _PredictionServicer(_Servicer, prediction_service_pb2_grpc.PredictionServi
             result = response.results.add(model_spec=_answered_by(lease, signature))
             run = self._service.classify if task.method_name == CLASSIFY else self._service.regress
 
-            def start(run: Any = run, lease: Lease = lease, signature: str = signature) -> "Future[Any]":
-                return run(lease, signature, request.input)
+            def start(finish: Any, run: Any = run, lease: Lease = lease, signature: str = signature) -> Task:
+                return run(lease, signature, request.input, finish)
 
             answer = self._await(context, lease, start)
             if task.method_name == CLASSIFY:

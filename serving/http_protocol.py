@@ -75,7 +75,9 @@ class HttpConnection(asyncio.Protocol):
         self._parser = httptools.HttpRequestParser(self)
         self._waiting: deque[tuple[Request | _Refused, bool, str]] = deque()
         self._task: asyncio.Task[None] | None = None
+        self._deadline: float | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._paused = False
         self._can_write = asyncio.Event()
         self._can_write.set()
         self._unreadable = False
@@ -102,7 +104,9 @@ class HttpConnection(asyncio.Protocol):
         self._hold(-self._held)
         self._transport = None
         self._can_write.set()
-        self._await(None)
+        self._deadline = None
+        if self._timer is not None:
+            self._timer.cancel()
         if self._task is not None:
             self._task.cancel()
 
@@ -125,6 +129,10 @@ class HttpConnection(asyncio.Protocol):
         except httptools.HttpParserError as error:
             self._refuse_rest(_Refused(HTTPStatus.BAD_REQUEST, f"Not an HTTP request: {error}"))
         self._answer_next()
+        if self._task is not None and self._transport is not None and (self._waiting or self._in_request):
+            # What comes after this request waits in the kernel, not here.
+            self._paused = True
+            self._transport.pause_reading()
 
     def eof_received(self) -> bool:
         # A client that is done sending may still wait for its answers.
@@ -231,8 +239,6 @@ class HttpConnection(asyncio.Protocol):
         if self._task is not None or not self._waiting or self._transport is None:
             return
         self._await(None)
-        # What comes after this request waits in the kernel, not here.
-        self._transport.pause_reading()
         self._task = self._loop.create_task(self._answer(*self._waiting.popleft()))
         self._task.add_done_callback(self._answered)
 
@@ -263,15 +269,37 @@ class HttpConnection(asyncio.Protocol):
                 _log.error("a request could not be answered", exc_info=task.exception())
             self._transport.abort()
             return
-        self._transport.resume_reading()
+        if self._waiting:
+            self._answer_next()
+            return
+        if self._ended:
+            self._transport.close()
+            return
+        if self._paused:
+            self._paused = False
+            self._transport.resume_reading()
         self._await(self._service.limits.read_seconds if self._in_request else self._service.limits.idle_seconds)
-        self._answer_next()
 
     def _await(self, seconds: float | None) -> None:
         """Gives the peer this long to do its next part; `None` stops the clock."""
+        self._deadline = None if seconds is None else self._loop.time() + seconds
+        # A timer that runs already is left alone where it goes off early enough: setting one costs as much as a header.
+        if self._deadline is not None and (self._timer is None or self._timer.when() > self._deadline):
+            self._set_timer(self._deadline)
+
+    def _set_timer(self, when: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = None if seconds is None else self._loop.call_later(seconds, self._give_up)
+        self._timer = self._loop.call_at(when, self._look_at_clock)
+
+    def _look_at_clock(self) -> None:
+        self._timer = None
+        if self._deadline is None:
+            return
+        if self._loop.time() < self._deadline:
+            self._set_timer(self._deadline)
+        else:
+            self._give_up()
 
     def _give_up(self) -> None:
         if self._transport is None:

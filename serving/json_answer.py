@@ -148,10 +148,9 @@ def _decimals(flat: np.ndarray) -> list[str]:
     """Writes floats: six digits where they give the number back, else as many as its type may need."""
     numbers = flat.tolist()
     texts = ("%g " * len(numbers) % tuple(numbers)).split()
-    with np.errstate(over="ignore"):
-        exact = np.array(texts, np.float64).astype(flat.dtype) == flat
+    inexact = np.fromiter(map(float, texts), np.float64, len(texts)).astype(flat.dtype) != flat
     precise = _FULL_PRECISION[flat.dtype]
-    for position in np.flatnonzero(~exact).tolist():
+    for position in inexact.nonzero()[0].tolist():
         texts[position] = precise % numbers[position]
     return [text if "." in text or "e" in text else _WHOLE.get(text) or text + ".0" for text in texts]
 

@@ -1,6 +1,7 @@
 """Bodies that hold one regular list of numbers: straight into NumPy, without a Python object a number."""
 
 import contextlib
+import functools
 import math
 import re
 import threading
@@ -38,6 +39,7 @@ _TAIL = re.compile(
 _NUMBERS_AND_SPACE = b"0123456789+-.eE \t\r\n"
 # A tail of any length made of spaces would cost quadratic time.
 _LONGEST_TAIL = 1000
+_LARGEST_KNOWN_BYTES = 256 * 1024
 _SMALLEST_FLOAT = np.finfo(np.float32).tiny
 _parsers = threading.local()
 
@@ -92,7 +94,7 @@ def plain_numbers(body: bytes) -> PlainNumbers | None:
     ):
         return None
     text = body[head.end() : end]
-    shape = _regular_shape(text.translate(None, _NUMBERS_AND_SPACE))
+    shape = _known_or_regular_shape(text.translate(None, _NUMBERS_AND_SPACE))
     numbers = None if shape is None else _parse_numbers(text)
     if shape is None or numbers is None or numbers.size != math.prod(shape):
         return None
@@ -117,6 +119,10 @@ def _parse_numbers(text: bytes) -> np.ndarray | None:
         return None
 
 
+def _known_or_regular_shape(skeleton: bytes) -> tuple[int, ...] | None:
+    return _known_shape(skeleton) if len(skeleton) <= _LARGEST_KNOWN_BYTES else _regular_shape(skeleton)
+
+
 def _regular_shape(skeleton: bytes) -> tuple[int, ...] | None:
     """Reads the shape off a list's brackets and commas; `None` where they are not those of a regular nesting."""
     rank = len(skeleton) - len(skeleton.lstrip(b"["))
@@ -136,9 +142,13 @@ def _regular_shape(skeleton: bytes) -> tuple[int, ...] | None:
     return tuple(reversed(shape)) if block == skeleton else None
 
 
+# A model is asked with the same shape again and again.
+_known_shape = functools.lru_cache(maxsize=16)(_regular_shape)
+
+
 def to_float32(doubles: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore", under="ignore"):
         floats = doubles.astype(np.float32)
     # Serving threads of TensorFlow flush subnormal numbers to zero, in the conversion as everywhere.
-    floats[np.abs(floats) < _SMALLEST_FLOAT] = 0.0
+    np.copyto(floats, 0.0, where=np.abs(floats) < _SMALLEST_FLOAT)
     return floats

@@ -1,9 +1,16 @@
 """TensorFlow Serving's metrics, by its names, in Prometheus's text format."""
 
+import bisect
+import itertools
+import threading
+from collections.abc import Iterable
 from typing import Any
 
 import prometheus_client
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 CONTENT_TYPE = "text/plain"
 _PREFIX = ":tensorflow:serving:"
@@ -15,15 +22,48 @@ _BUCKETS = [10 * 1.8**power for power in range(33)]
 prometheus_client.disable_created_metrics()
 
 
+class _Histogram(Collector):
+    """Counts by bucket, many times as fast as the library's own, which looks at one bucket after the other."""
+
+    def __init__(self, name: str, help: str, labels: list[str]):
+        self._name, self._help, self._labels = _PREFIX + name, help, labels
+        self._lock = threading.Lock()
+        self._series: dict[tuple[str, ...], tuple[list[int], list[float]]] = {}
+
+    def observe(self, value: float, *labels: str) -> None:
+        """Counts one value."""
+        with self._lock:
+            if labels not in self._series:
+                self._series[labels] = [0] * (len(_BUCKETS) + 1), [0.0]
+            counts, total = self._series[labels]
+            counts[bisect.bisect_left(_BUCKETS, value)] += 1
+            total[0] += value
+
+    def collect(self) -> Iterable[HistogramMetricFamily]:
+        """Gives the library what it writes."""
+        family = HistogramMetricFamily(self._name, self._help, labels=self._labels)
+        with self._lock:
+            seen = {
+                labels: (list(itertools.accumulate(counts)), total[0])
+                for labels, (counts, total) in self._series.items()
+            }
+        for labels, (counts, total) in seen.items():
+            bounds = [*map(floatToGoString, _BUCKETS), "+Inf"]
+            family.add_metric(labels, list(zip(bounds, counts, strict=True)), total)
+        yield family
+
+
 class Metrics:
     """Counts and times of everything served."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        self._known: dict[tuple[object, tuple[str, ...]], Any] = {}
+        self._known: dict[tuple[str, ...], Any] = {}
 
-        def histogram(name: str, help: str, labels: list[str]) -> Histogram:
-            return Histogram(_PREFIX + name, help, labels, registry=self._registry, buckets=_BUCKETS)
+        def histogram(name: str, help: str, labels: list[str]) -> _Histogram:
+            made = _Histogram(name, help, labels)
+            self._registry.register(made)
+            return made
 
         self._requests = Counter(
             _PREFIX + "request_count", "Requests by outcome.", ["model_name", "status"], registry=self._registry
@@ -43,18 +83,18 @@ class Metrics:
 
     def request(self, model_name: str, api: str, entrypoint: str, status: str, seconds: float) -> None:
         """Counts a request that has been answered."""
-        self._series(self._requests, model_name, status).inc()
-        self._series(self._latency, model_name, api, entrypoint).observe(seconds * _MICROSECONDS)
+        self._counter(model_name, status).inc()
+        self._latency.observe(seconds * _MICROSECONDS, model_name, api, entrypoint)
 
     def ran(self, name: str, rows: int, waited_seconds: float, seconds: float) -> None:
         """Counts a run of a model: `name` is the model's, `rows` those of one request."""
-        self._series(self._runtime, name, "Predict", "TF1").observe(seconds * _MICROSECONDS)
-        self._series(self._examples, name).observe(rows)
-        self._series(self._queuing, name).observe(waited_seconds * _MICROSECONDS)
+        self._runtime.observe(seconds * _MICROSECONDS, name, "Predict", "TF1")
+        self._examples.observe(rows, name)
+        self._queuing.observe(waited_seconds * _MICROSECONDS, name)
 
     def warmed_up(self, model_name: str, status: str, seconds: float) -> None:
         """Counts a version's warm-up."""
-        self._warm_up.labels(model_name, status).observe(seconds * _MICROSECONDS)
+        self._warm_up.observe(seconds * _MICROSECONDS, model_name, status)
 
     def text(self, waiting_rows: int) -> bytes:
         """Returns everything in Prometheus's text format."""
@@ -62,9 +102,8 @@ class Metrics:
         # TensorFlow Serving's counters go without the suffix that the library gives them.
         return generate_latest(self._registry).replace(b"request_count_total", b"request_count")
 
-    def _series(self, metric: Any, *labels: str) -> Any:
-        # The library's own look-up takes a lock and makes strings of strings, five times a request.
-        key = (metric, labels)
-        if key not in self._known:
-            self._known[key] = metric.labels(*labels)
-        return self._known[key]
+    def _counter(self, *labels: str) -> Any:
+        # The library's own look-up takes a lock and makes strings of strings.
+        if labels not in self._known:
+            self._known[labels] = self._requests.labels(*labels)
+        return self._known[labels]

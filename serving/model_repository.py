@@ -141,12 +141,14 @@ class ModelRepository:
                 raise InvalidArgumentError(f"Unrecognized servable version label: {label}")
             version = self._labels[name][label]
         with self._changed:
-            for candidate in sorted(self._models.get(name, {}).values(), key=_newest_first):
-                if candidate.state is State.AVAILABLE and version in (None, candidate.number):
-                    if candidate.servable is None:
-                        continue
-                    candidate.in_use += 1
-                    return Lease(self, name, candidate, candidate.servable)
+            newest: Version | None = None
+            for each in self._models.get(name, {}).values():
+                fits = each.state is State.AVAILABLE and (version is None or version == each.number)
+                if fits and (newest is None or each.number > newest.number):
+                    newest = each
+            if newest is not None and newest.servable is not None:
+                newest.in_use += 1
+                return Lease(self, name, newest, newest.servable)
         asked = f"Latest({name})" if version is None else f"Specific({name}, {version})"
         raise NotFoundError(f"Servable not found for request: {asked}")
 

@@ -1,20 +1,17 @@
 """What a server of models answers, whatever protocol asks: predict, classify, regress, metadata, status."""
 
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from tensorflow_serving.apis import input_pb2
 
 from serving import examples
-from serving.batching import Batcher, Outputs
+from serving.batching import Batcher, Finish, Outputs, Task
 from serving.errors import InvalidArgumentError, ServingError
 from serving.model_repository import Lease, ModelRepository, State
 from serving.servable import DEFAULT_SIGNATURE
 from serving.tensor_spec import TensorSpec
-
-_T = TypeVar("_T")
 
 
 class ModelSpec(NamedTuple):
@@ -34,8 +31,8 @@ class ModelSpec(NamedTuple):
 class PredictionService:
     """Answers requests with the models of a repository.
 
-    Every method that takes a lease and returns a future releases the lease once the future is done; if it raises, the
-    lease stays the caller's.
+    Every method that takes a lease and tells the end to `finish` releases the lease before; if it raises, it tells
+    nothing and the lease stays the caller's.
 
     Args:
         repository: The models.
@@ -74,15 +71,17 @@ class PredictionService:
         lease: Lease,
         signature_name: str,
         inputs: Mapping[str, np.ndarray],
+        finish: Finish,
         output_names: Iterable[str] = (),
         start: Callable[[Callable[[], None]], object] | None = None,
-    ) -> "Future[Outputs]":
+    ) -> Task:
         """Runs a signature on arrays, in the background.
 
         Args:
             lease: The version.
             signature_name: Which signature; empty for `serving_default`.
             inputs: The arrays by input name.
+            finish: Told the outputs by name, or the error, on another thread.
             output_names: Which outputs are wanted; all where empty.
             start: Calls what it is given a little later, once the requests that came with this one are there too.
 
@@ -92,12 +91,21 @@ class PredictionService:
             UnavailableError: If too much is waiting already.
         """
         signature = lease.servable.signature(signature_name)
-        future = self._batcher.submit(lease.servable, signature, inputs, output_names, start)
-        # The model must stay loaded while it runs, even where nobody waits for the answer any longer.
-        future.add_done_callback(lambda _: lease.release())
-        return future
 
-    def classify(self, lease: Lease, signature_name: str, message: input_pb2.Input) -> "Future[examples.Classes]":
+        # The model must stay loaded while it runs, even where nobody waits for the answer any longer.
+        def done(outcome: Outputs | BaseException) -> None:
+            lease.release()
+            finish(outcome)
+
+        return self._batcher.submit(lease.servable, signature, inputs, done, output_names, start)
+
+    def classify(
+        self,
+        lease: Lease,
+        signature_name: str,
+        message: input_pb2.Input,
+        finish: Callable[[examples.Classes | BaseException], None],
+    ) -> Task:
         """Classifies examples, in the background.
 
         Raises:
@@ -107,11 +115,16 @@ class PredictionService:
         examples.check_classify(signature)
         inputs = examples.serialize(message)
         count = len(inputs["inputs"])
-        return _mapped(
-            self.predict(lease, signature.name, inputs), lambda outputs: examples.read_classes(outputs, count)
-        )
+        read = _reading(finish, lambda outputs: examples.read_classes(outputs, count))
+        return self.predict(lease, signature.name, inputs, read)
 
-    def regress(self, lease: Lease, signature_name: str, message: input_pb2.Input) -> "Future[np.ndarray]":
+    def regress(
+        self,
+        lease: Lease,
+        signature_name: str,
+        message: input_pb2.Input,
+        finish: Callable[[np.ndarray | BaseException], None],
+    ) -> Task:
         """Regresses examples, in the background.
 
         Raises:
@@ -121,9 +134,8 @@ class PredictionService:
         examples.check_regress(signature)
         inputs = examples.serialize(message)
         count = len(inputs["inputs"])
-        return _mapped(
-            self.predict(lease, signature.name, inputs), lambda outputs: examples.read_numbers(outputs, count)
-        )
+        read = _reading(finish, lambda outputs: examples.read_numbers(outputs, count))
+        return self.predict(lease, signature.name, inputs, read)
 
     def status(self, spec: ModelSpec) -> list[tuple[int, State, ServingError | None]]:
         """Returns the versions of a model with their states, newest first.
@@ -134,18 +146,15 @@ class PredictionService:
         return self.repository.status(spec.name, spec.version)
 
 
-def _mapped(future: "Future[Outputs]", read: Callable[[Outputs], _T]) -> "Future[_T]":
-    """Returns a future of what `read` makes of another's result; cancelling it cancels the other."""
-    result: Future[_T] = Future()
+def _reading(finish: Callable[[Any], None], read: Callable[[Outputs], Any]) -> Finish:
+    """Returns what brings `finish` what `read` makes of the outputs, or the error."""
 
-    def done(finished: "Future[Outputs]") -> None:
-        if not result.set_running_or_notify_cancel():
-            return
-        try:
-            result.set_result(read(finished.result()))
-        except BaseException as error:
-            result.set_exception(error)
+    def done(outcome: Outputs | BaseException) -> None:
+        if not isinstance(outcome, BaseException):
+            try:
+                outcome = read(outcome)
+            except Exception as error:
+                outcome = error
+        finish(outcome)
 
-    future.add_done_callback(done)
-    result.add_done_callback(lambda outer: outer.cancelled() and future.cancel())
-    return result
+    return done

@@ -5,11 +5,10 @@ import json
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any, TypeVar
 from urllib.parse import unquote_to_bytes
 
 from google.protobuf import json_format
@@ -27,7 +26,6 @@ from serving.prediction_service import ModelSpec, PredictionService
 from serving.rest_extras import Extras
 from serving.tensor_spec import TensorSpec
 
-_T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 _request_log = logging.getLogger("serving.requests")
 
@@ -122,13 +120,14 @@ class RestServer:
     async def handle(self, request: Request) -> Response:
         """Answers one request, whatever happens."""
         started = time.perf_counter()
+        run = _RUN.fullmatch(request.target) if request.method == "POST" else None
         try:
-            response, code = await self._route(request), Code.OK
+            response, code = await self._route(request, run), Code.OK
         except ServingError as error:
             response, code = Response(HTTP_STATUS[error.code], encode_error(error.message)), error.code
         except _Overflow:
             response, code = Response(HTTPStatus.BAD_REQUEST, b""), Code.INVALID_ARGUMENT
-        except TimeoutError:
+        except (TimeoutError, asyncio.TimeoutError):
             code = Code.DEADLINE_EXCEEDED
             response = Response(HTTP_STATUS[code], encode_error("The request took too long."))
         except Exception:
@@ -136,7 +135,8 @@ class RestServer:
             code = Code.INTERNAL
             response = Response(HTTP_STATUS[code], encode_error("Internal error"))
         seconds = time.perf_counter() - started
-        self._count(request, code, seconds)
+        if run is not None:
+            self._count(run, code, seconds)
         if self._options.log_requests:
             _request_log.info(
                 json.dumps(
@@ -160,7 +160,7 @@ class RestServer:
         """Frees the threads."""
         self._readers.shutdown()
 
-    async def _route(self, request: Request) -> Response:
+    async def _route(self, request: Request, run: re.Match[str] | None) -> Response:
         if request.method == "OPTIONS":
             if self._options.cors:
                 return Response(HTTPStatus.OK, b"")
@@ -168,12 +168,10 @@ class RestServer:
         if not request.target.startswith("/v1/"):
             ours = self._extras.answer(request)
             return ours or Response(HTTPStatus.NOT_FOUND, _NOT_FOUND_PAGE, "text/html")
-        if request.method == "POST":
-            found = _RUN.fullmatch(request.target)
-            # The pattern ignores case, what it is dispatched by does not.
-            if found and found[4] in ("predict", "classify", "regress"):
-                spec = _model_spec(*found.groups()[:3])
-                return await (self._predict if found[4] == "predict" else self._run)(spec, request.body, found[4])
+        # The pattern ignores case, what it is dispatched by does not.
+        if run is not None and run[4] in ("predict", "classify", "regress"):
+            spec = _model_spec(*run.groups()[:3])
+            return await (self._predict if run[4] == "predict" else self._run)(spec, request.body, run[4])
         if request.method == "GET":
             found = _LOOK.fullmatch(request.target)
             if found and found[1] is None and self._options.list_models and not any(found.groups()):
@@ -197,9 +195,14 @@ class RestServer:
 
         reading = None if len(body) <= _READ_AT_ONCE_BYTES else self._readers.submit(read)
         try:
-            understood = read() if reading is None else await self._in_time(reading)
-            future = self._service.predict(
-                taken[0], understood.signature_name, understood.inputs, start=self._loop.call_soon
+            understood = (
+                read()
+                if reading is None
+                else await asyncio.wait_for(asyncio.wrap_future(reading), self._timeout_seconds)
+            )
+            arrival = self._arrivals.expect()
+            task = self._service.predict(
+                taken[0], understood.signature_name, understood.inputs, arrival.finish, start=self._loop.call_soon
             )
         except BaseException:
             release()
@@ -207,7 +210,7 @@ class RestServer:
                 # The reading goes on where the request is given up, and may take its lease only then.
                 reading.add_done_callback(release)
             raise
-        outputs = await self._in_time(future)
+        outputs = await arrival.result(self._timeout_seconds, task.cancel)
         return Response(HTTPStatus.OK, encode_predict(outputs, understood.row_format))
 
     async def _run(self, spec: ModelSpec, body: bytes, method: str) -> Response:
@@ -215,25 +218,21 @@ class RestServer:
         lease = self._service.lease(spec)
         try:
             run = self._service.classify if method == "classify" else self._service.regress
-            future: Future[Any] = run(lease, signature_name, message)
+            arrival = self._arrivals.expect()
+            task = run(lease, signature_name, message, arrival.finish)
         except BaseException:
             lease.release()
             raise
-        result = await self._in_time(future)
+        result = await arrival.result(self._timeout_seconds, task.cancel)
         if method == "regress":
             return Response(HTTPStatus.OK, encode_regressions(result))
         return Response(HTTPStatus.OK, encode_classifications(result.labels, result.scores))
 
-    def _in_time(self, future: "Future[_T]") -> Awaitable[_T]:
-        return self._arrivals.result(future, self._timeout_seconds)
-
-    def _count(self, request: Request, code: Code, seconds: float) -> None:
-        found = _RUN.fullmatch(request.target) if request.method == "POST" else None
-        if found is not None:
-            # Only names that are served make a series: a stranger's names would fill the memory.
-            name = _unquote(found[1])
-            name = name if name in self._service.repository.names() else ""
-            self._metrics.request(name, found[4].capitalize(), "REST", code.name, seconds)
+    def _count(self, run: re.Match[str], code: Code, seconds: float) -> None:
+        # Only names that are served make a series: a stranger's names would fill the memory.
+        name = _unquote(run[1])
+        name = name if name in self._service.repository.names() else ""
+        self._metrics.request(name, run[4].capitalize(), "REST", code.name, seconds)
 
     def _taking(self, spec: ModelSpec, taken: list[Lease]) -> Callable[[str], Mapping[str, TensorSpec]]:
         def find_inputs(signature_name: str) -> Mapping[str, TensorSpec]:
@@ -275,7 +274,7 @@ def _model_spec(name: str, version: str | None, label: str | None) -> ModelSpec:
 
 
 def _unquote(text: str) -> str:
-    return unquote_to_bytes(text).decode(errors="surrogateescape")
+    return unquote_to_bytes(text).decode(errors="surrogateescape") if "%" in text else text
 
 
 def _message_to_json(message) -> str:

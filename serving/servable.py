@@ -63,6 +63,12 @@ class Signature:
     outputs: Mapping[str, TensorSpec]
     tensors: Mapping[str, Mapping[str, str]] = field(repr=False)
 
+    @functools.cached_property
+    def takes_batches(self) -> bool:
+        """Whether all that goes in and comes out has a first dimension of any size."""
+        specs = [*self.inputs.values(), *self.outputs.values()]
+        return bool(self.inputs) and all(spec.shape and spec.shape[0] == -1 for spec in specs)
+
 
 class Servable:
     """A SavedModel, loaded into a session of its own.

@@ -1,9 +1,8 @@
-"""What other threads finish reaches the event loop: results, errors, and nothing that is not wanted any more."""
+"""What other threads finish reaches the event loop: results, errors, and word of what is not wanted any more."""
 
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine
-from concurrent.futures import CancelledError, Future
 from typing import Any
 
 import pytest
@@ -18,15 +17,19 @@ def run(make: Callable[[Arrivals], Coroutine[Any, Any, Any]]) -> Any:
     return asyncio.run(main())
 
 
-def test_each_of_many_futures_finished_elsewhere_gives_its_own_result():
-    futures: list[Future[int]] = [Future() for _ in range(200)]
+def unexpected() -> None:
+    raise AssertionError("cancelled although it was waited for")
 
+
+def test_each_of_many_finished_elsewhere_gives_its_own_result():
     async def collect(arrivals: Arrivals) -> list[int]:
-        def finish() -> None:
-            for number, future in enumerate(futures):
-                future.set_result(number)
+        expected = [arrivals.expect() for _ in range(200)]
 
-        waiting = [asyncio.ensure_future(arrivals.result(future, 60)) for future in futures]
+        def finish() -> None:
+            for number, arrival in enumerate(expected):
+                arrival.finish(number)
+
+        waiting = [asyncio.ensure_future(arrival.result(60, unexpected)) for arrival in expected]
         await asyncio.sleep(0)
         thread = threading.Thread(target=finish)
         thread.start()
@@ -37,36 +40,49 @@ def test_each_of_many_futures_finished_elsewhere_gives_its_own_result():
     assert run(collect) == list(range(200))
 
 
+def test_what_is_finished_before_it_is_waited_for_arrives_too():
+    async def ask(arrivals: Arrivals) -> Any:
+        arrival = arrivals.expect()
+        arrival.finish("early")
+        await asyncio.sleep(0.01)
+        return await arrival.result(60, unexpected)
+
+    assert run(ask) == "early"
+
+
 def test_an_error_arrives_as_it_was_raised():
-    future: Future[int] = Future()
-    future.set_exception(ValueError("no such row"))
+    async def ask(arrivals: Arrivals) -> Any:
+        arrival = arrivals.expect()
+        arrival.finish(ValueError("no such row"))
+        return await arrival.result(60, lambda: None)
+
     with pytest.raises(ValueError, match="no such row"):
-        run(lambda arrivals: arrivals.result(future, 60))
+        run(ask)
 
 
-def test_what_takes_too_long_is_cancelled():
-    future: Future[int] = Future()
-    with pytest.raises(TimeoutError):
-        run(lambda arrivals: arrivals.result(future, 0.01))
-    assert future.cancelled()
+def test_what_takes_too_long_is_cancelled_and_may_still_finish():
+    cancelled: list[bool] = []
+
+    async def ask(arrivals: Arrivals) -> None:
+        arrival = arrivals.expect()
+        with pytest.raises(TimeoutError):
+            await arrival.result(0.01, lambda: cancelled.append(True))
+        arrival.finish("late")
+        await asyncio.sleep(0.01)
+
+    run(ask)
+    assert cancelled == [True]
 
 
 def test_what_nobody_waits_for_any_longer_is_cancelled():
-    future: Future[int] = Future()
+    cancelled: list[bool] = []
 
     async def give_up(arrivals: Arrivals) -> None:
-        task = asyncio.ensure_future(arrivals.result(future, 60))
+        task = asyncio.ensure_future(arrivals.expect().result(60, lambda: cancelled.append(True)))
         await asyncio.sleep(0)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
 
     run(give_up)
-    assert future.cancelled()
-
-
-def test_a_future_cancelled_elsewhere_ends_the_wait():
-    future: Future[int] = Future()
-    future.cancel()
-    with pytest.raises((asyncio.CancelledError, CancelledError)):
-        run(lambda arrivals: arrivals.result(future, 60))
+    assert cancelled == [True]

@@ -56,8 +56,21 @@ def make_batcher() -> Any:
 
 
 def run_all(batcher: Batcher, servable: Servable, name: str, arrays: list[Any]) -> list["Future[Any]"]:
-    signature = servable.signature(name)
-    return [batcher.submit(servable, signature, {"x": np.array(array, np.float32)}) for array in arrays]
+    return [ask(batcher, servable, name, {"x": np.array(array, np.float32)}) for array in arrays]
+
+
+def ask(batcher: Batcher, servable: Servable, name: str, inputs: dict[str, Any], **more: Any) -> "Future[Any]":
+    future: Future[Any] = Future()
+
+    def finish(outcome: Any) -> None:
+        # A future takes one outcome: a second one would be logged, and the request of another go without its own.
+        if isinstance(outcome, BaseException):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
+
+    batcher.submit(servable, servable.signature(name), inputs, finish, **more)
+    return future
 
 
 Make = Callable[[BatchingOptions | None], Batcher]
@@ -104,9 +117,8 @@ def test_a_request_larger_than_a_group_is_refused_with_tensorflow_servings_words
 def test_requests_that_came_in_one_go_are_one_group_though_a_thread_is_free(servable: Servable, make_batcher: Make):
     batcher = make_batcher(strict(batch_timeout_seconds=0.0))
     later: list[Callable[[], None]] = []
-    signature = servable.signature("")
     ones = {"x": np.ones(1, np.float32)}
-    futures = [batcher.submit(servable, signature, ones, start=later.append) for _ in range(5)]
+    futures = [ask(batcher, servable, "", ones, start=later.append) for _ in range(5)]
     assert not any(future.done() for future in futures)
     (start,) = later
     start()
@@ -156,18 +168,44 @@ def test_many_threads_get_their_own_answers(servable: Servable, make_batcher: Ma
     batcher = make_batcher(BatchingOptions())
     wrong: list[float] = []
 
-    def ask(start: int) -> None:
+    def count(start: int) -> None:
         for number in range(start, start + 200):
             (future,) = run_all(batcher, servable, "double", [[number]])
             if future.result(60)["y"].tolist() != [2.0 * number]:
                 wrong.append(number)
 
-    threads = [threading.Thread(target=ask, args=[1000 * index]) for index in range(8)]
+    threads = [threading.Thread(target=count, args=[1000 * index]) for index in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def test_what_nobody_waits_for_any_longer_does_not_run(servable: Servable, make_batcher: Make):
+    batcher = make_batcher(strict())
+    ends: list[Any] = []
+    one = {"x": np.ones(1, np.float32)}
+    batcher.submit(servable, servable.signature(""), one, ends.append).cancel()
+    rest = ask(batcher, servable, "", {"x": np.ones(7, np.float32)})
+    assert rest.result(60)["size"].tolist() == [7] * 7
+    (end,) = ends
+    assert isinstance(end, ServingError)
+    assert end.code is Code.CANCELLED
+
+
+def test_an_end_that_cannot_be_told_keeps_no_other_request_from_its_answer(
+    servable: Servable, make_batcher: Make, caplog: pytest.LogCaptureFixture
+):
+    def fail(outcome: Any) -> None:
+        raise RuntimeError("the connection object is gone")
+
+    batcher = make_batcher(strict(max_batch_size=2))
+    one = {"x": np.ones(1, np.float32)}
+    for _ in range(3):
+        batcher.submit(servable, servable.signature(""), one, fail)
+        assert ask(batcher, servable, "", one).result(60)["size"].tolist() == [2]
+    assert "the connection object is gone" in caplog.text
 
 
 def test_a_parameters_file_is_read_and_its_mistakes_are_named(tmp_path: Path):

@@ -72,6 +72,28 @@ def post(body: bytes, *headers: bytes) -> bytes:
     return b"\r\n".join(lines) + b"\r\n\r\n" + body
 
 
+def test_a_client_that_stops_sending_gets_its_answers_and_the_end_of_the_connection(server: RunningServer):
+    one = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
+    two = post(b'{"instances": [1]}', b"Content-Length: 18")
+    # The end of what is sent may be seen before, between and after the answers.
+    for request, count in [(one, 1), (two, 1), (one + two, 2), (two + one + two, 3), (two + one + one[:20], 2)] * 100:
+        assert fuzzing.exchange(address_of(server), request).count(b"HTTP/1.1 200 OK") == count
+
+
+def test_requests_sent_all_at_once_are_all_answered_in_order(server: RunningServer):
+    numbers = range(3000)
+    requests = [post(body := b'{"instances": [%d]}' % n, b"Content-Length: %d" % len(body)) for n in numbers]
+    with socket.create_connection(address_of(server), timeout=30) as connection:
+        sender = threading.Thread(target=connection.sendall, args=[b"".join(requests)])
+        sender.start()
+        received = b""
+        while received.count(b"]\n}") < len(numbers):
+            received += connection.recv(1 << 20)
+        sender.join()
+    answers = [json.loads(part.partition(b"\r\n\r\n")[2]) for part in received.split(b"HTTP/1.1 200 OK\r\n")[1:]]
+    assert answers == [{"predictions": [n / 2 + 3]} for n in numbers]
+
+
 def test_a_chunked_body_and_an_expected_continue_are_understood(server: RunningServer):
     body = b'5\r\n{"ins\r\n12\r\ntances": [1.0, 2]}\r\n0\r\n\r\n'
     status, answer = exchange(server, post(body, b"Transfer-Encoding: chunked"))
