@@ -56,6 +56,22 @@ class HttpService:
     connections: set["HttpConnection"] = field(default_factory=set)
     buffered: int = 0
     closing: bool = False
+    _unsent: list[tuple[asyncio.Transport, bytes]] = field(default_factory=list)
+
+    def send(self, loop: asyncio.AbstractEventLoop, transport: asyncio.Transport, data: bytes) -> None:
+        """Sends an answer once all that are being made in this turn of the loop are there.
+
+        Sent one by one, each may wake its client, and what has just become able to run takes the processor from the
+        making of the next.
+        """
+        if not self._unsent:
+            loop.call_soon(self._flush)
+        self._unsent.append((transport, data))
+
+    def _flush(self) -> None:
+        unsent, self._unsent = self._unsent, []
+        for transport, data in unsent:
+            transport.write(data)
 
 
 class _Refused(Exception):
@@ -82,6 +98,7 @@ class HttpConnection(asyncio.Protocol):
         self._can_write.set()
         self._unreadable = False
         self._ended = False
+        self._last = False
         self._held = 0
         self._in_request = False
         self._target = b""
@@ -253,9 +270,8 @@ class HttpConnection(asyncio.Protocol):
         keep_alive = keep_alive and not self._service.closing and (bool(self._waiting) or not self._ended)
         if self._transport is None:
             return
-        self._transport.write(serialize(response, keep_alive, version, head_only))
-        if not keep_alive:
-            self._transport.close()
+        self._last = not keep_alive
+        self._service.send(self._loop, self._transport, serialize(response, keep_alive, version, head_only))
         # A client that does not read its answers gets no further ones.
         self._await(self._service.limits.read_seconds)
         await self._can_write.wait()
@@ -269,11 +285,12 @@ class HttpConnection(asyncio.Protocol):
                 _log.error("a request could not be answered", exc_info=task.exception())
             self._transport.abort()
             return
+        # The answer has been sent: that was put on the loop before this.
+        if self._last or (self._ended and not self._waiting):
+            self._transport.close()
+            return
         if self._waiting:
             self._answer_next()
-            return
-        if self._ended:
-            self._transport.close()
             return
         if self._paused:
             self._paused = False
