@@ -27,8 +27,8 @@ TASKS = ("forward", "training", "inference")
 MODES = ("eager", "graph", "jit_compile")
 SERIES = ("ours", "keras", "tf_keras", "torch", "copy")
 # Calling a function costs more than normalizing a small tensor does: in a graph so many values go through a stack of
-# layers, at most 20 of them, and the time is for each. XLA gets a stack only where the call would be most of the time,
-# with a barrier after each layer: it would fuse layers that follow each other directly, as they never do in a network.
+# layers, at most 20 of them, and the time is for each. Under XLA that many layers stand side by side, where the call
+# would be most of the time: it would fuse layers that follow each other directly, as they never do in a network.
 VALUES_IN_A_CALL = 2**24
 SMALL = 2**17
 COLUMNS = ("mode", "dtype", "axis", "shape", "task", *SERIES, "keras / ours", "best peer / ours", "ours / copy")
@@ -105,52 +105,44 @@ def _tensorflow(mode: str, dtype: str, axis: str, shape: tuple, task: str, layer
     import keras
     import tensorflow as tf
     import tf_keras
-    from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 
     import keras_bn
 
     policy = dtype if dtype == "float32" else f"mixed_{dtype}"
     number = 1 if axis == "first" else -1
-    x = tf.cast(tf.random.normal(shape, mean=0.5), dtype)
-    dy = tf.cast(tf.random.normal(shape), dtype)
-
-    @tf.custom_gradient
-    def barrier(x):
-        def apart(x):
-            return gen_xla_ops.xla_optimization_barrier(input=[x])[0]
-
-        return apart(x), apart
+    inputs = layers if mode == "jit_compile" else 1
+    xs = [tf.cast(tf.random.normal(shape, mean=0.5), dtype) for _ in range(inputs)]
+    dys = [tf.cast(tf.random.normal(shape), dtype) for _ in range(inputs)]
 
     def runner(kind):
-        stack = [kind(axis=number, dtype=policy) for _ in range(layers)]
-        for layer in stack:
+        made = [kind(axis=number, dtype=policy) for _ in range(layers)]
+        for layer in made:
             layer.build(shape)
-        variables = [getattr(variable, "_value", variable) for layer in stack for variable in (layer.gamma, layer.beta)]
+        variables = [getattr(variable, "_value", variable) for layer in made for variable in (layer.gamma, layer.beta)]
 
-        def forward(x):
-            for layer in stack:
-                x = layer(x, training=task != "inference")
-                if mode == "jit_compile" and layers > 1:
-                    x = barrier(x)
-            return x
+        def forward(xs):
+            ys = list(xs)
+            for index, layer in enumerate(made):
+                ys[index % inputs] = layer(ys[index % inputs], training=task != "inference")
+            return ys
 
-        def run(x, dy):
+        def run(xs, dys):
             if task != "training":
-                return forward(x)
+                return forward(xs)
             with tf.GradientTape() as tape:
-                tape.watch(x)
-                y = forward(x)
-            return tape.gradient(y, [x, *variables], output_gradients=dy)
+                tape.watch(xs)
+                ys = forward(xs)
+            return tape.gradient(ys, [*xs, *variables], output_gradients=dys)
 
         function = run if mode == "eager" else tf.function(run, jit_compile=mode == "jit_compile", autograph=False)
         # Operations and functions return when their work is done: TensorFlow runs them synchronously on a CPU.
-        return lambda: function(x, dy)
+        return lambda: function(xs, dys)
 
     return {
         "ours": runner(keras_bn.BatchNormalization),
         "keras": runner(keras.layers.BatchNormalization),
         "tf_keras": runner(tf_keras.layers.BatchNormalization),
-        "copy": lambda: [tf.raw_ops.DeepCopy(x=x) for _ in range(layers)],
+        "copy": lambda: [tf.raw_ops.DeepCopy(x=xs[index % inputs]) for index in range(layers)],
     }
 
 
