@@ -16,7 +16,7 @@ from keras_bn.statistics import Moments, merged_across_replicas, weighted_moment
 
 # The fused kernel sums in float32, so that its mean is off by up to 8e-6 of itself (measured, 64x56x56x64). Up to this
 # many standard deviations from zero that stays below 5e-5 of a standard deviation; beyond, the input is shifted first.
-_TRUSTED_OFFSET = 4.0
+TRUSTED_OFFSET = 4.0
 
 # Up to this many values a few plain operations are faster than one that starts threads (measured: 256x128 yes, 4096x512
 # no). A size that is not known counts as so many.
@@ -106,7 +106,7 @@ def fused(
     def normalize(image, gamma, beta):
         plain = forward(image)
         # A constant channel fails this too, so that its output is beta to the last digit. So does a NaN.
-        trusted = tf.reduce_all(tf.square(plain.batch_mean) <= _TRUSTED_OFFSET**2 * plain.batch_variance)
+        trusted = tf.reduce_all(tf.square(plain.batch_mean) <= TRUSTED_OFFSET**2 * plain.batch_variance)
         y, mean, variance, *reserved = tf.cond(trusted, lambda: tuple(plain), lambda: shifted_forward(image))
 
         def backward(dy, image):

@@ -9,6 +9,7 @@ import keras
 import tensorflow as tf
 
 from keras_bn._batch_kernels import (
+    TRUSTED_OFFSET,
     Activation,
     compiled_two_pass,
     composed,
@@ -20,13 +21,15 @@ from keras_bn._batch_kernels import (
     two_pass,
     value_count,
 )
-from keras_bn.layouts import along, as_image, as_rows
+from keras_bn.layouts import along, as_image, as_rows, has_planes
 from keras_bn.statistics import Moments
 
 # On a CPU the fused operation is up to twice as fast on single pixels as on whole images (measured): always where the
 # statistics are given, from so many channels on where it computes them.
 _FLAT_CHANNELS = 64
 
+# From so many examples on, a channel for each pixel costs less than a copy to float32 (measured: 64 yes, 8 no).
+_PIXEL_EXAMPLES = 32
 
 SINGLE_VALUE = (
     "keras_bn: a batch with one value per channel was normalized to beta, and its statistics were not averaged. Larger "
@@ -91,9 +94,12 @@ def normalize_with_batch(
                     "`kernel` must be 'auto', 'xla' or 'stable' for float64 inputs, which TensorFlow's fused "
                     "operation does not take. Received: kernel='fused'."
                 )
-            image, data_format, restore = as_image(x, axes, flat=channels >= _FLAT_CHANNELS and _on_cpu())
-            count = value_count(image, 3 if data_format == "NHWC" else 1, dtype)
-            if not isinstance(count, float) and all(size in (1, None) for size in image.shape[:3:2]):
+            flat = channels >= _FLAT_CHANNELS and _on_cpu()
+            image, data_format, restore = as_image(x, axes, flat, channels_last=_on_cpu())
+            channel_axis = 3 if data_format == "NHWC" else 1
+            count = value_count(image, channel_axis, dtype)
+            sizes = [size for axis, size in enumerate(image.shape) if axis != channel_axis]
+            if not isinstance(count, float) and all(size in (1, None) for size in sizes):
                 _warn_of_single_value(count)
             y, mean, unbiased = fused(image, gamma, beta, epsilon, data_format)
             return activation(restore(y)), _constant(Moments(count, mean, unbiased * (count - 1)))
@@ -163,30 +169,50 @@ def normalize_with(
     """
     dtype = statistics_dtype(x.dtype)
 
+    def factor():
+        inverse_std = tf.math.rsqrt(variance + epsilon)
+        return inverse_std if gamma is None else inverse_std * gamma
+
     def plain():
-        factor = tf.math.rsqrt(variance + epsilon)
-        if gamma is not None:
-            factor *= gamma
-        y = (tf.cast(x, dtype) - along(axes, mean, x)) * along(axes, factor, x)
+        y = (tf.cast(x, dtype) - along(axes, mean, x)) * along(axes, factor(), x)
         if beta is not None:
             y += along(axes, beta, x)
         return tf.cast(y, x.dtype)
 
     if dtype == tf.float64 or in_xla_context() or is_small(x):
         return plain()
-    image, data_format, restore = as_image(x, axes, flat=_on_cpu())
-    transposed = data_format == "NCHW" and _on_cpu()
-    if transposed and x.dtype == tf.float32:
-        return plain()
     scale = tf.ones_like(mean) if gamma is None else gamma
     offset = tf.zeros_like(mean) if beta is None else beta
-    if transposed:
-        # The fused operation would transpose it forth and back. Each pixel of a channel can be a channel instead, for
-        # half types, where plain operations would have to copy the image to float32.
-        sizes = tf.shape(image)
-        scale, offset, mean, variance = (tf.repeat(vector, sizes[2]) for vector in (scale, offset, mean, variance))
-        image, data_format = tf.reshape(image, tf.stack([sizes[0], 1, 1, sizes[1] * sizes[2]])), "NHWC"
-    output = tf.raw_ops.FusedBatchNormV3(
+    if not (_on_cpu() and has_planes(x, axes)):
+        image, data_format, restore = as_image(x, axes, flat=_on_cpu(), channels_last=_on_cpu())
+        return restore(_fused_inference(image, mean, variance, scale, offset, epsilon, data_format))
+    examples = x.shape[0] if axes[0] > 0 else 1
+    if x.dtype == tf.float32 or (examples is not None and examples < _PIXEL_EXAMPLES):
+        # One pass over memory fewer, where no digits are lost by it.
+        near = tf.reduce_all(tf.square(mean) <= TRUSTED_OFFSET**2 * (variance + epsilon))
+
+        def folded():
+            scale = factor()
+            return tf.cast(scale_and_shift(tf.cast(x, dtype), scale, offset - mean * scale, axes=axes), x.dtype)
+
+        return tf.cond(near, folded, plain)
+    # The fused operation would have to transpose it forth and back. Each pixel of a channel can be a channel instead,
+    # for half types, where plain operations have to copy the image to float32.
+    sizes = tf.shape(x)
+    pixels = tf.reduce_prod(sizes[axes[-1] + 1 :])
+
+    def per_pixel(vector):
+        return tf.reshape(tf.tile(vector[:, None], [1, pixels]), [-1])
+
+    image = tf.reshape(x, tf.stack([tf.reduce_prod(sizes[: axes[0]]), 1, 1, tf.shape(mean)[0] * pixels]))
+    y = _fused_inference(
+        image, per_pixel(mean), per_pixel(variance), per_pixel(scale), per_pixel(offset), epsilon, "NHWC"
+    )
+    return tf.reshape(y, sizes)
+
+
+def _fused_inference(image, mean, variance, scale, offset, epsilon, data_format):
+    return tf.raw_ops.FusedBatchNormV3(
         x=image,
         scale=scale,
         offset=offset,
@@ -195,8 +221,7 @@ def normalize_with(
         epsilon=epsilon,
         data_format=data_format,
         is_training=False,
-    )
-    return restore(output.y)
+    ).y
 
 
 def scale_and_shift(

@@ -24,26 +24,34 @@ def as_rows(x: tf.Tensor, axes: Sequence[int]) -> tuple[tf.Tensor, Restore]:
     return rows, lambda y: tf.transpose(restore(y), back)
 
 
-def as_image(x: tf.Tensor, axes: Sequence[int], flat: bool) -> tuple[tf.Tensor, str, Restore]:
+def as_image(x: tf.Tensor, axes: Sequence[int], flat: bool, channels_last: bool) -> tuple[tf.Tensor, str, Restore]:
     """`x` as a rank-4 tensor that the fused kernel takes, its data format, and the way back.
 
     Args:
         x: Tensor of rank 2 or more.
         axes: The channel axes, not negative, ascending.
         flat: Whether an image with the channels last becomes a batch of single pixels.
+        channels_last: Whether the channels must be last: elsewhere they are brought there.
     """
     rank, channels = len(x.shape), math.prod(x.shape[axis] for axis in axes)
     if rank == 4 and tuple(axes) == (3,) and not flat:
         return x, "NHWC", lambda y: y
-    first, last = axes[0], axes[-1]
-    if last == rank - 1 or last - first + 1 != len(axes):
-        rows, restore = as_rows(x, axes)
-        return tf.reshape(rows, [-1, 1, 1, channels]), "NHWC", lambda y: restore(tf.reshape(y, [-1, channels]))
-    # Reshaped also where it is an NCHW image already: TensorFlow's graph rewriter merges an NHWC convolution with an
-    # NCHW normalization that directly follows, as if the channels were last, and answers wrong.
-    sizes = tf.shape(x)
-    shape = tf.stack([tf.reduce_prod(sizes[:first]), channels, tf.reduce_prod(sizes[last + 1 :]), 1])
-    return tf.ensure_shape(tf.reshape(x, shape), [None, channels, None, 1]), "NCHW", _reshape_like(x)
+    if has_planes(x, axes) and not channels_last:
+        # Reshaped also where it is an NCHW image already: TensorFlow's graph rewriter merges an NHWC convolution with
+        # an NCHW normalization that directly follows, as if the channels were last, and answers wrong.
+        sizes, first, last = tf.shape(x), axes[0], axes[-1]
+        shape = tf.stack([tf.reduce_prod(sizes[:first]), channels, tf.reduce_prod(sizes[last + 1 :]), 1])
+        return tf.ensure_shape(tf.reshape(x, shape), [None, channels, None, 1]), "NCHW", _reshape_like(x)
+    rows, restore = as_rows(x, axes)
+    pixels = [x.shape[axis] for axis in range(rank) if axis not in axes][1:]
+    # A size that is not known makes it single pixels, and so does an image of none, which cannot be reshaped.
+    height = 1 if flat or None in pixels else max(1, math.prod(pixels))
+    return tf.reshape(rows, [-1, height, 1, channels]), "NHWC", lambda y: restore(tf.reshape(y, [-1, channels]))
+
+
+def has_planes(x: tf.Tensor, axes: Sequence[int]) -> bool:
+    """Whether the values of a channel of an example are neighbours: the channel axes stand together, and not last."""
+    return axes[-1] != len(x.shape) - 1 and axes[-1] - axes[0] + 1 == len(axes)
 
 
 def along(axes: Sequence[int], values: tf.Tensor, x: tf.Tensor) -> tf.Tensor:

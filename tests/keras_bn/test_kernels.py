@@ -67,11 +67,35 @@ def test_inference_keeps_its_digits_at_any_offset(mode, offset):
     assert np.abs(call(x) - Reference(x, -1, gamma, beta).inference(mean, variance)).max() < 1e-4
 
 
+@pytest.mark.parametrize("offset", [0.0, 3.0, 30.0, 1e4])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_inference_of_large_planes_keeps_its_digits_at_any_offset(dtype, offset, monkeypatch):
+    monkeypatch.setattr(_batch_kernels, "_SMALL", 0)
+    rng = np.random.default_rng(0)
+    x = tf.cast(rng.normal(size=(16, 4, 5, 5)) + offset, dtype)
+    mean, variance = tf.fill([4], np.float32(offset)), tf.constant(rng.uniform(0.5, 2, 4), "float32")
+    gamma, beta = _affine(4)
+    call = tf.function(lambda x: kernels.normalize_with(x, mean, variance, gamma, beta, axes=[1], epsilon=1e-3))
+    want = Reference(np.asarray(x, "float64"), 1, gamma, beta).inference(mean, variance)
+    assert_close(call(x), want, dtype, scale=4 * np.abs(want).max())
+
+
 @pytest.mark.parametrize("shape", [(9, 5, 4, 70), (None, 5, 4, 3), (9, 2, 3, 4, 5), (None, 70), (9, 6, 70)], ids=str)
 @pytest.mark.parametrize("axis", [1, -1])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_large_inputs_of_every_layout_are_normalized_right(dtype, axis, shape, monkeypatch):
     monkeypatch.setattr(_batch_kernels, "_SMALL", 0)
+    _assert_normalized_right(dtype, axis, shape)
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+def test_layout_of_a_gpu_is_normalized_right(axis, monkeypatch):
+    monkeypatch.setattr(_batch_kernels, "_SMALL", 0)
+    monkeypatch.setattr(kernels, "_on_cpu", lambda: False)
+    _assert_normalized_right("float32", axis, (None, 5, 4, 3))
+
+
+def _assert_normalized_right(dtype, axis, shape):
     rng = np.random.default_rng(0)
     x = tf.cast(rng.normal(1, 1, (9, *shape[1:])), dtype)
     channels = shape[axis]
