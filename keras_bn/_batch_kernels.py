@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import keras
 import tensorflow as tf
@@ -46,7 +46,7 @@ def is_small(x: tf.Tensor) -> bool:
 
 def small(rows: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float) -> tuple[tf.Tensor, ...]:
     """As few plain operations as it takes, for inputs whose time goes into starting operations: y, mean, m2."""
-    count = value_count(rows, 1, gamma.dtype)
+    count = value_count(rows, [0], gamma.dtype)
     divisor = max(count, 1.0) if isinstance(count, float) else tf.maximum(count, 1.0)
 
     def mean_of(values):
@@ -97,8 +97,10 @@ def fused(
             is_training=True,
         )
 
+    reduced = [0, 1, 2] if data_format == "NHWC" else [0, 2, 3]
+
     def shifted_forward(image):
-        shift = _central_value(image, data_format)
+        shift = _central_value(image, reduced)
         y, mean, *rest = forward(tf.cast(image, gamma.dtype) - shift)
         return (tf.cast(y, image.dtype), mean + tf.reshape(shift, [-1]), *rest)
 
@@ -123,7 +125,7 @@ def fused(
             )[:3]
 
         def shifted_backward(dy):
-            shifted = tf.cast(image, gamma.dtype) - _central_value(image, data_format)
+            shifted = tf.cast(image, gamma.dtype) - _central_value(image, reduced)
             dx, *rest = backward(tf.cast(dy, gamma.dtype), shifted)
             return (tf.cast(dx, image.dtype), *rest)
 
@@ -136,32 +138,35 @@ def fused(
 
 
 def two_pass(
-    rows: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float, activation: Activation
+    x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float, activation: Activation, planes: bool
 ) -> tuple[tf.Tensor, Moments]:
-    """Two reductions over the rows of a matrix, forward and backward: what XLA's CPU compiler does best.
+    """Two sums of each channel's values, forward and backward: what XLA's CPU compiler does best.
 
     Every deviation is (x - shift) - delta with a shift taken from the data: the first difference is exact where the
     offset is large, so no digits are lost there, and it is zero for a constant channel. A rectifier is made part of it:
     the backward pass finds its sign from the input again.
 
     Args:
-        rows: Shape `(M, C)`, or `(G, M, C)` for groups.
+        x: Shape `(M, C)`, or `(G, M, C)` for groups; where it is `planes`, `(N, C, S)`.
     """
-    channel_axis = len(rows.shape) - 1
-    count = value_count(rows, channel_axis, gamma.dtype)
+    rank = len(x.shape)
+    summed = [0, 2] if planes else [rank - 2]
+    count = value_count(x, summed, gamma.dtype)
     rectified = activation is keras.activations.relu
     # A group, or a batch, may be empty: its sums are zero, and so are their means.
     divisor = max(count, 1.0) if isinstance(count, float) else tf.maximum(count, 1.0)
 
     @tf.custom_gradient
-    def normalize(rows, gamma, beta):
-        shift = _central_value(rows)
+    def normalize(x, gamma, beta):
+        if planes:
+            gamma, beta = gamma[:, None], beta[:, None]
+        shift = _central_value(x, summed)
 
         def shifted():
-            return tf.cast(rows, gamma.dtype) - shift
+            return tf.cast(x, gamma.dtype) - shift
 
-        delta = _sum_of_rows(shifted()) / divisor
-        m2 = _sum_of_rows(tf.square(shifted() - delta))
+        delta = _sum_along(summed, shifted()) / divisor
+        m2 = _sum_along(summed, tf.square(shifted() - delta))
         inverse_std = tf.math.rsqrt(m2 / divisor + epsilon)
         y = (shifted() - delta) * (inverse_std * gamma) + beta
         if rectified:
@@ -172,30 +177,36 @@ def two_pass(
             deviation = shifted() - delta
             if rectified:
                 dy = tf.where(deviation * (inverse_std * gamma) + beta > 0, dy, 0)
-            dbeta = _sum_of_rows(dy)
-            dgamma = _sum_of_rows(dy * deviation) * inverse_std
+            dbeta = _sum_along(summed, dy)
+            dgamma = _sum_along(summed, dy * deviation) * inverse_std
             dx = (dy - dbeta / divisor - deviation * (dgamma * inverse_std / divisor)) * (inverse_std * gamma)
-            return tf.cast(dx, rows.dtype), *(tf.reduce_sum(d, range(channel_axis)) for d in (dgamma, dbeta))
+            others = summed if planes else range(rank - 1)
+            return tf.cast(dx, x.dtype), *(tf.reduce_sum(d, others) for d in (dgamma, dbeta))
 
-        return (tf.cast(y, rows.dtype), tf.squeeze(shift + delta, -2), tf.squeeze(m2, -2)), gradient
+        return (tf.cast(y, x.dtype), tf.squeeze(shift + delta, summed), tf.squeeze(m2, summed)), gradient
 
-    y, mean, m2 = normalize(rows, gamma, beta)
+    y, mean, m2 = normalize(x, gamma, beta)
     y = y if rectified else activation(y)
     return y, Moments(count, tf.stop_gradient(mean), tf.stop_gradient(m2))
 
 
-def _sum_of_rows(values: tf.Tensor) -> tf.Tensor:
-    """Sum over axis -2, which is kept; for XLA in two steps, the first a sum of few."""
-    rows = values.shape[-2] if values.shape[-2] is not None else tf.shape(values)[-2]
+def _sum_along(axes: Sequence[int], values: tf.Tensor) -> tf.Tensor:
+    """Sum over `axes`, which are kept; for XLA in two steps, the first a sum of few."""
     if not in_xla_context() or is_small(values):
-        return tf.reduce_sum(values, -2, keepdims=True)
-    part = rows // _PARTS
+        for axis in reversed(axes):
+            values = tf.reduce_sum(values, axis, keepdims=True)
+        return values
+    # Along the first axis that is long enough for it.
+    axis = next((axis for axis in axes if (values.shape[axis] or _LIKELY_BATCH) >= 2 * _PARTS), axes[-1])
+    size = values.shape[axis] if values.shape[axis] is not None else tf.shape(values)[axis]
+    part = size // _PARTS
+    whole, rest = tf.split(values, [part * _PARTS, size - part * _PARTS], axis)
     sizes = tf.shape(values)
-    parts = tf.reshape(values[..., : part * _PARTS, :], tf.concat([sizes[:-2], [_PARTS, part], sizes[-1:]], 0))
-    total = tf.reduce_sum(_kept_apart(tf.reduce_sum(parts, -3)), -2, keepdims=True)
-    if isinstance(rows, int) and rows % _PARTS == 0:
+    parts = tf.reshape(whole, tf.concat([sizes[:axis], [_PARTS, part], sizes[axis + 1 :]], 0))
+    total = tf.reduce_sum(_kept_apart(tf.reduce_sum(parts, axis)), axes, keepdims=True)
+    if isinstance(size, int) and size % _PARTS == 0:
         return total
-    return total + tf.reduce_sum(values[..., part * _PARTS :, :], -2, keepdims=True)
+    return total + tf.reduce_sum(rest, axes, keepdims=True)
 
 
 @tf.custom_gradient
@@ -205,8 +216,8 @@ def _kept_apart(values: tf.Tensor) -> tuple[tf.Tensor, Callable]:
 
 
 @functools.partial(tf.function, jit_compile=True, reduce_retracing=True)
-def compiled_two_pass(rows, gamma, beta, epsilon, activation):
-    return two_pass(rows, gamma, beta, epsilon, activation)
+def compiled_two_pass(x, gamma, beta, epsilon, activation, planes):
+    return two_pass(x, gamma, beta, epsilon, activation, planes)
 
 
 def composed(
@@ -225,7 +236,7 @@ def composed(
     """
     values = tf.cast(rows, gamma.dtype)
     if weights is None:
-        shift = _central_value(rows)
+        shift = _central_value(rows, [len(rows.shape) - 2])
     else:
         # The largest value that counts: a value of the channel, whatever the others hold.
         largest = tf.reduce_max(tf.where(weights > 0, values, gamma.dtype.min), -2, keepdims=True)
@@ -244,18 +255,12 @@ def composed(
     )
 
 
-def _central_value(x: tf.Tensor, data_format: str = "NHWC") -> tf.Tensor:
+def _central_value(x: tf.Tensor, reduced: Sequence[int]) -> tf.Tensor:
     """Per channel the median of its first, middle and last value: near the mean, and itself a value of the channel.
 
-    Args:
-        x: Shape `(M, C)` or `(G, M, C)`, with a value of its own for each of G; or an image of `data_format`.
-
     Returns:
-        Shape of `x` with 1 along what is reduced, in the dtype of the statistics; zero where `x` is empty.
+        Shape of `x` with 1 along the axes `reduced`, in the dtype of the statistics; zero where `x` is empty.
     """
-    reduced = [len(x.shape) - 2]
-    if len(x.shape) == 4:
-        reduced = [0, 1, 2] if data_format == "NHWC" else [0, 2, 3]
     sizes = tf.unstack(tf.shape(x), len(x.shape))
 
     def pick(position):
@@ -269,9 +274,8 @@ def _central_value(x: tf.Tensor, data_format: str = "NHWC") -> tf.Tensor:
     return tf.stop_gradient(tf.maximum(low, tf.minimum(high, last)))
 
 
-def value_count(x: tf.Tensor, channel_axis: int, dtype: tf.DType) -> tf.Tensor | float:
-    """How many values a channel (of a group, in rank 3) has: a Python number where the shape is known."""
-    counted = [axis for axis in range(len(x.shape)) if axis != channel_axis and (axis != 0 or len(x.shape) != 3)]
-    if all(x.shape[axis] is not None for axis in counted):
-        return float(math.prod(x.shape[axis] for axis in counted))
-    return tf.cast(tf.reduce_prod(tf.gather(tf.shape(x), counted)), dtype)
+def value_count(x: tf.Tensor, reduced: Sequence[int], dtype: tf.DType) -> tf.Tensor | float:
+    """How many values there are along the axes `reduced`: a Python number where the shape is known."""
+    if all(x.shape[axis] is not None for axis in reduced):
+        return float(math.prod(x.shape[axis] for axis in reduced))
+    return tf.cast(tf.reduce_prod(tf.gather(tf.shape(x), reduced)), dtype)

@@ -21,7 +21,7 @@ from keras_bn._batch_kernels import (
     two_pass,
     value_count,
 )
-from keras_bn.layouts import along, as_image, as_rows, has_planes
+from keras_bn.layouts import along, as_image, as_planes, as_rows, has_planes
 from keras_bn.statistics import Moments
 
 # On a CPU the fused operation is up to twice as fast on single pixels as on whole images (measured): always where the
@@ -96,22 +96,23 @@ def normalize_with_batch(
                 )
             flat = channels >= _FLAT_CHANNELS and _on_cpu()
             image, data_format, restore = as_image(x, axes, flat, channels_last=_on_cpu())
-            channel_axis = 3 if data_format == "NHWC" else 1
-            count = value_count(image, channel_axis, dtype)
-            sizes = [size for axis, size in enumerate(image.shape) if axis != channel_axis]
-            if not isinstance(count, float) and all(size in (1, None) for size in sizes):
+            reduced = [0, 1, 2] if data_format == "NHWC" else [0, 2, 3]
+            count = value_count(image, reduced, dtype)
+            if not isinstance(count, float) and all(image.shape[axis] in (1, None) for axis in reduced):
                 _warn_of_single_value(count)
             y, mean, unbiased = fused(image, gamma, beta, epsilon, data_format)
             return activation(restore(y)), _constant(Moments(count, mean, unbiased * (count - 1)))
-        rows, restore = as_rows(x, axes)
         if kernel == "small":
-            count = value_count(rows, 1, dtype)
+            rows, restore = as_rows(x, axes)
+            count = value_count(rows, [0], dtype)
             if not isinstance(count, float):
                 _warn_of_single_value(count)
             y, mean, m2 = small(tf.cast(rows, dtype), gamma, beta, epsilon)
             return activation(restore(tf.cast(y, x.dtype))), _constant(Moments(count, mean, m2))
+        planes = has_planes(x, axes)
+        view, restore = as_planes(x, axes) if planes else as_rows(x, axes)
         normalize = compiled_two_pass if kernel == "xla" else two_pass
-        y, moments = normalize(rows, gamma, beta, epsilon, activation)
+        y, moments = normalize(view, gamma, beta, epsilon, activation, planes)
         return restore(y), moments
 
     rows, restore = as_rows(x, axes)
@@ -121,7 +122,7 @@ def normalize_with_batch(
 
     def normalize_part(rows, weights):
         if weights is None and not synchronized:
-            return two_pass(rows, gamma, beta, epsilon, activation)
+            return two_pass(rows, gamma, beta, epsilon, activation, planes=False)
         y, moments = composed(rows, gamma, beta, epsilon, weights, synchronized)
         return activation(y), moments
 

@@ -39,14 +39,24 @@ def as_image(x: tf.Tensor, axes: Sequence[int], flat: bool, channels_last: bool)
     if has_planes(x, axes) and not channels_last:
         # Reshaped also where it is an NCHW image already: TensorFlow's graph rewriter merges an NHWC convolution with
         # an NCHW normalization that directly follows, as if the channels were last, and answers wrong.
-        sizes, first, last = tf.shape(x), axes[0], axes[-1]
-        shape = tf.stack([tf.reduce_prod(sizes[:first]), channels, tf.reduce_prod(sizes[last + 1 :]), 1])
-        return tf.ensure_shape(tf.reshape(x, shape), [None, channels, None, 1]), "NCHW", _reshape_like(x)
+        planes, restore = as_planes(x, axes)
+        return planes[..., None], "NCHW", restore
     rows, restore = as_rows(x, axes)
     pixels = [x.shape[axis] for axis in range(rank) if axis not in axes][1:]
     # A size that is not known makes it single pixels, and so does an image of none, which cannot be reshaped.
     height = 1 if flat or None in pixels else max(1, math.prod(pixels))
     return tf.reshape(rows, [-1, height, 1, channels]), "NHWC", lambda y: restore(tf.reshape(y, [-1, channels]))
+
+
+def as_planes(x: tf.Tensor, axes: Sequence[int]) -> tuple[tf.Tensor, Restore]:
+    """`x`, which must have planes, as examples of channels of values, shape `(N, C, S)`, and the way back."""
+
+    def product(part):
+        known = x.shape[part]
+        return math.prod(known) if None not in known else tf.reduce_prod(tf.shape(x)[part])
+
+    shape = [product(slice(axes[0])), product(slice(axes[0], axes[-1] + 1)), product(slice(axes[-1] + 1, None))]
+    return tf.reshape(x, shape), _reshape_like(x)
 
 
 def has_planes(x: tf.Tensor, axes: Sequence[int]) -> bool:
