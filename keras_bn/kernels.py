@@ -189,14 +189,13 @@ def normalize_with(
         return restore(_fused_inference(image, mean, variance, scale, offset, epsilon, data_format))
     examples = x.shape[0] if axes[0] > 0 else 1
     if x.dtype == tf.float32 or (examples is not None and examples < _PIXEL_EXAMPLES):
-        # One pass over memory fewer, where no digits are lost by it.
+        # The mean goes into the offset, one pass over memory fewer, where no digits are lost by it.
         near = tf.reduce_all(tf.square(mean) <= TRUSTED_OFFSET**2 * (variance + epsilon))
-
-        def folded():
-            scale = factor()
-            return tf.cast(scale_and_shift(tf.cast(x, dtype), scale, offset - mean * scale, axes=axes), x.dtype)
-
-        return tf.cond(near, folded, plain)
+        scale = factor()
+        values = tf.cast(x, dtype)
+        values = tf.cond(near, lambda: values, lambda: values - along(axes, mean, x))
+        y = scale_and_shift(values, scale, tf.where(near, offset - mean * scale, offset), axes=axes)
+        return tf.cast(y, x.dtype)
     # The fused operation would have to transpose it forth and back. Each pixel of a channel can be a channel instead,
     # for half types, where plain operations have to copy the image to float32.
     sizes = tf.shape(x)
