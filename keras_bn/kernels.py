@@ -152,7 +152,7 @@ def normalize_with(
 
     y = gamma * (x - mean) / sqrt(variance + epsilon) + beta
 
-    The mean is subtracted before anything is multiplied, so no digits are lost far from zero.
+    Far from zero the mean is subtracted before anything is multiplied, so that no digits are lost.
 
     Args:
         x: Floating-point tensor of rank 2 or more.
