@@ -186,7 +186,8 @@ def test_requests_given_up_while_a_large_body_is_read_leave_no_version_in_use(mo
     body = json.dumps({"inputs": {"x": [0.5] * 300_000, "ignored": None}}).encode()
     flags = ["--model_name=half_plus_two", f"--model_base_path={base}", "--file_system_poll_wait_seconds=0.05"]
     with running_server(*flags, "--rest_api_timeout_in_ms=1") as server, Client(server.url) as client:
-        for _ in range(3):
+        # Whether the lease is taken before or after the time is over differs from try to try.
+        for _ in range(30):
             assert exchange(server, post(body, b"Content-Length: %d" % len(body)))[0] == 504
         shutil.rmtree(base / "2")
         for _ in range(1000):
