@@ -198,17 +198,17 @@ def normalize_with(
         return tf.cast(y, x.dtype)
     # The fused operation would have to transpose it forth and back. Each pixel of a channel can be a channel instead,
     # for half types, where plain operations have to copy the image to float32.
-    sizes = tf.shape(x)
-    pixels = tf.reduce_prod(sizes[axes[-1] + 1 :])
+    planes, restore = as_planes(x, axes)
+    examples, channels, pixels = tf.unstack(tf.shape(planes))
 
     def per_pixel(vector):
         return tf.reshape(tf.tile(vector[:, None], [1, pixels]), [-1])
 
-    image = tf.reshape(x, tf.stack([tf.reduce_prod(sizes[: axes[0]]), 1, 1, tf.shape(mean)[0] * pixels]))
+    image = tf.reshape(planes, [examples, 1, 1, channels * pixels])
     y = _fused_inference(
         image, per_pixel(mean), per_pixel(variance), per_pixel(scale), per_pixel(offset), epsilon, "NHWC"
     )
-    return tf.reshape(y, sizes)
+    return restore(y)
 
 
 def _fused_inference(image, mean, variance, scale, offset, epsilon, data_format):

@@ -80,7 +80,9 @@ def test_inference_of_large_planes_keeps_its_digits_at_any_offset(dtype, offset,
     assert_close(call(x), want, dtype, scale=4 * np.abs(want).max())
 
 
-@pytest.mark.parametrize("shape", [(9, 5, 4, 70), (None, 5, 4, 3), (9, 2, 3, 4, 5), (None, 70), (9, 6, 70)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(9, 5, 4, 70), (None, 5, 4, 3), (None, 5, None, 3), (9, 2, 3, 4, 5), (None, 70), (9, 6, 70)], ids=str
+)
 @pytest.mark.parametrize("axis", [1, -1])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_large_inputs_of_every_layout_are_normalized_right(dtype, axis, shape, monkeypatch):
@@ -97,7 +99,7 @@ def test_layout_of_a_gpu_is_normalized_right(axis, monkeypatch):
 
 def _assert_normalized_right(dtype, axis, shape):
     rng = np.random.default_rng(0)
-    x = tf.cast(rng.normal(1, 1, (9, *shape[1:])), dtype)
+    x = tf.cast(rng.normal(1, 1, [9, *(size or 4 for size in shape[1:])]), dtype)
     channels = shape[axis]
     mean, variance = (
         tf.constant(rng.normal(1, 1, channels), "float32"),
