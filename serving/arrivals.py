@@ -1,9 +1,18 @@
 """Brings what other threads have done to the event loop, all that is there in one go."""
 
 import asyncio
+import concurrent.futures
 import threading
 from collections.abc import Callable
 from typing import Any
+
+
+def settle(waiting: "asyncio.Future[Any] | concurrent.futures.Future[Any]", outcome: Any) -> None:
+    """Gives `waiting` its outcome: a result, or the error to raise."""
+    if isinstance(outcome, BaseException):
+        waiting.set_exception(outcome)
+    else:
+        waiting.set_result(outcome)
 
 
 class Arrivals:
@@ -36,12 +45,8 @@ class Arrivals:
         with self._lock:
             arrived, self._arrived = self._arrived, []
         for waiting, outcome in arrived:
-            if waiting.done():
-                continue
-            if isinstance(outcome, BaseException):
-                waiting.set_exception(outcome)
-            else:
-                waiting.set_result(outcome)
+            if not waiting.done():
+                settle(waiting, outcome)
 
 
 class Arrival:

@@ -1,5 +1,6 @@
 """TensorFlow Serving's gRPC services, health checking and reflection on top of the prediction service."""
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterable
@@ -27,6 +28,7 @@ from tensorflow_serving.apis import (
     regression_pb2,
 )
 
+from serving.arrivals import settle
 from serving.batching import Finish, Task
 from serving.config_files import model_configs
 from serving.errors import Code, InvalidArgumentError, ServingError, UnimplementedError
@@ -76,15 +78,8 @@ class _Servicer:
         self, context: grpc.ServicerContext, lease: Lease, start: Callable[[Callable[[Any], None]], Task]
     ) -> Any:
         future: Future[Any] = Future()
-
-        def finish(outcome: Any) -> None:
-            if isinstance(outcome, BaseException):
-                future.set_exception(outcome)
-            else:
-                future.set_result(outcome)
-
         try:
-            task = start(finish)
+            task = start(functools.partial(settle, future))
         except BaseException:
             lease.release()
             raise

@@ -1,5 +1,6 @@
 """Grouping requests: the answers stay what they are alone, and TensorFlow Serving's parameters hold."""
 
+import functools
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from serving.arrivals import settle
 from serving.batching import Batcher, BatchingOptions
 from serving.errors import Code, InvalidArgumentError, ServingError, UnavailableError
 from serving.servable import Servable
@@ -61,15 +63,8 @@ def run_all(batcher: Batcher, servable: Servable, name: str, arrays: list[Any]) 
 
 def ask(batcher: Batcher, servable: Servable, name: str, inputs: dict[str, Any], **more: Any) -> "Future[Any]":
     future: Future[Any] = Future()
-
-    def finish(outcome: Any) -> None:
-        # A future takes one outcome: a second one would be logged, and the request of another go without its own.
-        if isinstance(outcome, BaseException):
-            future.set_exception(outcome)
-        else:
-            future.set_result(outcome)
-
-    batcher.submit(servable, servable.signature(name), inputs, finish, **more)
+    # A future takes one outcome: a second one would be logged, and the request of another go without its own.
+    batcher.submit(servable, servable.signature(name), inputs, functools.partial(settle, future), **more)
     return future
 
 
