@@ -94,8 +94,9 @@ def normalize_with_batch(
                     "`kernel` must be 'auto', 'xla' or 'stable' for float64 inputs, which TensorFlow's fused "
                     "operation does not take. Received: kernel='fused'."
                 )
-            flat = channels >= _FLAT_CHANNELS and _on_cpu()
-            image, data_format, restore = as_image(x, axes, flat, channels_last=_on_cpu())
+            on_cpu = _on_cpu()
+            flat = channels >= _FLAT_CHANNELS and on_cpu
+            image, data_format, restore = as_image(x, axes, flat, channels_last=on_cpu)
             reduced = [0, 1, 2] if data_format == "NHWC" else [0, 2, 3]
             count = value_count(image, reduced, dtype)
             if not isinstance(count, float) and all(image.shape[axis] in (1, None) for axis in reduced):
@@ -184,8 +185,9 @@ def normalize_with(
         return plain()
     scale = tf.ones_like(mean) if gamma is None else gamma
     offset = tf.zeros_like(mean) if beta is None else beta
-    if not (_on_cpu() and has_planes(x, axes)):
-        image, data_format, restore = as_image(x, axes, flat=_on_cpu(), channels_last=_on_cpu())
+    on_cpu = _on_cpu()
+    if not (on_cpu and has_planes(x, axes)):
+        image, data_format, restore = as_image(x, axes, flat=on_cpu, channels_last=on_cpu)
         return restore(_fused_inference(image, mean, variance, scale, offset, epsilon, data_format))
     examples = x.shape[0] if axes[0] > 0 else 1
     if x.dtype == tf.float32 or (examples is not None and examples < _PIXEL_EXAMPLES):

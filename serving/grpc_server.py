@@ -9,7 +9,6 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any
 
 import grpc
-import numpy as np
 from google.protobuf import any_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -32,17 +31,17 @@ from serving.arrivals import settle
 from serving.batching import Finish, Task
 from serving.config_files import model_configs
 from serving.errors import Code, InvalidArgumentError, ServingError, UnimplementedError
-from serving.examples import CLASSIFY, REGRESS, Classes
+from serving.examples import CLASSIFY, REGRESS
+from serving.grpc_messages import NO_SPEC, answered_by, classification, model_spec, regression
 from serving.metrics import Metrics
 from serving.model_repository import Lease
-from serving.prediction_service import ModelSpec, PredictionService
+from serving.prediction_service import PredictionService
 from serving.servable import DEFAULT_SIGNATURE
 from serving.tensor_proto import from_array, to_array
 
 _log = logging.getLogger(__name__)
 _STATUS = {code.value[0]: code for code in grpc.StatusCode}
 _SIGNATURE_FIELD = "signature_def"
-_NO_SPEC = "Missing ModelSpec"
 
 
 class _Servicer:
@@ -72,7 +71,7 @@ class _Servicer:
         context.abort(_STATUS[int(code)], message)
 
     def _lease(self, spec: model_pb2.ModelSpec) -> Lease:
-        return self._service.lease(_model_spec(spec))
+        return self._service.lease(model_spec(spec))
 
     def _await(
         self, context: grpc.ServicerContext, lease: Lease, start: Callable[[Callable[[Any], None]], Task]
@@ -121,7 +120,7 @@ class _PredictionServicer(_Servicer, prediction_service_pb2_grpc.PredictionServi
 
         outputs = self._await(context, lease, start)
         return predict_pb2.PredictResponse(
-            model_spec=_answered_by(lease, name or DEFAULT_SIGNATURE),
+            model_spec=answered_by(lease, name or DEFAULT_SIGNATURE),
             outputs={key: from_array(value) for key, value in outputs.items()},
         )
 
@@ -132,7 +131,7 @@ class _PredictionServicer(_Servicer, prediction_service_pb2_grpc.PredictionServi
         name = request.model_spec.signature_name
         classes = self._await(context, lease, lambda finish: self._service.classify(lease, name, request.input, finish))
         return classification_pb2.ClassificationResponse(
-            model_spec=_answered_by(lease, name or DEFAULT_SIGNATURE), result=_classification(classes)
+            model_spec=answered_by(lease, name or DEFAULT_SIGNATURE), result=classification(classes)
         )
 
     def _regress(
@@ -142,7 +141,7 @@ class _PredictionServicer(_Servicer, prediction_service_pb2_grpc.PredictionServi
         name = request.model_spec.signature_name
         numbers = self._await(context, lease, lambda finish: self._service.regress(lease, name, request.input, finish))
         return regression_pb2.RegressionResponse(
-            model_spec=_answered_by(lease, name or DEFAULT_SIGNATURE), result=_regression(numbers)
+            model_spec=answered_by(lease, name or DEFAULT_SIGNATURE), result=regression(numbers)
         )
 
     def _multi_inference(
@@ -162,7 +161,7 @@ class _PredictionServicer(_Servicer, prediction_service_pb2_grpc.PredictionServi
             if task.method_name not in (CLASSIFY, REGRESS):
                 raise UnimplementedError(f"Unsupported signature method_name: {task.method_name}")
             lease = self._lease(task.model_spec)
-            result = response.results.add(model_spec=_answered_by(lease, signature))
+            result = response.results.add(model_spec=answered_by(lease, signature))
             run = self._service.classify if task.method_name == CLASSIFY else self._service.regress
 
             def start(finish: Any, run: Any = run, lease: Lease = lease, signature: str = signature) -> Task:
@@ -170,16 +169,16 @@ class _PredictionServicer(_Servicer, prediction_service_pb2_grpc.PredictionServi
 
             answer = self._await(context, lease, start)
             if task.method_name == CLASSIFY:
-                result.classification_result.CopyFrom(_classification(answer))
+                result.classification_result.CopyFrom(classification(answer))
             else:
-                result.regression_result.CopyFrom(_regression(answer))
+                result.regression_result.CopyFrom(regression(answer))
         return response
 
     def _metadata(
         self, request: get_model_metadata_pb2.GetModelMetadataRequest
     ) -> get_model_metadata_pb2.GetModelMetadataResponse:
         if not request.HasField("model_spec"):
-            raise InvalidArgumentError(_NO_SPEC)
+            raise InvalidArgumentError(NO_SPEC)
         if not request.metadata_field:
             raise InvalidArgumentError("GetModelMetadataRequest must specify at least one metadata_field")
         for field in request.metadata_field:
@@ -192,7 +191,7 @@ class _PredictionServicer(_Servicer, prediction_service_pb2_grpc.PredictionServi
             packed = any_pb2.Any()
             packed.Pack(definitions)
             return get_model_metadata_pb2.GetModelMetadataResponse(
-                model_spec=_answered_by(lease, ""), metadata={_SIGNATURE_FIELD: packed}
+                model_spec=answered_by(lease, ""), metadata={_SIGNATURE_FIELD: packed}
             )
 
 
@@ -209,9 +208,9 @@ class _ModelServicer(_Servicer, model_service_pb2_grpc.ModelServiceServicer):
         self, request: get_model_status_pb2.GetModelStatusRequest
     ) -> get_model_status_pb2.GetModelStatusResponse:
         if not request.HasField("model_spec"):
-            raise InvalidArgumentError(_NO_SPEC)
+            raise InvalidArgumentError(NO_SPEC)
         response = get_model_status_pb2.GetModelStatusResponse()
-        for version, state, error in self._service.status(_model_spec(request.model_spec)):
+        for version, state, error in self._service.status(model_spec(request.model_spec)):
             one = response.model_version_status.add(version=version, state=int(state))
             one.status.error_code = int(error.code) if error else 0
             one.status.error_message = error.message if error else ""
@@ -274,40 +273,3 @@ def make_server(
         for address in addresses
     ]
     return server, ports
-
-
-def _model_spec(spec: model_pb2.ModelSpec) -> ModelSpec:
-    if not spec.name:
-        raise InvalidArgumentError(_NO_SPEC)
-    choice = spec.WhichOneof("version_choice")
-    return ModelSpec(
-        spec.name,
-        spec.version.value if choice == "version" else None,
-        spec.version_label if choice == "version_label" else None,
-    )
-
-
-def _answered_by(lease: Lease, signature_name: str) -> model_pb2.ModelSpec:
-    spec = model_pb2.ModelSpec(name=lease.model_name, signature_name=signature_name)
-    spec.version.value = lease.version
-    return spec
-
-
-def _classification(classes: Classes) -> classification_pb2.ClassificationResult:
-    result = classification_pb2.ClassificationResult()
-    labels, scores = classes
-    shape = scores.shape if scores is not None else labels.shape if labels is not None else (0, 0)
-    for row in range(shape[0]):
-        one = result.classifications.add()
-        for column in range(shape[1]):
-            one.classes.add(
-                label="" if labels is None else labels[row, column],
-                score=0.0 if scores is None else float(scores[row, column]),
-            )
-    return result
-
-
-def _regression(numbers: np.ndarray) -> regression_pb2.RegressionResult:
-    return regression_pb2.RegressionResult(
-        regressions=[regression_pb2.Regression(value=value) for value in numbers.tolist()]
-    )

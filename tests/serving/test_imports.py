@@ -15,7 +15,7 @@ LAYERS = [
     {"__main__"},
     {"server"},
     {"rest_server", "grpc_server"},
-    {"rest_extras"},
+    {"rest_extras", "grpc_messages"},
     {"prediction_service"},
     {"model_repository", "batching", "loading"},
     {"examples"},

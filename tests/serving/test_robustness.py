@@ -88,7 +88,9 @@ def test_requests_sent_all_at_once_are_all_answered_in_order(server: RunningServ
         sender.start()
         received = b""
         while received.count(b"]\n}") < len(numbers):
-            received += connection.recv(1 << 20)
+            piece = connection.recv(1 << 20)
+            assert piece, "the server closed the connection"
+            received += piece
         sender.join()
     answers = [json.loads(part.partition(b"\r\n\r\n")[2]) for part in received.split(b"HTTP/1.1 200 OK\r\n")[1:]]
     assert answers == [{"predictions": [n / 2 + 3]} for n in numbers]
