@@ -24,21 +24,26 @@ SHAPES = {
 DTYPES = ("float32", "bfloat16", "float16")
 AXES = ("last", "first")
 TASKS = ("forward", "training", "inference")
-MODES = ("eager", "graph", "jit_compile")
-SERIES = ("ours", "keras", "tf_keras", "torch", "copy")
+MODES = ("eager", "graph", "steps", "jit_compile")
+SERIES = ("ours", "ours native", "keras", "tf_keras", "torch", "copy")
 # Calling a function costs more than normalizing a small tensor does: in a graph so many values go through a stack of
 # layers, at most 20 of them, and the time is for each. Under XLA that many layers stand side by side, where the call
 # would be most of the time: it would fuse layers that follow each other directly, as they never do in a network.
 VALUES_IN_A_CALL = 2**24
 SMALL = 2**17
-COLUMNS = ("mode", "dtype", "axis", "shape", "task", *SERIES, "keras / ours", "best peer / ours", "ours / copy")
+# Each layer adds its variables to what a call has to pass, which takes as long as normalizing a small tensor. The mode
+# "steps" is without that: a graph in which the stack of layers takes so many steps, each of what the one before gave.
+STEPS_IN_A_CALL = 50
+RATIOS = ("keras / ours", "keras / ours native", "best peer / ours", "ours / copy")
+COLUMNS = ("mode", "dtype", "axis", "shape", "task", *SERIES, *RATIOS)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.layer",
         description="Median time of the layer alone in milliseconds, all contestants in turn. `forward` is a call in "
-        "training, `training` adds the gradients. `copy` copies the same tensor: what memory allows at best.",
+        "training, `training` adds the gradients. `copy` copies the same tensor: what memory allows at best. `ours "
+        "native` has kernel='native'. The mode `steps` is for small tensors: a graph takes many steps in one call.",
     )
     for name, choices in {
         "modes": MODES,
@@ -54,7 +59,11 @@ def main() -> None:
     parser.add_argument("--name", default="layer", help="of the files below benchmarks/results (default: layer)")
     parser.add_argument("--keep", action="store_true", help="keep the rows of an earlier run not measured now")
     flags = parser.parse_args()
-    questions = list(itertools.product(flags.modes, flags.dtypes, flags.axes, flags.shapes, flags.tasks))
+    questions = [
+        question
+        for question in itertools.product(flags.modes, flags.dtypes, flags.axes, flags.shapes, flags.tasks)
+        if question[0] != "steps" or math.prod(SHAPES[question[3]]) <= SMALL
+    ]
     rows = [_measure(*question, flags.seconds) for question in measuring.progress(questions, "layer")]
     if flags.keep:
         # In the order of the whole grid.
@@ -83,9 +92,14 @@ def _measure(mode: str, dtype: str, axis: str, shape_name: str, task: str, secon
     layers = max(1, min(20, VALUES_IN_A_CALL // math.prod(shape)))
     if mode == "eager" or (mode == "jit_compile" and math.prod(shape) > SMALL):
         layers = 1
-    contestants = _tensorflow(mode, dtype, axis, shape, task, layers) | _torch(mode, dtype, axis, shape, task, layers)
-    times = {name: time / layers for name, time in measuring.interleaved(contestants, seconds).items()}
-    del contestants
+    steps = STEPS_IN_A_CALL if mode == "steps" else 1
+    stepping = _tensorflow(mode, dtype, axis, shape, task, layers, steps)
+    contestants = stepping | _torch(mode, dtype, axis, shape, task, layers) | _copy(dtype, shape, layers)
+    times = {
+        name: time / layers / (steps if name in stepping else 1)
+        for name, time in measuring.interleaved(contestants, seconds).items()
+    }
+    del contestants, stepping
     gc.collect()
     peers = [times[name] for name in ("keras", "tf_keras", "torch") if name in times]
     return {
@@ -96,12 +110,13 @@ def _measure(mode: str, dtype: str, axis: str, shape_name: str, task: str, secon
         "task": task,
         **times,
         "keras / ours": times["keras"] / times["ours"],
+        "keras / ours native": times["keras"] / times["ours native"] if "ours native" in times else None,
         "best peer / ours": min(peers) / times["ours"],
         "ours / copy": times["ours"] / times["copy"],
     }
 
 
-def _tensorflow(mode: str, dtype: str, axis: str, shape: tuple, task: str, layers: int) -> dict:
+def _tensorflow(mode: str, dtype: str, axis: str, shape: tuple, task: str, layers: int, steps: int) -> dict:
     import keras
     import tensorflow as tf
     import tf_keras
@@ -114,8 +129,8 @@ def _tensorflow(mode: str, dtype: str, axis: str, shape: tuple, task: str, layer
     xs = [tf.cast(tf.random.normal(shape, mean=0.5), dtype) for _ in range(inputs)]
     dys = [tf.cast(tf.random.normal(shape), dtype) for _ in range(inputs)]
 
-    def runner(kind):
-        made = [kind(axis=number, dtype=policy) for _ in range(layers)]
+    def runner(kind, **options):
+        made = [kind(axis=number, dtype=policy, **options) for _ in range(layers)]
         for layer in made:
             layer.build(shape)
         variables = [getattr(variable, "_value", variable) for layer in made for variable in (layer.gamma, layer.beta)]
@@ -134,16 +149,34 @@ def _tensorflow(mode: str, dtype: str, axis: str, shape: tuple, task: str, layer
                 ys = forward(xs)
             return tape.gradient(ys, [*xs, *variables], output_gradients=dys)
 
-        function = run if mode == "eager" else tf.function(run, jit_compile=mode == "jit_compile", autograph=False)
+        def run_steps(xs, dys):
+            def step(done, xs, total):
+                (x, *gradients) = run(xs, dys)
+                return done + 1, [x], total + tf.add_n(gradients) if gradients else total
+
+            total = tf.zeros(shape[number])
+            return tf.while_loop(lambda done, *_: done < steps, step, [0, xs, total], parallel_iterations=1)
+
+        whole = run_steps if steps > 1 else run
+        function = run if mode == "eager" else tf.function(whole, jit_compile=mode == "jit_compile", autograph=False)
         # Operations and functions return when their work is done: TensorFlow runs them synchronously on a CPU.
         return lambda: function(xs, dys)
 
-    return {
+    contestants = {
         "ours": runner(keras_bn.BatchNormalization),
         "keras": runner(keras.layers.BatchNormalization),
         "tf_keras": runner(tf_keras.layers.BatchNormalization),
-        "copy": lambda: [tf.raw_ops.DeepCopy(x=xs[index % inputs]) for index in range(layers)],
     }
+    if mode in ("graph", "steps") and math.prod(shape) <= SMALL and task != "inference":
+        contestants["ours native"] = runner(keras_bn.BatchNormalization, kernel="native")
+    return contestants
+
+
+def _copy(dtype: str, shape: tuple, layers: int) -> dict:
+    import tensorflow as tf
+
+    x = tf.cast(tf.random.normal(shape, mean=0.5), dtype)
+    return {"copy": lambda: [tf.raw_ops.DeepCopy(x=x) for _ in range(layers)]}
 
 
 def _torch(mode: str, dtype: str, axis: str, shape: tuple, task: str, layers: int) -> dict:

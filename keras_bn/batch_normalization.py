@@ -8,9 +8,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_bn import arguments, kernels, statistics
+from keras_bn import _native, arguments, kernels, statistics
 
-_KERNELS = ("auto", "fused", "xla", "stable")
+_KERNELS = ("auto", "fused", "xla", "stable", "native")
 
 
 @keras.saving.register_keras_serializable(package="keras_bn")
@@ -64,8 +64,11 @@ class BatchNormalization(keras.layers.BatchNormalization):
         activation: Optional, applied last.
         kernel: How batch statistics are normalized with. "auto": the fastest way that is right where the layer runs.
             "fused": TensorFlow's fused operation. "xla": the normalization compiled by itself, in a graph that is not.
-            "stable": plain operations in two passes. Under `jit_compile=True`, and with masks, groups or
-            synchronization, there is one way only.
+            "stable": plain operations in two passes. "native": as "auto", but training normalizes small tensors (up to
+            131,072 values) with operations of this package's own, where it was installed with a C++ compiler; "auto"
+            takes them in eager calls only, since a `tf.function` that holds them can neither be called from one with
+            `jit_compile=True` later nor be saved for a process that does not load this package. Under
+            `jit_compile=True`, and with masks, groups or synchronization, there is one way only.
         **kwargs: Of `keras.layers.Layer`: `name`, `dtype`, `trainable`.
 
     Call arguments:
@@ -288,13 +291,13 @@ class BatchNormalization(keras.layers.BatchNormalization):
             "weights": weights,
             "group_size": self.virtual_batch_size,
             "synchronized": self.synchronized,
-            "kernel": self.kernel,
+            # A graph that averages nothing may be one to export: TensorFlow's own operations only.
+            "kernel": "auto" if update in (None, False) and self.kernel == "native" else self.kernel,
         }
         if not self.renorm:
             y, moments = kernels.normalize_with_batch(x, gamma, beta, activation=self.activation, **options)
             self._warn_of_single_value(moments)
-            batch = statistics.batch_statistics(moments, self.unbiased_variance)
-            _when(update, lambda: self._update(batch))
+            _when(update, lambda: self._update(moments))
             return y
         y, moments = kernels.normalize_with_batch(tf.cast(x, dtype), None, None, **options)
         self._warn_of_single_value(moments)
@@ -314,7 +317,15 @@ class BatchNormalization(keras.layers.BatchNormalization):
             batch, _flat(self.renorm_mean, dtype), _flat(self.renorm_stddev, dtype), limits, self.epsilon
         )
 
-    def _update(self, batch):
+    def _update(self, moments):
+        if isinstance(self.momentum, float) and not self.zero_debias and _native.measured(moments, self.kernel):
+            dtype = moments.mean.dtype
+            moving = _flat(self.moving_mean, dtype), _flat(self.moving_variance, dtype)
+            mean, variance = _native.moved(*moving, moments, 1.0 - self.momentum, self.unbiased_variance)
+            _assign(self.moving_mean, mean)
+            _assign(self.moving_variance, variance)
+            return
+        batch = statistics.batch_statistics(moments, self.unbiased_variance)
         rate = self._next_rate(batch)
         _move(self.moving_mean, batch.mean, rate)
         _move(self.moving_variance, batch.variance, rate)

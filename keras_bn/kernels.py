@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import keras
 import tensorflow as tf
 
+from keras_bn import _native
 from keras_bn._batch_kernels import (
     TRUSTED_OFFSET,
     Activation,
@@ -67,8 +68,9 @@ def normalize_with_batch(
             Default: all.
         synchronized: Whether the statistics are those of all replicas' batches together.
         activation: Applied last.
-        kernel: "auto", "fused", "xla" or "stable". Weights, groups and synchronization have one kernel each, and so
-            has a graph that XLA compiles, where there is no fused operation to be had.
+        kernel: "auto", "fused", "xla", "stable" or "native". Weights, groups and synchronization have one kernel
+            each, and so has a graph that XLA compiles, where there is no fused operation to be had. What "native" does
+            not fit is done as by "auto".
 
     Returns:
         y, of the shape and dtype of `x`, differentiable twice; and the moments of `x` (per group where there is a
@@ -84,9 +86,12 @@ def normalize_with_batch(
     gamma = tf.ones([channels], dtype) if gamma is None else gamma
     beta = tf.zeros([channels], dtype) if beta is None else beta
     if weights is None and group_size is None and not synchronized:
-        if in_xla_context() or (kernel == "auto" and dtype == tf.float64):
+        if _native.fits(x, axes) and _native.is_wanted(kernel):
+            y, moments = _native.normalize_batch(x, gamma, beta, axes, epsilon, SINGLE_VALUE)
+            return activation(y), moments
+        if in_xla_context() or (kernel in ("auto", "native") and dtype == tf.float64):
             kernel = "stable"
-        elif kernel == "auto":
+        elif kernel in ("auto", "native"):
             kernel = "small" if is_small(x) else "fused"
         if kernel == "fused":
             if dtype == tf.float64:
@@ -170,6 +175,10 @@ def normalize_with(
     Reference: Ioffe & Szegedy 2015 (arXiv 1502.03167), Algorithm 2, step 11.
     """
     dtype = statistics_dtype(x.dtype)
+    if _native.fits(x, axes) and _native.is_wanted("auto") and not _native.may_be_differentiated():
+        gamma = tf.ones_like(mean) if gamma is None else gamma
+        beta = tf.zeros_like(mean) if beta is None else beta
+        return _native.normalize(x, mean, variance, gamma, beta, axes, epsilon)
 
     def factor():
         inverse_std = tf.math.rsqrt(variance + epsilon)

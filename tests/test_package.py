@@ -2,7 +2,9 @@
 
 import ast
 import importlib
+import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -67,9 +69,10 @@ def test_server_imports_neither_library_nor_networks_nor_keras(path):
 @pytest.mark.parametrize("path", _modules("keras_bn"), ids=lambda path: path.stem)
 def test_layer_stands_on_kernels_and_statistics_only(path):
     above = {"population", "folding", "exporting", "drift", "conversion", "reporting", "cli"}
-    if path.stem in {"batch_normalization", "kernels", "_batch_kernels", "statistics", "layouts", "arguments", "modes"}:
+    below = {"kernels", "_batch_kernels", "_native", "statistics", "layouts"}
+    if path.stem in below | {"batch_normalization", "arguments", "modes"}:
         assert [name for name in _imported(path, "keras_bn") if above & set(name.split("."))] == []
-    if path.stem in {"kernels", "_batch_kernels", "statistics", "layouts"}:
+    if path.stem in below:
         assert [name for name in _imported(path, "keras_bn") if "batch_normalization" in name.split(".")] == []
 
 
@@ -84,14 +87,63 @@ def test_server_modules_import_downwards_only():
                 assert rank[imported] > rank[path.stem], f"{path.name} imports {name}"
 
 
-def test_wheel_holds_one_package(tmp_path):
+def _built_wheel(folder, **environment):
+    """The wheel of a copy: a build leaves files behind that the next one takes."""
+    source = folder / "source"
+    source.mkdir()
+    for name in ("setup.cfg", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "keras_bn", source / "keras_bn", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path, ROOT], check=True, capture_output=True
+        [sys.executable, "-m", "build", "--wheel", "--outdir", folder, source],
+        check=True,
+        capture_output=True,
+        env=os.environ | environment,
     )
-    (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
+    (wheel,) = folder.glob("*.whl")
+    return zipfile.ZipFile(wheel)
+
+
+def test_wheel_holds_one_package(tmp_path):
+    names = _built_wheel(tmp_path).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"keras_bn"}
     assert "keras_bn/py.typed" in names
+    assert all(name.endswith((".py", "py.typed", ".so")) for name in names if ".dist-info/" not in name)
+    if any(shutil.which(compiler) for compiler in ("c++", "g++")):
+        assert "keras_bn/_native_operations.abi3.so" in names
+
+
+def test_package_built_without_a_compiler_works_and_says_what_it_lacks(tmp_path):
+    installed = tmp_path / "installed"
+    _built_wheel(tmp_path, CC="/no/compiler", CXX="/no/compiler").extractall(installed)
+    assert not list((installed / "keras_bn").glob("*.so"))
+    program = """if True:
+        import warnings
+        import numpy as np, keras_bn
+        print(keras_bn.__file__)
+        x = np.random.default_rng(0).normal(3, 2, (8, 4)).astype("float32")
+        print(np.abs(keras_bn.BatchNormalization()(x, training=True)).max() < 3)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                print(np.abs(keras_bn.BatchNormalization(kernel="native")(x, training=True)).max() < 3)
+        print(*[str(warning.message) for warning in caught if "keras_bn" in str(warning.message)])
+    """
+    ran = subprocess.run(
+        [sys.executable, "-c", program],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(installed)},
+    )
+    path, *results, said = ran.stdout.splitlines()
+    assert path.startswith(str(tmp_path))
+    assert results == ["True"] * 3
+    assert said == (
+        "keras_bn was installed without its compiled operations, since there was no C++ compiler: "
+        "`kernel='native'` does what `kernel='auto'` does."
+    )
 
 
 def test_submodules_import_on_their_own():

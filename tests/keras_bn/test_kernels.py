@@ -11,7 +11,7 @@ from keras_bn import _batch_kernels, kernels
 from tests.reference import Reference, assert_close
 
 MODES = ("eager", "graph", "jit_compile")
-KERNELS = ("auto", "fused", "xla", "stable")
+KERNELS = ("auto", "fused", "xla", "stable", "native")
 # Under XLA all kernels are the same one.
 WAYS = [(mode, kernel) for mode in ("eager", "graph") for kernel in KERNELS] + [("jit_compile", "fused")]
 

@@ -1,0 +1,26 @@
+"""What setup.cfg cannot say: the compiled operations, which an installation without a C++ compiler goes without."""
+
+from setuptools import Extension, setup
+
+setup(
+    ext_modules=[
+        Extension(
+            "keras_bn._native_operations",
+            ["keras_bn/_native.cc"],
+            language="c++",
+            # TensorFlow, which is there before it loads them, has the symbols that stay open.
+            extra_compile_args=[
+                "-std=c++17",
+                "-O3",
+                "-g0",
+                "-fvisibility=hidden",
+                "-fno-math-errno",
+                "-fno-trapping-math",
+            ],
+            py_limited_api=True,
+            optional=True,
+        )
+    ],
+    # It knows nothing of Python: one wheel for all versions.
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)

@@ -1,0 +1,250 @@
+"""The compiled operations: their numbers, where they are taken, and where they must not be."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import keras_bn
+from keras_bn import _native, kernels
+from tests.reference import Reference, assert_close
+
+pytestmark = pytest.mark.skipif(_native._operations() is None, reason="installed without a C++ compiler")
+
+
+def _operations(function, *specs):
+    """The types of all operations in the graph of a function and of the functions it calls."""
+    graph = tf.function(function, autograph=False).get_concrete_function(*specs).graph.as_graph_def()
+    return {node.op for nodes in (graph.node, *(f.node_def for f in graph.library.function)) for node in nodes}
+
+
+def _own(operations):
+    return sorted(name for name in operations if name.startswith("KerasBn>"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes"),
+    [
+        ((256, 128), [1]),
+        ((7, 5), [1]),
+        ((6, 3, 3, 4), [3]),
+        ((6, 20, 4, 5), [1]),
+        ((3, 5, 17, 11), [1]),
+        ((2, 3, 40, 40), [1]),
+        ((5, 3, 4, 6), [1, 2]),
+        ((4, 5, 6), [0]),
+        ((300, 1), [1]),
+        ((1, 300), [0]),
+        ((0, 4), [1]),
+        ((5, 0), [1]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_every_layout_equals_the_oracle(shape, axes, dtype):
+    rng = np.random.default_rng(0)
+    x, dy = (tf.cast(rng.normal(1, 2, shape), dtype) for _ in range(2))
+    channels = int(np.prod([shape[axis] for axis in axes]))
+    gamma, beta = (tf.constant(rng.normal(1, 0.3, channels), "float32") for _ in range(2))
+    with tf.GradientTape() as tape:
+        tape.watch([x, gamma, beta])
+        y, moments = _native.normalize_batch(x, gamma, beta, axes, 1e-3, "")
+    gradients = tape.gradient(y, [x, gamma, beta], output_gradients=dy)
+    assert y.dtype == gradients[0].dtype == x.dtype
+    if 0 in shape:
+        assert y.shape == gradients[0].shape == shape
+        for value in (moments.m2, *gradients[1:]):
+            np.testing.assert_array_equal(value, np.zeros(channels))
+        return
+    oracle = Reference(np.asarray(x, "float64"), axes, gamma, beta)
+    assert_close(y, oracle.y, dtype, scale=2)
+    assert np.all(moments.count == oracle.count)
+    assert_close(moments.mean, oracle.batch_mean.ravel(), "float32")
+    assert_close(moments.m2, oracle.m2.ravel(), "float32", scale=np.max(oracle.m2) + 1)
+    for got, want in zip(gradients, oracle.gradients(np.asarray(dy, "float64")), strict=True):
+        assert_close(tf.reshape(got, want.shape), want, dtype, scale=2 * max(1.0, np.abs(want).max()))
+    mean, variance = (tf.constant(rng.uniform(0.5, 2, channels), "float32") for _ in range(2))
+    inferred = _native.normalize(x, mean, variance, gamma, beta, axes, 1e-3)
+    assert_close(inferred, oracle.inference(mean, variance), dtype, scale=4)
+
+
+def _with_gamma(value, dtype):
+    """`gamma * 1`, rounded to a half type by the operation."""
+    ones, zeros = tf.ones(value.shape), tf.zeros(value.shape)
+    return _native.normalize(tf.ones([1, *value.shape], dtype), zeros, ones, value, zeros, [1], 0.0)[0]
+
+
+def test_every_half_is_read_right():
+    halves = np.arange(2**16, dtype="uint16").view("float16")
+    zero, one = tf.zeros([1]), tf.ones([1])
+    got = _native.normalize(tf.constant(halves[:, None]), zero, one, one, zero, [1], 0.0)[:, 0]
+    np.testing.assert_array_equal(got, halves)
+
+
+@pytest.mark.parametrize("dtype", [tf.float16, tf.bfloat16])
+def test_half_types_are_rounded_as_tensorflow_rounds(dtype):
+    rng = np.random.default_rng(0)
+    halves = np.arange(2**16, dtype="uint16").view("float16").astype("float32")
+    halves = halves[np.isfinite(halves)]
+    values = np.concatenate(
+        [
+            rng.normal(size=200_000) * 10.0 ** rng.uniform(-9, 6, 200_000),
+            halves,
+            # Halfway between two halves: ties.
+            (halves[:-1] + halves[1:]) / 2,
+            [np.inf, -np.inf, np.nan, 65504, 65519, 65520, 65536, 3.4e38],
+        ]
+    ).astype("float32")
+    # Subnormal floats are flushed by TensorFlow's threads.
+    values = values[~((np.abs(values) < 1.2e-38) & (values != 0))]
+    np.testing.assert_array_equal(
+        tf.cast(_with_gamma(tf.constant(values), dtype), tf.float32), tf.cast(tf.cast(values, dtype), tf.float32)
+    )
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+@pytest.mark.parametrize("count", [16.0, 1.0, 0.0])
+def test_moved_equals_the_equation_and_keeps_what_is_worth_nothing(count, unbiased):
+    mean, variance = tf.constant([1.0, 2, 3]), tf.constant([4.0, 5, 6])
+    moments = kernels.Moments(count, tf.constant([0.5, np.nan, -1]), tf.constant([8.0, np.nan, np.inf]))
+    got = _native.moved(mean, variance, moments, 0.25, unbiased)
+    first = [1.0, 4.0] if count < 2 else [1 + 0.25 * (0.5 - 1), 4 + 0.25 * (8 / (count - unbiased) - 4)]
+    np.testing.assert_allclose(got, [[first[0], 2, 3], [first[1], 5, 6]], rtol=1e-6)
+
+
+def test_eager_call_takes_them_and_a_graph_does_not(monkeypatch):
+    calls = []
+    operations = _native._operations()
+
+    class Counting:
+        def __getattr__(self, name):
+            calls.append(name)
+            return getattr(operations, name)
+
+    monkeypatch.setattr(_native, "_operations", lambda required=False: Counting())
+    x = tf.random.normal([8, 4])
+    layer = keras_bn.BatchNormalization()
+    layer(x, training=True)
+    layer(x, training=False)
+    assert calls == ["keras_bn_normalize_batch", "keras_bn_move", "keras_bn_normalize"]
+    spec = tf.TensorSpec([None, 4])
+    for training in (True, False):
+        assert _own(_operations(lambda x, training=training: layer(x, training=training), spec)) == []
+
+
+def _training_step(layer):
+    def step(x):
+        with tf.GradientTape() as tape:
+            y = layer(x, training=True)
+        return tape.gradient(y, layer.gamma._value)
+
+    return step
+
+
+def test_training_graph_holds_them_where_asked_for_and_nothing_else_does():
+    layer, spec = keras_bn.BatchNormalization(kernel="native"), tf.TensorSpec([None, 4])
+    layer.build([None, 4])
+    assert _own(_operations(_training_step(layer), spec)) == [
+        "KerasBn>Move",
+        "KerasBn>NormalizeBatch",
+        "KerasBn>NormalizeBatchGrad",
+    ]
+    assert _own(_operations(lambda x: layer(x, training=False), spec)) == []
+    with keras_bn.use_statistics(layer, "batch"):
+        assert _own(_operations(lambda x: layer(x, training=False), spec)) == []
+    assert _own(_operations(_training_step(layer), tf.TensorSpec([100_000, 4]))) == ["KerasBn>Move"]
+    tf.function(_training_step(layer), jit_compile=True)(tf.zeros([3, 4]))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"momentum": None}, {"zero_debias": True}, {"unbiased_variance": True}], ids=str
+)
+@pytest.mark.parametrize("known", [True, False], ids=["known batch", "unknown batch"])
+@pytest.mark.parametrize("dtype", ["float32", "mixed_float16", "float16"])
+def test_graph_with_them_learns_what_a_stable_one_learns(dtype, known, options):
+    rng = np.random.default_rng(0)
+    batches = tf.cast(rng.normal(2, 3, (4, 16, 6)), "float16" if "16" in dtype else "float32")
+    layers = [keras_bn.BatchNormalization(kernel=kernel, dtype=dtype, **options) for kernel in ("native", "stable")]
+    results = []
+    for layer in layers:
+        layer.build([None, 6])
+        step = tf.function(
+            _training_step(layer), input_signature=[tf.TensorSpec([16 if known else None, 6], batches.dtype)]
+        )
+        results.append([step(x) for x in batches] + [layer.moving_mean, layer.moving_variance])
+    for got, want in zip(*results, strict=True):
+        assert_close(got, np.asarray(want, "float64"), "float16" if dtype == "float16" else "float32", scale=50)
+
+
+def test_training_may_be_a_tensor():
+    layer = keras_bn.BatchNormalization(kernel="native")
+    call = tf.function(lambda x, training: layer(x, training=training))
+    x = tf.random.normal([32, 4], 5.0)
+    assert np.abs(tf.reduce_mean(call(x, tf.constant(True)))) < 1e-5
+    assert np.all(np.asarray(layer.moving_mean) != 0)
+    assert np.abs(tf.reduce_mean(call(x, tf.constant(False)))) > 1
+
+
+def test_trained_network_is_exported_without_them(tmp_path):
+    model = keras.Sequential([keras.Input((4,)), keras_bn.BatchNormalization(kernel="native"), keras.layers.Dense(2)])
+    model.compile("sgd", "mse", jit_compile=False)
+    model.fit(np.ones((8, 4), "float32"), np.zeros((8, 2)), verbose=0)
+    for save in (model.export, lambda path: tf.saved_model.save(model, path)):
+        save(str(tmp_path / "model"))
+        assert b"KerasBn>" not in (tmp_path / "model" / "saved_model.pb").read_bytes()
+    # The same search finds them where they are.
+    module = tf.Module()
+    module.step = tf.function(_training_step(model.layers[0]), input_signature=[tf.TensorSpec([8, 4])])
+    module.variables_of_layer = [variable._value for variable in model.layers[0].weights]
+    tf.saved_model.save(module, str(tmp_path / "step"))
+    assert b"KerasBn>NormalizeBatchGrad" in (tmp_path / "step" / "saved_model.pb").read_bytes()
+
+
+def test_batch_of_one_in_a_graph_is_said_once(capfd):
+    layer = keras_bn.BatchNormalization(kernel="native")
+    layer.build([None, 4])
+    call = tf.function(lambda x: layer(x, training=True), input_signature=[tf.TensorSpec([None, 4])])
+    for size in (1, 2, 1):
+        call(tf.ones([size, 4]))
+    assert capfd.readouterr().err.count(kernels.SINGLE_VALUE) == 1
+
+
+def test_derivatives_other_than_a_gradient_equal_those_of_the_stable_kernel():
+    x, direction = (tf.random.stateless_normal([5, 3], [0, seed]) for seed in (1, 2))
+    gamma, beta = tf.constant([1.0, 2, 0.5]), tf.constant([0.0, 1, 2])
+
+    def derivatives(kernel):
+        def normalize(x):
+            return kernels.normalize_with_batch(x, gamma, beta, axes=[1], epsilon=1e-3, kernel=kernel)[0]
+
+        with tf.autodiff.ForwardAccumulator(x, direction) as forward:
+            y = normalize(x)
+        with tf.GradientTape(persistent=True) as tape:
+            tape.watch(x)
+            z = normalize(x)
+        return forward.jvp(y), tape.jacobian(z, x), tape.batch_jacobian(z, x, experimental_use_pfor=False)
+
+    for got, want in zip(derivatives("native"), derivatives("stable"), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda ops, x, v: ops.keras_bn_normalize_batch(x, v, v[:2], 1, 1, 0.0), "one value for each channel"),
+        (lambda ops, x, v: ops.keras_bn_normalize(x, v, v, v, v[:2], 1, 1, 0.0), "one value for each channel"),
+        (lambda ops, x, v: ops.keras_bn_normalize_batch_grad(x[:2], x, v, v, v, 1, 1, 0.0), "must be of one size"),
+        (lambda ops, x, v: ops.keras_bn_move(v, v, 2.0, v, v[:2], 0.1, False), "must be of one size"),
+        (lambda ops, x, v: ops.keras_bn_move(v, v, v, v, v, 0.1, False), "must be a single number"),
+    ],
+)
+def test_operation_refuses_sizes_that_do_not_belong_together(call, message):
+    with pytest.raises(tf.errors.InvalidArgumentError, match=message):
+        call(_native._operations(), tf.zeros([4, 3]), tf.zeros([3]))
+
+
+def test_library_that_does_not_load_is_said_and_gone_without(tmp_path, monkeypatch):
+    (tmp_path / "_native_operations.abi3.so").write_bytes(b"not a library")
+    monkeypatch.setattr(_native, "__file__", str(tmp_path / "_native.py"))
+    with pytest.warns(UserWarning, match="goes without its compiled operations, which do not load"):
+        assert _native._operations.__wrapped__() is None
