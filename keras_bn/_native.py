@@ -6,7 +6,7 @@ import functools
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import tensorflow as tf
 from tensorflow.python.eager import record
@@ -84,7 +84,7 @@ def may_be_differentiated() -> bool:
 
 
 @functools.cache
-def _operations(required: bool = False) -> ModuleType | None:
+def _operations(required: bool = False) -> Any:
     if required:
         operations = _operations()
         if operations is None:

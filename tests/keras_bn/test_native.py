@@ -68,6 +68,23 @@ def test_every_layout_equals_the_oracle(shape, axes, dtype):
     assert_close(inferred, oracle.inference(mean, variance), dtype, scale=4)
 
 
+def test_gradients_far_from_zero_know_what_the_rounded_mean_lacks():
+    rng = np.random.default_rng(0)
+    x = tf.constant(rng.normal(size=(128, 6)) + 1e6, "float32")
+    gamma, beta = tf.constant(rng.normal(1, 0.3, 6), "float32"), tf.zeros([6])
+    oracle = Reference(np.asarray(x, "float64"), -1, gamma)
+    dy = tf.constant(oracle.normalized + 0.1 * rng.normal(size=x.shape), "float32")
+    with tf.GradientTape() as tape:
+        tape.watch([x, gamma, beta])
+        y, _ = _native.normalize_batch(x, gamma, beta, [1], 1e-3, "")
+    for got, want in zip(
+        tape.gradient(y, [x, gamma, beta], output_gradients=dy),
+        oracle.gradients(np.asarray(dy, "float64")),
+        strict=True,
+    ):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+
+
 def _with_gamma(value, dtype):
     """`gamma * 1`, rounded to a half type by the operation."""
     ones, zeros = tf.ones(value.shape), tf.zeros(value.shape)
