@@ -44,6 +44,11 @@ def is_small(x: tf.Tensor) -> bool:
     return math.prod(_LIKELY_BATCH if size is None else size for size in x.shape) <= _SMALL
 
 
+def on_cpu() -> bool:
+    """Whether there is no GPU: cuDNN takes at most 65,535 examples, so images must stay images for it."""
+    return not tf.config.list_physical_devices("GPU")
+
+
 def small(rows: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float) -> tuple[tf.Tensor, ...]:
     """As few plain operations as it takes, for inputs whose time goes into starting operations: y, mean, m2."""
     count = value_count(rows, [0], gamma.dtype)

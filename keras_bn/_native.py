@@ -11,7 +11,7 @@ from typing import Any
 import tensorflow as tf
 from tensorflow.python.eager import record
 
-from keras_bn._batch_kernels import in_xla_context, is_small, small
+from keras_bn._batch_kernels import in_xla_context, is_small, on_cpu, small
 from keras_bn.layouts import as_rows
 from keras_bn.statistics import Moments
 
@@ -29,7 +29,7 @@ def is_wanted(kernel: str) -> bool:
 
 def fits(x: tf.Tensor, axes: Sequence[int]) -> bool:
     """Whether they take such an input: small, float32 or shorter, on a CPU, with channel axes that stand together."""
-    return x.dtype != tf.float64 and axes[-1] - axes[0] + 1 == len(axes) and is_small(x) and not _has_gpu()
+    return x.dtype != tf.float64 and axes[-1] - axes[0] + 1 == len(axes) and is_small(x) and on_cpu()
 
 
 def normalize_batch(
@@ -66,7 +66,7 @@ def measured(moments: Moments, kernel: str) -> bool:
     """Whether `moments` are of a kind that `moved` takes."""
     mean = moments.mean
     single = isinstance(moments.count, float) or len(moments.count.shape) == 0
-    return mean.dtype == tf.float32 and len(mean.shape) == 1 and single and not _has_gpu() and is_wanted(kernel)
+    return mean.dtype == tf.float32 and len(mean.shape) == 1 and single and on_cpu() and is_wanted(kernel)
 
 
 def moved(
@@ -105,11 +105,6 @@ def _operations(required: bool = False) -> Any:
     tf.RegisterGradient("KerasBn>NormalizeBatch")(_gradient)
     tf.RegisterGradient("KerasBn>NormalizeBatchGrad")(_second_gradient)
     return operations
-
-
-@functools.cache
-def _has_gpu() -> bool:
-    return bool(tf.config.list_physical_devices("GPU"))
 
 
 def _gradient(operation, dy, *_):

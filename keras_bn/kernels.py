@@ -8,21 +8,23 @@ from collections.abc import Sequence
 import keras
 import tensorflow as tf
 
+from keras_bn import _inference_kernels as inference
 from keras_bn import _native
 from keras_bn._batch_kernels import (
-    TRUSTED_OFFSET,
     Activation,
     compiled_two_pass,
     composed,
     fused,
     in_xla_context,
     is_small,
+    on_cpu,
     small,
     statistics_dtype,
     two_pass,
     value_count,
 )
-from keras_bn.layouts import along, as_image, as_planes, as_rows, has_planes
+from keras_bn._inference_kernels import scale_and_shift as scale_and_shift
+from keras_bn.layouts import as_image, as_planes, as_rows, has_planes
 from keras_bn.statistics import Moments
 
 # On a CPU the fused operation is up to twice as fast on single pixels as on whole images (measured): always where the
@@ -31,6 +33,10 @@ _FLAT_CHANNELS = 64
 
 # From so many examples on, a channel for each pixel costs less than a copy to float32 (measured: 64 yes, 8 no).
 _PIXEL_EXAMPLES = 32
+
+# XLA's CPU compiler unrolls rows of half types that are shorter than this instead of vectorizing them, and each
+# operation counts: there a branch costs less than the subtraction of the mean (measured: 7 and 14 yes, 28 no).
+_XLA_ROW = 16
 
 SINGLE_VALUE = (
     "keras_bn: a batch with one value per channel was normalized to beta, and its statistics were not averaged. Larger "
@@ -99,9 +105,9 @@ def normalize_with_batch(
                     "`kernel` must be 'auto', 'xla' or 'stable' for float64 inputs, which TensorFlow's fused "
                     "operation does not take. Received: kernel='fused'."
                 )
-            on_cpu = _on_cpu()
-            flat = channels >= _FLAT_CHANNELS and on_cpu
-            image, data_format, restore = as_image(x, axes, flat, channels_last=on_cpu)
+            cpu = on_cpu()
+            flat = channels >= _FLAT_CHANNELS and cpu
+            image, data_format, restore = as_image(x, axes, flat, channels_last=cpu)
             reduced = [0, 1, 2] if data_format == "NHWC" else [0, 2, 3]
             count = value_count(image, reduced, dtype)
             if not isinstance(count, float) and all(image.shape[axis] in (1, None) for axis in reduced):
@@ -184,83 +190,21 @@ def normalize_with(
         inverse_std = tf.math.rsqrt(variance + epsilon)
         return inverse_std if gamma is None else inverse_std * gamma
 
-    def plain():
-        y = (tf.cast(x, dtype) - along(axes, mean, x)) * along(axes, factor(), x)
-        if beta is not None:
-            y += along(axes, beta, x)
-        return tf.cast(y, x.dtype)
-
-    if dtype == tf.float64 or in_xla_context() or is_small(x):
-        return plain()
-    scale = tf.ones_like(mean) if gamma is None else gamma
-    offset = tf.zeros_like(mean) if beta is None else beta
-    on_cpu = _on_cpu()
-    if not (on_cpu and has_planes(x, axes)):
-        image, data_format, restore = as_image(x, axes, flat=on_cpu, channels_last=on_cpu)
-        return restore(_fused_inference(image, mean, variance, scale, offset, epsilon, data_format))
+    planes, compiled = has_planes(x, axes), in_xla_context()
+    short = planes and dtype != x.dtype and x.shape[-1] is not None and x.shape[-1] < _XLA_ROW
+    if dtype == tf.float64 or is_small(x) or (compiled and not short):
+        return inference.plain(x, mean, factor(), beta, axes)
+    cpu = on_cpu()
     examples = x.shape[0] if axes[0] > 0 else 1
-    if x.dtype == tf.float32 or (examples is not None and examples < _PIXEL_EXAMPLES):
-        # The mean goes into the offset, one pass over memory fewer, where no digits are lost by it.
-        near = tf.reduce_all(tf.square(mean) <= TRUSTED_OFFSET**2 * (variance + epsilon))
-        scale = factor()
-        values = tf.cast(x, dtype)
-        values = tf.cond(near, lambda: values, lambda: values - along(axes, mean, x))
-        y = scale_and_shift(values, scale, tf.where(near, offset - mean * scale, offset), axes=axes)
-        return tf.cast(y, x.dtype)
-    # The fused operation would have to transpose it forth and back. Each pixel of a channel can be a channel instead,
-    # for half types, where plain operations have to copy the image to float32.
-    planes, restore = as_planes(x, axes)
-    examples, channels, pixels = tf.unstack(tf.shape(planes))
-
-    def per_pixel(vector):
-        return tf.reshape(tf.tile(vector[:, None], [1, pixels]), [-1])
-
-    image = tf.reshape(planes, [examples, 1, 1, channels * pixels])
-    y = _fused_inference(
-        image, per_pixel(mean), per_pixel(variance), per_pixel(scale), per_pixel(offset), epsilon, "NHWC"
-    )
-    return restore(y)
-
-
-def _fused_inference(image, mean, variance, scale, offset, epsilon, data_format):
-    return tf.raw_ops.FusedBatchNormV3(
-        x=image,
-        scale=scale,
-        offset=offset,
-        mean=mean,
-        variance=variance,
-        epsilon=epsilon,
-        data_format=data_format,
-        is_training=False,
-    ).y
-
-
-def scale_and_shift(
-    x: tf.Tensor, gamma: tf.Tensor | None = None, beta: tf.Tensor | None = None, *, axes: Sequence[int]
-) -> tf.Tensor:
-    """One multiply-add per channel.
-
-    y = gamma * x + beta
-
-    Args:
-        x: Floating-point tensor.
-        gamma: Shape `(C,)`, C the product of the sizes of `axes`, or None for ones.
-        beta: Shape `(C,)`, or None for zeros.
-        axes: The channel axes, not negative, ascending.
-
-    Returns:
-        y, of the shape and dtype of `x`.
-    """
-    if gamma is not None:
-        x = x * tf.cast(along(axes, gamma, x), x.dtype)
-    if beta is not None:
-        x = x + tf.cast(along(axes, beta, x), x.dtype)
-    return x
-
-
-def _on_cpu() -> bool:
-    """Whether there is no GPU: cuDNN takes at most 65,535 examples, so images must stay images for it."""
-    return not tf.config.list_physical_devices("GPU")
+    few = examples is not None and examples < _PIXEL_EXAMPLES
+    if compiled or (cpu and planes and (few or x.dtype == tf.float32)):
+        return inference.folded_where_near(x, mean, variance, factor(), beta, axes, epsilon)
+    gamma = tf.ones_like(mean) if gamma is None else gamma
+    beta = tf.zeros_like(mean) if beta is None else beta
+    if cpu and planes:
+        return inference.fused_pixels(x, mean, variance, gamma, beta, axes, epsilon)
+    image, data_format, restore = as_image(x, axes, flat=cpu, channels_last=cpu)
+    return restore(inference.fused(image, mean, variance, gamma, beta, epsilon, data_format))
 
 
 def _constant(moments: Moments) -> Moments:

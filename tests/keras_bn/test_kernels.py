@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_bn import _batch_kernels, kernels
+from keras_bn import _batch_kernels, kernels, layouts
 from tests.reference import Reference, assert_close
 
 MODES = ("eager", "graph", "jit_compile")
@@ -69,15 +69,66 @@ def test_inference_keeps_its_digits_at_any_offset(mode, offset):
 
 @pytest.mark.parametrize("offset", [0.0, 3.0, 30.0, 1e4])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_inference_of_large_planes_keeps_its_digits_at_any_offset(dtype, offset, monkeypatch):
+@pytest.mark.parametrize("mode", MODES)
+def test_inference_of_large_planes_keeps_its_digits_at_any_offset(mode, dtype, offset, monkeypatch):
     monkeypatch.setattr(_batch_kernels, "_SMALL", 0)
     rng = np.random.default_rng(0)
     x = tf.cast(rng.normal(size=(16, 4, 5, 5)) + offset, dtype)
     mean, variance = tf.fill([4], np.float32(offset)), tf.constant(rng.uniform(0.5, 2, 4), "float32")
     gamma, beta = _affine(4)
-    call = tf.function(lambda x: kernels.normalize_with(x, mean, variance, gamma, beta, axes=[1], epsilon=1e-3))
+    call = _run(lambda x: kernels.normalize_with(x, mean, variance, gamma, beta, axes=[1], epsilon=1e-3), mode)
     want = Reference(np.asarray(x, "float64"), 1, gamma, beta).inference(mean, variance)
     assert_close(call(x), want, dtype, scale=4 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("shape", [(16, 3, 5, 5), (None, 3, None, None)], ids=str)
+@pytest.mark.parametrize(("dtype", "value"), [("float32", 1e30), ("float16", 6e4), ("bfloat16", 2.0**100)])
+@pytest.mark.parametrize("mode", MODES)
+def test_inference_of_one_constant_channel_among_large_planes_is_beta(mode, dtype, value, shape, monkeypatch):
+    monkeypatch.setattr(_batch_kernels, "_SMALL", 0)
+    x = np.random.default_rng(0).normal(size=(16, 3, 5, 5))
+    x[:, 1] = value
+    x = tf.cast(x, dtype)
+    mean, variance = tf.cast(x[0, :, 0, 0], "float32"), tf.constant([1.0, 0.0, 1.0])
+    gamma, beta = _affine(3)
+
+    def infer(x):
+        return kernels.normalize_with(x, mean, variance, gamma, beta, axes=[1], epsilon=1e-3)
+
+    if mode != "eager":
+        infer = tf.function(infer, [tf.TensorSpec(shape, dtype)], jit_compile=mode == "jit_compile", autograph=False)
+    with np.errstate(over="raise"):
+        y = infer(x)
+    np.testing.assert_array_equal(y[:, 1], tf.fill([16, 5, 5], tf.cast(beta[1], dtype)))
+    want = Reference(np.asarray(x, "float64"), 1, gamma, beta).inference(mean, variance)
+    assert_close(y, want, dtype, scale=2 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("mode", MODES)
+def test_inference_of_large_planes_has_the_gradients_of_its_formula(mode, dtype, offset, monkeypatch):
+    monkeypatch.setattr(_batch_kernels, "_SMALL", 0)
+    rng = np.random.default_rng(0)
+    x, dy = (tf.cast(rng.normal(size=(16, 3, 5, 5)) + shift, dtype) for shift in (offset, 0))
+    mean, variance = tf.fill([3], np.float32(offset)), tf.constant(rng.uniform(0.5, 2, 3), "float32")
+    gamma, beta = _affine(3)
+
+    def gradients(x, gamma, beta):
+        with tf.GradientTape() as tape:
+            tape.watch([x, gamma, beta])
+            y = kernels.normalize_with(x, mean, variance, gamma, beta, axes=[1], epsilon=1e-3)
+        return tape.gradient(y, [x, gamma, beta], output_gradients=dy)
+
+    inverse_std = 1 / np.sqrt(variance.numpy() + 1e-3)[:, None, None]
+    weighted = np.asarray(dy, "float64") * inverse_std
+    wants = (
+        weighted * gamma.numpy()[:, None, None],
+        (weighted * (np.asarray(x, "float64") - offset)).sum((0, 2, 3)),
+        np.asarray(dy, "float64").sum((0, 2, 3)),
+    )
+    for got, want in zip(_run(gradients, mode)(x, gamma, beta), wants, strict=True):
+        assert_close(got, want, dtype, scale=2 * max(1.0, np.abs(want).max()))
 
 
 @pytest.mark.parametrize(
@@ -90,10 +141,19 @@ def test_large_inputs_of_every_layout_are_normalized_right(dtype, axis, shape, m
     _assert_normalized_right(dtype, axis, shape)
 
 
+def test_transposed_halves_keep_every_bit():
+    bits = np.tile(np.arange(2**16, dtype="uint16"), 32).reshape(8, 512, 512)
+    halves = tf.bitcast(tf.constant(bits), tf.float16)
+    for call in (layouts.as_rows, tf.function(lambda x, axes: layouts.as_rows(x, axes)[0])):
+        rows = call(halves, [1])
+        rows = rows[0] if isinstance(rows, tuple) else rows
+        np.testing.assert_array_equal(tf.bitcast(rows, tf.uint16), bits.transpose(0, 2, 1).reshape(-1, 512))
+
+
 @pytest.mark.parametrize("axis", [1, -1])
 def test_layout_of_a_gpu_is_normalized_right(axis, monkeypatch):
     monkeypatch.setattr(_batch_kernels, "_SMALL", 0)
-    monkeypatch.setattr(kernels, "_on_cpu", lambda: False)
+    monkeypatch.setattr(kernels, "on_cpu", lambda: False)
     _assert_normalized_right("float32", axis, (None, 5, 4, 3))
 
 
