@@ -11,6 +11,10 @@
 #include <cstring>
 #include <initializer_list>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 extern "C" {
 struct TF_KernelBuilder;
 struct TF_OpDefinitionBuilder;
@@ -146,12 +150,44 @@ INLINE void for_each_piece(Shape shape, Body body) {
   }
 }
 
+#if defined(__x86_64__)
+// The processors that are wide have them too.
+bool has_instructions_for_halves() {
+  static const bool wide = is_wide();
+  return wide;
+}
+
+__attribute__((target("avx,f16c"))) void convert(const half* from, int64_t size, float* to) {
+  int64_t i = 0;
+  for (; i + 8 <= size; i += 8)
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+  for (; i < size; ++i) to[i] = from[i].to_float();
+}
+
+__attribute__((target("avx,f16c"))) void convert(const float* from, int64_t size, half* to) {
+  int64_t i = 0;
+  for (; i + 8 <= size; i += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
+  for (; i < size; ++i) to[i] = half::of(from[i]);
+}
+#else
+bool has_instructions_for_halves() { return false; }
+void convert(const half*, int64_t, float*) {}
+void convert(const float*, int64_t, half*) {}
+#endif
+
 // The values of a piece as floats: where they are, or converted into `buffer`.
 INLINE const float* loaded(const float* x, Piece piece, float*) { return x + piece.begin; }
 
 template <class T>
 INLINE const float* loaded(const T* x, Piece piece, float* buffer) {
   for (int64_t i = 0; i < piece.size(); ++i) buffer[i] = x[piece.begin + i].to_float();
+  return buffer;
+}
+
+INLINE const float* loaded(const half* x, Piece piece, float* buffer) {
+  if (!has_instructions_for_halves()) return loaded<half>(x, piece, buffer);
+  convert(x + piece.begin, piece.size(), buffer);
   return buffer;
 }
 
@@ -165,6 +201,11 @@ INLINE void stored(const float*, Piece, float*) {}
 template <class T>
 INLINE void stored(const float* buffer, Piece piece, T* y) {
   for (int64_t i = 0; i < piece.size(); ++i) y[piece.begin + i] = T::of(buffer[i]);
+}
+
+INLINE void stored(const float* buffer, Piece piece, half* y) {
+  if (!has_instructions_for_halves()) return stored<half>(buffer, piece, y);
+  convert(buffer, piece.size(), y + piece.begin);
 }
 
 template <class T>
