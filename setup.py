@@ -7,6 +7,7 @@ setup(
         Extension(
             "keras_bn._native_operations",
             ["keras_bn/_native.cc"],
+            depends=["keras_bn/_native_arithmetic.h"],
             language="c++",
             # TensorFlow, which is there before it loads them, has the symbols that stay open.
             extra_compile_args=[
