@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,9 @@ from tensorflow.python.eager import record
 from keras_bn._batch_kernels import in_xla_context, is_small, on_cpu, small
 from keras_bn.layouts import as_rows
 from keras_bn.statistics import Moments
+
+# Gradients can be registered once only, and several threads may call a layer for the first time.
+_LOADING = threading.RLock()
 
 
 def is_wanted(kernel: str) -> bool:
@@ -83,10 +87,15 @@ def may_be_differentiated() -> bool:
     return record.could_possibly_record()
 
 
-@functools.cache
 def _operations(required: bool = False) -> Any:
+    with _LOADING:
+        return _loaded(required)
+
+
+@functools.cache
+def _loaded(required: bool) -> Any:
     if required:
-        operations = _operations()
+        operations = _loaded(False)
         if operations is None:
             warnings.warn(
                 "keras_bn was installed without its compiled operations, since there was no C++ compiler: "

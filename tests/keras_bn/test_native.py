@@ -1,5 +1,8 @@
 """The compiled operations: their numbers, where they are taken, and where they must not be."""
 
+import subprocess
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -264,4 +267,23 @@ def test_library_that_does_not_load_is_said_and_gone_without(tmp_path, monkeypat
     (tmp_path / "_native_operations.abi3.so").write_bytes(b"not a library")
     monkeypatch.setattr(_native, "__file__", str(tmp_path / "_native.py"))
     with pytest.warns(UserWarning, match="goes without its compiled operations, which do not load"):
-        assert _native._operations.__wrapped__() is None
+        assert _native._loaded.__wrapped__(False) is None
+
+
+def test_threads_that_call_layers_first_at_the_same_time_all_get_an_answer():
+    program = """if True:
+        import threading
+        from concurrent.futures import ThreadPoolExecutor
+        import numpy as np, keras_bn
+        layers = [keras_bn.BatchNormalization() for _ in range(8)]
+        for layer in layers:
+            layer.build([4, 2])
+        together = threading.Barrier(8)
+        def call(layer):
+            together.wait()
+            return np.asarray(layer(np.ones((4, 2), "float32"), training=True)).sum()
+        with ThreadPoolExecutor(8) as threads:
+            print(sum(threads.map(call, layers)))
+    """
+    ran = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert ran.stdout.strip() == "0.0"
