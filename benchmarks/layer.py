@@ -25,7 +25,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 AXES = ("last", "first")
 TASKS = ("forward", "training", "inference")
 MODES = ("eager", "graph", "steps", "jit_compile")
-SERIES = ("ours", "ours native", "keras", "tf_keras", "torch", "copy")
+SERIES = ("ours", "keras", "tf_keras", "torch", "copy")
 # Calling a function costs more than normalizing a small tensor does: in a graph so many values go through a stack of
 # layers, at most 20 of them, and the time is for each. Under XLA that many layers stand side by side, where the call
 # would be most of the time: it would fuse layers that follow each other directly, as they never do in a network.
@@ -34,7 +34,7 @@ SMALL = 2**17
 # Each layer adds its variables to what a call has to pass, which takes as long as normalizing a small tensor. The mode
 # "steps" is without that: a graph in which the stack of layers takes so many steps, each of what the one before gave.
 STEPS_IN_A_CALL = 50
-RATIOS = ("keras / ours", "keras / ours native", "best peer / ours", "ours / copy")
+RATIOS = ("keras / ours", "best peer / ours", "ours / copy")
 COLUMNS = ("mode", "dtype", "axis", "shape", "task", *SERIES, *RATIOS)
 
 
@@ -42,8 +42,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.layer",
         description="Median time of the layer alone in milliseconds, all contestants in turn. `forward` is a call in "
-        "training, `training` adds the gradients. `copy` copies the same tensor: what memory allows at best. `ours "
-        "native` has kernel='native'. The mode `steps` is for small tensors: a graph takes many steps in one call.",
+        "training, `training` adds the gradients. `copy` copies the same tensor: what memory allows at best. The "
+        "mode `steps` is for small tensors: a graph takes many steps in one call.",
     )
     for name, choices in {
         "modes": MODES,
@@ -110,7 +110,6 @@ def _measure(mode: str, dtype: str, axis: str, shape_name: str, task: str, secon
         "task": task,
         **times,
         "keras / ours": times["keras"] / times["ours"],
-        "keras / ours native": times["keras"] / times["ours native"] if "ours native" in times else None,
         "best peer / ours": min(peers) / times["ours"],
         "ours / copy": times["ours"] / times["copy"],
     }
@@ -129,8 +128,8 @@ def _tensorflow(mode: str, dtype: str, axis: str, shape: tuple, task: str, layer
     xs = [tf.cast(tf.random.normal(shape, mean=0.5), dtype) for _ in range(inputs)]
     dys = [tf.cast(tf.random.normal(shape), dtype) for _ in range(inputs)]
 
-    def runner(kind, **options):
-        made = [kind(axis=number, dtype=policy, **options) for _ in range(layers)]
+    def runner(kind):
+        made = [kind(axis=number, dtype=policy) for _ in range(layers)]
         for layer in made:
             layer.build(shape)
         variables = [getattr(variable, "_value", variable) for layer in made for variable in (layer.gamma, layer.beta)]
@@ -162,14 +161,11 @@ def _tensorflow(mode: str, dtype: str, axis: str, shape: tuple, task: str, layer
         # Operations and functions return when their work is done: TensorFlow runs them synchronously on a CPU.
         return lambda: function(xs, dys)
 
-    contestants = {
+    return {
         "ours": runner(keras_bn.BatchNormalization),
         "keras": runner(keras.layers.BatchNormalization),
         "tf_keras": runner(tf_keras.layers.BatchNormalization),
     }
-    if mode in ("graph", "steps") and math.prod(shape) <= SMALL and task != "inference":
-        contestants["ours native"] = runner(keras_bn.BatchNormalization, kernel="native")
-    return contestants
 
 
 def _copy(dtype: str, shape: tuple, layers: int) -> dict:

@@ -51,35 +51,53 @@ def on_cpu() -> bool:
 
 def small(rows: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float) -> tuple[tf.Tensor, ...]:
     """As few plain operations as it takes, for inputs whose time goes into starting operations: y, mean, m2."""
-    count = value_count(rows, [0], gamma.dtype)
-    divisor = max(count, 1.0) if isinstance(count, float) else tf.maximum(count, 1.0)
-
-    def mean_of(values):
-        # One operation fewer; of nothing it would be NaN.
-        return tf.reduce_mean(values, 0) if count is divisor else tf.reduce_sum(values, 0) / divisor
 
     def normalize(rows, gamma, beta):
-        # The mean of the deviations from a rounded mean is what that lacks.
-        mean = mean_of(rows)
-        deviation = rows - mean
-        correction = mean_of(deviation)
-        deviation -= correction
+        deviation, mean, correction = centred(rows)
         m2 = tf.reduce_sum(tf.square(deviation), 0)
-        inverse_std = tf.math.rsqrt(m2 / divisor + epsilon)
-        factor = inverse_std * gamma
+        inverse_std = tf.math.rsqrt(m2 / divisor_of(rows) + epsilon)
 
         def gradient(dy, *_):
-            dbeta = tf.reduce_sum(dy, 0)
-            dgamma = tf.reduce_sum(dy * deviation, 0) * inverse_std
-            dx = (dy - dbeta / divisor - deviation * (dgamma * inverse_std / divisor)) * factor
-            return dx, dgamma, dbeta
+            return small_gradient(dy, deviation, gamma, inverse_std)
 
-        return (deviation * factor + beta, mean + correction, m2), gradient
+        return (deviation * (inverse_std * gamma) + beta, mean + correction, m2), gradient
 
     if tf.executing_eagerly() and not record.could_possibly_record():
         outputs, _ = normalize(rows, gamma, beta)
         return outputs
     return tf.custom_gradient(normalize)(rows, gamma, beta)
+
+
+def centred(rows: tf.Tensor, mean: tf.Tensor | None = None) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """The deviations from the mean, a rounded mean, and what that lacks: the mean of the deviations from it."""
+    divisor = divisor_of(rows)
+
+    def mean_of(values):
+        # One operation fewer; of nothing it would be NaN.
+        known = isinstance(divisor, float) and rows.shape[0] > 0
+        return tf.reduce_mean(values, 0) if known else tf.reduce_sum(values, 0) / divisor
+
+    mean = mean_of(rows) if mean is None else mean
+    deviation = rows - mean
+    correction = mean_of(deviation)
+    return deviation - correction, mean, correction
+
+
+def small_gradient(
+    dy: tf.Tensor, deviation: tf.Tensor, gamma: tf.Tensor, inverse_std: tf.Tensor
+) -> tuple[tf.Tensor, ...]:
+    """The gradients of rows, gamma and beta."""
+    divisor = divisor_of(deviation)
+    dbeta = tf.reduce_sum(dy, 0)
+    dgamma = tf.reduce_sum(dy * deviation, 0) * inverse_std
+    dx = (dy - dbeta / divisor - deviation * (dgamma * inverse_std / divisor)) * (inverse_std * gamma)
+    return dx, dgamma, dbeta
+
+
+def divisor_of(rows: tf.Tensor) -> tf.Tensor | float:
+    """The number of rows, at least one."""
+    count = value_count(rows, [0], rows.dtype)
+    return max(count, 1.0) if isinstance(count, float) else tf.maximum(count, 1.0)
 
 
 def fused(

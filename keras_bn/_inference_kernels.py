@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bn._batch_kernels import TRUSTED_OFFSET, in_xla_context
-from keras_bn.layouts import along, as_planes
+from keras_bn.layouts import along, as_planes, as_rows
 
 
 def plain(x: tf.Tensor, mean: tf.Tensor, factor: tf.Tensor, beta: tf.Tensor | None, axes: Sequence[int]) -> tf.Tensor:
@@ -83,6 +83,38 @@ def fused(
         data_format=data_format,
         is_training=False,
     ).y
+
+
+def fused_rows(
+    x: tf.Tensor,
+    mean: tf.Tensor,
+    variance: tf.Tensor,
+    gamma: tf.Tensor | None,
+    beta: tf.Tensor | None,
+    axes: Sequence[int],
+    epsilon: float,
+) -> tf.Tensor:
+    """The fused operation on single voxels, in a graph: with three spatial axes TensorFlow takes its own kernel.
+
+    That of oneDNN, which it takes for two, needs up to 40 microseconds to start (measured).
+    """
+
+    @tf.custom_gradient
+    def normalize(x, mean, variance, gamma, beta):
+        rows, restore = as_rows(x, axes)
+        voxels = tf.reshape(rows, [-1, 1, 1, 1, rows.shape[-1]])
+        y = restore(tf.reshape(fused(voxels, mean, variance, gamma, beta, epsilon, "NDHWC"), [-1, rows.shape[-1]]))
+
+        # TensorFlow knows no second derivative of the fused operation with three spatial axes.
+        def gradient(dy):
+            inputs = [x, mean, variance, gamma, beta]
+            return tf.gradients(plain(x, mean, tf.math.rsqrt(variance + epsilon) * gamma, beta, axes), inputs, dy)
+
+        return y, gradient
+
+    gamma = tf.ones_like(mean) if gamma is None else gamma
+    beta = tf.zeros_like(mean) if beta is None else beta
+    return normalize(x, mean, variance, gamma, beta)
 
 
 def fused_pixels(

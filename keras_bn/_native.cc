@@ -69,19 +69,20 @@ struct Attributes {
   char warning[1024];
 };
 
-template <bool is_move>
+template <bool moves>
 void* create(TF_OpKernelConstruction* construction) {
   auto* attributes = static_cast<Attributes*>(calloc(1, sizeof(Attributes)));
   TF_Status* status = TF_NewStatus();
-  if (is_move) {
-    TF_OpKernelConstruction_GetAttrFloat(construction, "rate", &attributes->rate, status);
-    TF_OpKernelConstruction_GetAttrBool(construction, "unbiased", &attributes->unbiased, status);
-  } else {
-    TF_OpKernelConstruction_GetAttrInt64(construction, "first_axis", &attributes->first_axis, status);
+  TF_OpKernelConstruction_GetAttrInt64(construction, "first_axis", &attributes->first_axis, status);
+  if (!TF_GetCode(status))
+    TF_OpKernelConstruction_GetAttrInt64(construction, "last_axis", &attributes->last_axis, status);
+  if (!TF_GetCode(status))
+    TF_OpKernelConstruction_GetAttrFloat(construction, "epsilon", &attributes->epsilon, status);
+  if (moves) {
     if (!TF_GetCode(status))
-      TF_OpKernelConstruction_GetAttrInt64(construction, "last_axis", &attributes->last_axis, status);
+      TF_OpKernelConstruction_GetAttrFloat(construction, "rate", &attributes->rate, status);
     if (!TF_GetCode(status))
-      TF_OpKernelConstruction_GetAttrFloat(construction, "epsilon", &attributes->epsilon, status);
+      TF_OpKernelConstruction_GetAttrBool(construction, "unbiased", &attributes->unbiased, status);
     if (!TF_GetCode(status))
       TF_OpKernelConstruction_GetAttrString(construction, "warning", attributes->warning,
                                             sizeof attributes->warning - 1, status);
@@ -107,8 +108,6 @@ class Call {
 
   bool ok() const { return TF_GetCode(status_) == 0; }
 
-  TF_Tensor* input(int i) const { return held_[i]; }
-
   template <class T>
   const T* data(int i) const { return static_cast<const T*>(TF_TensorData(held_[i])); }
 
@@ -128,10 +127,6 @@ class Call {
 
   void same_size(int a, int b) {
     if (TF_TensorElementCount(held_[a]) != TF_TensorElementCount(held_[b])) fail("The tensors must be of one size.");
-  }
-
-  void single(int i) {
-    if (TF_TensorElementCount(held_[i]) != 1) fail("The count must be a single number.");
   }
 
   template <class T>
@@ -175,19 +170,29 @@ struct TypeOf<half> { static constexpr int value = kHalf; };
 template <class T>
 void normalize_batch(void* kernel, TF_OpKernelContext* context) {
   auto& attributes = *static_cast<Attributes*>(kernel);
-  Call call(context, 3);
+  Call call(context, 5);
   if (!call.ok()) return;
-  const Shape shape = call.shape(0, attributes, {1, 2});
+  const Shape shape = call.shape(0, attributes, {1, 2, 3, 4});
   auto* y = call.output<T>(0, TypeOf<T>::value, 0);
   auto* mean = call.output<float>(1, kFloat, 1);
   auto* m2 = call.output<float>(2, kFloat, 1);
   auto* count = call.output<float>(3, kFloat, -1);
+  auto* moved_mean = call.output<float>(4, kFloat, 3);
+  auto* moved_variance = call.output<float>(5, kFloat, 4);
   if (!call.ok()) return;
   *count = float(shape.count());
   if (shape.count() == 1 && attributes.warning[0] && !__atomic_exchange_n(&attributes.warned, 1, __ATOMIC_RELAXED))
     fprintf(stderr, "%s\n", attributes.warning);
   run(NormalizeBatch<T>{call.data<T>(0), call.data<float>(1), call.data<float>(2), y, mean, m2, shape,
                         attributes.epsilon});
+  const float *moving_mean = call.data<float>(3), *moving_variance = call.data<float>(4), rate = attributes.rate;
+  const float freedom = attributes.unbiased ? *count - 1 : *count;
+  for (int64_t c = 0; c < shape.channels; ++c) {
+    const bool counts = *count > 1 && std::isfinite(m2[c]);
+    const float variance = m2[c] / freedom;
+    moved_mean[c] = counts ? moving_mean[c] + rate * (mean[c] - moving_mean[c]) : moving_mean[c];
+    moved_variance[c] = counts ? moving_variance[c] + rate * (variance - moving_variance[c]) : moving_variance[c];
+  }
 }
 
 template <class T>
@@ -215,26 +220,6 @@ void normalize(void* kernel, TF_OpKernelContext* context) {
   if (!call.ok()) return;
   run(Normalize<T>{call.data<T>(0), call.data<float>(1), call.data<float>(2), call.data<float>(3), call.data<float>(4),
                    y, shape, attributes.epsilon});
-}
-
-void move(void* kernel, TF_OpKernelContext* context) {
-  const auto& attributes = *static_cast<Attributes*>(kernel);
-  Call call(context, 5);
-  if (!call.ok()) return;
-  for (int other : {1, 3, 4}) call.same_size(0, other);
-  call.single(2);
-  auto* moved_mean = call.output<float>(0, kFloat, 0);
-  auto* moved_variance = call.output<float>(1, kFloat, 1);
-  if (!call.ok()) return;
-  const float *mean = call.data<float>(0), *variance = call.data<float>(1), *batch_mean = call.data<float>(3),
-              *m2 = call.data<float>(4);
-  const float count = *call.data<float>(2);
-  for (int64_t c = 0; c < TF_TensorElementCount(call.input(0)); ++c) {
-    const bool counts = count > 1 && std::isfinite(m2[c]);
-    const float batch_variance = m2[c] / (attributes.unbiased ? count - 1 : count);
-    moved_mean[c] = counts ? mean[c] + attributes.rate * (batch_mean[c] - mean[c]) : mean[c];
-    moved_variance[c] = counts ? variance[c] + attributes.rate * (batch_variance - variance[c]) : variance[c];
-  }
 }
 
 // Output number `i` has the shape of the input `like[i]`; where that is -1, it is a scalar.
@@ -265,10 +250,10 @@ class Registration {
     check(name);
   }
 
-  template <bool is_move>
+  template <bool moves = false>
   void kernel(const char* name, int type, void (*compute)(void*, TF_OpKernelContext*)) {
-    TF_KernelBuilder* builder = TF_NewKernelBuilder(name, "CPU", create<is_move>, compute, free);
-    if (type) TF_KernelBuilder_TypeConstraint(builder, "T", type, status_);
+    TF_KernelBuilder* builder = TF_NewKernelBuilder(name, "CPU", create<moves>, compute, free);
+    TF_KernelBuilder_TypeConstraint(builder, "T", type, status_);
     check(name);
     TF_RegisterKernelBuilder(name, builder, status_);
     check(name);
@@ -286,31 +271,27 @@ class Registration {
 __attribute__((constructor)) void register_all() {
   Registration with;
   const char *type = "T: {float, bfloat16, half}", *first = "first_axis: int", *last = "last_axis: int",
-             *epsilon = "epsilon: float", *warning = "warning: string = ''";
+             *epsilon = "epsilon: float";
   const char* name = "KerasBn>NormalizeBatch";
-  with.operation(name, {type, first, last, epsilon, warning}, {"x: T", "gamma: float", "beta: float"},
-                 {"y: T", "mean: float", "m2: float", "count: float"}, shapes<0, 1, 1, -1>);
-  with.kernel<false>(name, kFloat, normalize_batch<float>);
-  with.kernel<false>(name, kBfloat16, normalize_batch<bfloat16>);
-  with.kernel<false>(name, kHalf, normalize_batch<half>);
+  with.operation(name, {type, first, last, epsilon, "rate: float = 0", "unbiased: bool = false", "warning: string = ''"},
+                 {"x: T", "gamma: float", "beta: float", "moving_mean: float", "moving_variance: float"},
+                 {"y: T", "mean: float", "m2: float", "count: float", "moved_mean: float", "moved_variance: float"},
+                 shapes<0, 1, 1, -1, 3, 4>);
+  with.kernel<true>(name, kFloat, normalize_batch<float>);
+  with.kernel<true>(name, kBfloat16, normalize_batch<bfloat16>);
+  with.kernel<true>(name, kHalf, normalize_batch<half>);
   name = "KerasBn>NormalizeBatchGrad";
-  with.operation(name, {type, first, last, epsilon, warning},
-                 {"dy: T", "x: T", "gamma: float", "mean: float", "m2: float"},
+  with.operation(name, {type, first, last, epsilon}, {"dy: T", "x: T", "gamma: float", "mean: float", "m2: float"},
                  {"dx: T", "dgamma: float", "dbeta: float"}, shapes<1, 2, 2>);
-  with.kernel<false>(name, kFloat, normalize_batch_grad<float>);
-  with.kernel<false>(name, kBfloat16, normalize_batch_grad<bfloat16>);
-  with.kernel<false>(name, kHalf, normalize_batch_grad<half>);
+  with.kernel(name, kFloat, normalize_batch_grad<float>);
+  with.kernel(name, kBfloat16, normalize_batch_grad<bfloat16>);
+  with.kernel(name, kHalf, normalize_batch_grad<half>);
   name = "KerasBn>Normalize";
-  with.operation(name, {type, first, last, epsilon, warning},
+  with.operation(name, {type, first, last, epsilon},
                  {"x: T", "mean: float", "variance: float", "gamma: float", "beta: float"}, {"y: T"}, shapes<0>);
-  with.kernel<false>(name, kFloat, normalize<float>);
-  with.kernel<false>(name, kBfloat16, normalize<bfloat16>);
-  with.kernel<false>(name, kHalf, normalize<half>);
-  name = "KerasBn>Move";
-  with.operation(name, {"rate: float", "unbiased: bool"},
-                 {"mean: float", "variance: float", "count: float", "batch_mean: float", "m2: float"},
-                 {"moved_mean: float", "moved_variance: float"}, shapes<0, 1>);
-  with.kernel<true>(name, 0, move);
+  with.kernel(name, kFloat, normalize<float>);
+  with.kernel(name, kBfloat16, normalize<bfloat16>);
+  with.kernel(name, kHalf, normalize<half>);
 }
 
 }  // namespace

@@ -8,9 +8,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_bn import _native, arguments, kernels, statistics
+from keras_bn import arguments, kernels, statistics
 
-_KERNELS = ("auto", "fused", "xla", "stable", "native")
+_KERNELS = ("auto", "fused", "xla", "stable")
 
 
 @keras.saving.register_keras_serializable(package="keras_bn")
@@ -64,11 +64,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
         activation: Optional, applied last.
         kernel: How batch statistics are normalized with. "auto": the fastest way that is right where the layer runs.
             "fused": TensorFlow's fused operation. "xla": the normalization compiled by itself, in a graph that is not.
-            "stable": plain operations in two passes. "native": as "auto", but training normalizes small tensors (up to
-            131,072 values) with operations of this package's own, where it was installed with a C++ compiler; "auto"
-            takes them in eager calls only, since a `tf.function` that holds them can neither be called from one with
-            `jit_compile=True` later nor be saved for a process that does not load this package. Under
-            `jit_compile=True`, and with masks, groups or synchronization, there is one way only.
+            "stable": plain operations in two passes. Under `jit_compile=True`, and with masks, groups or
+            synchronization, there is one way only.
         **kwargs: Of `keras.layers.Layer`: `name`, `dtype`, `trainable`.
 
     Call arguments:
@@ -291,9 +288,24 @@ class BatchNormalization(keras.layers.BatchNormalization):
             "weights": weights,
             "group_size": self.virtual_batch_size,
             "synchronized": self.synchronized,
-            # A graph that averages nothing may be one to export: TensorFlow's own operations only.
-            "kernel": "auto" if update in (None, False) and self.kernel == "native" else self.kernel,
+            "kernel": self.kernel,
         }
+        if update is True and isinstance(self.momentum, float) and not self.zero_debias and not self.renorm:
+            moving = _flat(self.moving_mean, dtype), _flat(self.moving_variance, dtype)
+            y, moments, (mean, variance) = kernels.normalize_and_move(
+                x,
+                gamma,
+                beta,
+                *moving,
+                rate=1.0 - self.momentum,
+                unbiased=self.unbiased_variance,
+                activation=self.activation,
+                **options,
+            )
+            self._warn_of_single_value(moments)
+            _assign(self.moving_mean, mean)
+            _assign(self.moving_variance, variance)
+            return y
         if not self.renorm:
             y, moments = kernels.normalize_with_batch(x, gamma, beta, activation=self.activation, **options)
             self._warn_of_single_value(moments)
@@ -318,13 +330,6 @@ class BatchNormalization(keras.layers.BatchNormalization):
         )
 
     def _update(self, moments):
-        if isinstance(self.momentum, float) and not self.zero_debias and _native.measured(moments, self.kernel):
-            dtype = moments.mean.dtype
-            moving = _flat(self.moving_mean, dtype), _flat(self.moving_variance, dtype)
-            mean, variance = _native.moved(*moving, moments, 1.0 - self.momentum, self.unbiased_variance)
-            _assign(self.moving_mean, mean)
-            _assign(self.moving_variance, variance)
-            return
         batch = statistics.batch_statistics(moments, self.unbiased_variance)
         rate = self._next_rate(batch)
         _move(self.moving_mean, batch.mean, rate)

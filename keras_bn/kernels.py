@@ -9,7 +9,7 @@ import keras
 import tensorflow as tf
 
 from keras_bn import _inference_kernels as inference
-from keras_bn import _native
+from keras_bn import _native, statistics
 from keras_bn._batch_kernels import (
     Activation,
     compiled_two_pass,
@@ -37,6 +37,10 @@ _PIXEL_EXAMPLES = 32
 # XLA's CPU compiler unrolls rows of half types that are shorter than this instead of vectorizing them, and each
 # operation counts: there a branch costs less than the subtraction of the mean (measured: 7 and 14 yes, 28 no).
 _XLA_ROW = 16
+
+# From so many values on, subtracting the mean costs more than to find out whether it is needed (measured, float32:
+# 512x256 yes, 256x128 no).
+_WORTH_A_BRANCH = 2**16
 
 SINGLE_VALUE = (
     "keras_bn: a batch with one value per channel was normalized to beta, and its statistics were not averaged. Larger "
@@ -74,9 +78,8 @@ def normalize_with_batch(
             Default: all.
         synchronized: Whether the statistics are those of all replicas' batches together.
         activation: Applied last.
-        kernel: "auto", "fused", "xla", "stable" or "native". Weights, groups and synchronization have one kernel
-            each, and so has a graph that XLA compiles, where there is no fused operation to be had. What "native" does
-            not fit is done as by "auto".
+        kernel: "auto", "fused", "xla" or "stable". Weights, groups and synchronization have one kernel each, and so
+            has a graph that XLA compiles, where there is no fused operation to be had.
 
     Returns:
         y, of the shape and dtype of `x`, differentiable twice; and the moments of `x` (per group where there is a
@@ -91,13 +94,13 @@ def normalize_with_batch(
     channels = math.prod(x.shape[axis] for axis in axes)
     gamma = tf.ones([channels], dtype) if gamma is None else gamma
     beta = tf.zeros([channels], dtype) if beta is None else beta
+    if _takes_native(x, gamma, beta, axes, kernel, weights, group_size, synchronized):
+        y, moments, _ = _native.normalize_batch(x, gamma, beta, None, axes, epsilon, 0.0, False, SINGLE_VALUE)
+        return activation(y), moments
     if weights is None and group_size is None and not synchronized:
-        if _native.fits(x, axes) and _native.is_wanted(kernel):
-            y, moments = _native.normalize_batch(x, gamma, beta, axes, epsilon, SINGLE_VALUE)
-            return activation(y), moments
-        if in_xla_context() or (kernel in ("auto", "native") and dtype == tf.float64):
+        if in_xla_context() or (kernel == "auto" and dtype == tf.float64):
             kernel = "stable"
-        elif kernel in ("auto", "native"):
+        elif kernel == "auto":
             kernel = "small" if is_small(x) else "fused"
         if kernel == "fused":
             if dtype == tf.float64:
@@ -150,6 +153,48 @@ def normalize_with_batch(
     return restore(tf.ensure_shape(y, rows.shape)), Moments(*(tf.concat(field, 0) for field in fields))
 
 
+def normalize_and_move(
+    x: tf.Tensor,
+    gamma: tf.Tensor | None,
+    beta: tf.Tensor | None,
+    moving_mean: tf.Tensor,
+    moving_variance: tf.Tensor,
+    *,
+    rate: float,
+    unbiased: bool,
+    axes: Sequence[int],
+    epsilon: float,
+    activation: Activation,
+    kernel: str,
+    **options,
+) -> tuple[tf.Tensor, Moments, Sequence[tf.Tensor]]:
+    """`normalize_with_batch`, with whose moments both moving statistics are moved: one operation where that is faster.
+
+    moved = moving + rate * (batch - moving)
+
+    Args:
+        moving_mean: Shape `(C,)`, of the dtype in which the moments of `x` are.
+        moving_variance: Likewise.
+        rate: 1 - momentum.
+        unbiased: Which variance is averaged.
+        **options: And all others, as for `normalize_with_batch`.
+
+    Returns:
+        y; the moments; the moving mean and variance one step on, as `statistics.moved_by` gives them.
+    """
+    if not _takes_native(x, gamma, beta, axes, kernel, **options):
+        y, moments = normalize_with_batch(
+            x, gamma, beta, axes=axes, epsilon=epsilon, activation=activation, kernel=kernel, **options
+        )
+        return y, moments, statistics.moved_by(moving_mean, moving_variance, moments, rate, unbiased)
+    gamma = tf.ones_like(moving_mean) if gamma is None else gamma
+    beta = tf.zeros_like(moving_mean) if beta is None else beta
+    y, moments, moved = _native.normalize_batch(
+        x, gamma, beta, (moving_mean, moving_variance), axes, epsilon, rate, unbiased, SINGLE_VALUE
+    )
+    return activation(y), moments, moved
+
+
 def normalize_with(
     x: tf.Tensor,
     mean: tf.Tensor,
@@ -181,7 +226,7 @@ def normalize_with(
     Reference: Ioffe & Szegedy 2015 (arXiv 1502.03167), Algorithm 2, step 11.
     """
     dtype = statistics_dtype(x.dtype)
-    if _native.fits(x, axes) and _native.is_wanted("auto") and not _native.may_be_differentiated():
+    if tf.executing_eagerly() and _native.fits(x, axes) and _native.is_wanted() and not _native.may_be_differentiated():
         gamma = tf.ones_like(mean) if gamma is None else gamma
         beta = tf.zeros_like(mean) if beta is None else beta
         return _native.normalize(x, mean, variance, gamma, beta, axes, epsilon)
@@ -190,11 +235,16 @@ def normalize_with(
         inverse_std = tf.math.rsqrt(variance + epsilon)
         return inverse_std if gamma is None else inverse_std * gamma
 
-    planes, compiled = has_planes(x, axes), in_xla_context()
-    short = planes and dtype != x.dtype and x.shape[-1] is not None and x.shape[-1] < _XLA_ROW
+    planes, compiled, cpu = has_planes(x, axes), in_xla_context(), on_cpu()
+    half = dtype != x.dtype
+    short = planes and half and x.shape[-1] is not None and x.shape[-1] < _XLA_ROW
+    if is_small(x) and cpu and not planes and not compiled and dtype == tf.float32:
+        if half and not tf.executing_eagerly():
+            return inference.fused_rows(x, mean, variance, gamma, beta, axes, epsilon)
+        if not half and x.shape.is_fully_defined() and x.shape.num_elements() >= _WORTH_A_BRANCH:
+            return inference.folded_where_near(x, mean, variance, factor(), beta, axes, epsilon)
     if dtype == tf.float64 or is_small(x) or (compiled and not short):
         return inference.plain(x, mean, factor(), beta, axes)
-    cpu = on_cpu()
     examples = x.shape[0] if axes[0] > 0 else 1
     few = examples is not None and examples < _PIXEL_EXAMPLES
     if compiled or (cpu and planes and (few or x.dtype == tf.float32)):
@@ -205,6 +255,14 @@ def normalize_with(
         return inference.fused_pixels(x, mean, variance, gamma, beta, axes, epsilon)
     image, data_format, restore = as_image(x, axes, flat=cpu, channels_last=cpu)
     return restore(inference.fused(image, mean, variance, gamma, beta, epsilon, data_format))
+
+
+def _takes_native(x, gamma, beta, axes, kernel, weights=None, group_size=None, synchronized=False) -> bool:
+    """Whether an operation of our own normalizes such a batch."""
+    if weights is not None or group_size is not None or synchronized:
+        return False
+    fits = kernel == "auto" and _native.fits(x, axes)
+    return fits and _native.is_wanted(*(tensor for tensor in (x, gamma, beta) if tensor is not None))
 
 
 def _constant(moments: Moments) -> Moments:

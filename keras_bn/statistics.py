@@ -189,6 +189,23 @@ def moved(moving: tf.Tensor, batch: tf.Tensor, rate: tf.Tensor) -> tf.Tensor:
     return moving + tf.math.multiply_no_nan(batch - moving, rate)
 
 
+def moved_by(
+    mean: tf.Tensor, variance: tf.Tensor, moments: Moments, rate: float, unbiased: bool
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Both moving statistics one step on, where a batch is worth it: see `batch_statistics` and `moved`.
+
+    Args:
+        mean: Moving mean, shape `(C,)`.
+        variance: Moving variance, shape `(C,)`.
+        moments: Of the batch.
+        rate: 1 - momentum.
+        unbiased: Which variance is averaged.
+    """
+    batch = batch_statistics(moments, unbiased)
+    rates = tf.where(batch.worth, tf.cast(rate, mean.dtype), 0)
+    return moved(mean, batch.mean, rates), moved(variance, batch.variance, rates)
+
+
 def renorm_correction(
     batch: BatchStatistics,
     renorm_mean: tf.Tensor,

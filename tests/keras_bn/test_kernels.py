@@ -11,7 +11,7 @@ from keras_bn import _batch_kernels, kernels, layouts
 from tests.reference import Reference, assert_close
 
 MODES = ("eager", "graph", "jit_compile")
-KERNELS = ("auto", "fused", "xla", "stable", "native")
+KERNELS = ("auto", "fused", "xla", "stable")
 # Under XLA all kernels are the same one.
 WAYS = [(mode, kernel) for mode in ("eager", "graph") for kernel in KERNELS] + [("jit_compile", "fused")]
 
@@ -58,13 +58,50 @@ def test_rarer_kernels_keep_their_digits_at_any_offset(options, mode):
 
 @pytest.mark.parametrize("offset", [0.0, 1e4, 1e6])
 @pytest.mark.parametrize("mode", MODES)
-def test_inference_keeps_its_digits_at_any_offset(mode, offset):
+@pytest.mark.parametrize("shape", [(16, 5, 5, 4), (512, 256)], ids=str)
+def test_inference_keeps_its_digits_at_any_offset(mode, offset, shape):
     rng = np.random.default_rng(0)
-    x = tf.constant(rng.normal(size=(16, 5, 5, 4)) + offset, "float32")
-    mean, variance = tf.fill([4], np.float32(offset)), tf.constant(rng.uniform(0.5, 2, 4), "float32")
-    gamma, beta = _affine(4)
-    call = _run(lambda x: kernels.normalize_with(x, mean, variance, gamma, beta, axes=[3], epsilon=1e-3), mode)
+    x = tf.constant(rng.normal(size=shape) + offset, "float32")
+    channels, axes = shape[-1], [len(shape) - 1]
+    mean, variance = tf.fill([channels], np.float32(offset)), tf.constant(rng.uniform(0.5, 2, channels), "float32")
+    gamma, beta = _affine(channels)
+    call = _run(lambda x: kernels.normalize_with(x, mean, variance, gamma, beta, axes=axes, epsilon=1e-3), mode)
     assert np.abs(call(x) - Reference(x, -1, gamma, beta).inference(mean, variance)).max() < 1e-4
+
+
+@pytest.mark.parametrize("offset", [0.0, 300.0])
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "neither scale nor center"])
+@pytest.mark.parametrize("shape", [(16, 5, 5, 4), (None, 5, None, 4)], ids=str)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("mode", [*MODES, "compiled later"])
+def test_inference_of_small_halves_and_its_derivatives_equal_those_in_float64(mode, dtype, shape, affine, offset):
+    rng = np.random.default_rng(0)
+    x, dy = (tf.cast(rng.normal(size=(16, 5, 5, 4)) + shift, dtype) for shift in (offset, 0))
+    mean, variance = rng.normal(offset, 1, 4), rng.uniform(0.5, 2, 4)
+    affine = [rng.normal(1, 0.3, 4), rng.normal(size=4)] if affine else []
+
+    def derivatives(x, dy, mean, variance, *affine):
+        inputs = [x, mean, variance, *affine]
+        with tf.GradientTape() as outer:
+            outer.watch(inputs)
+            with tf.GradientTape() as inner:
+                inner.watch(inputs)
+                y = kernels.normalize_with(x, mean, variance, *affine, axes=[3], epsilon=1e-3)
+            first = inner.gradient(y, inputs, output_gradients=dy)
+            value = tf.add_n([tf.reduce_sum(tf.cast(d, mean.dtype) ** 2) for d in first])
+        return y, first, outer.gradient(value, inputs, unconnected_gradients="zero")
+
+    function = derivatives
+    if mode != "eager":
+        specs = [tf.TensorSpec(shape, dtype)] * 2 + [tf.TensorSpec([4])] * (2 + len(affine))
+        function = tf.function(derivatives, specs, jit_compile=mode == "jit_compile", autograph=False)
+    if mode == "compiled later":
+        function.get_concrete_function()
+        function = tf.function(lambda *inputs, traced=function: traced(*inputs), jit_compile=True)
+    got = function(x, dy, *(tf.constant(value, "float32") for value in (mean, variance, *affine)))
+    want = derivatives(*(tf.cast(value, tf.float64) for value in (x, dy, mean, variance, *affine)))
+    for a, b in zip(tf.nest.flatten(got), tf.nest.flatten(want), strict=True):
+        assert_close(a, b, dtype, scale=8 * max(1.0, np.abs(b).max()))
 
 
 @pytest.mark.parametrize("offset", [0.0, 3.0, 30.0, 1e4])
@@ -307,20 +344,21 @@ def test_first_and_second_derivatives_equal_finite_differences(mode, dtype, axes
 def test_second_derivatives_of_the_float32_kernels_equal_those_in_float64(mode, offset):
     rng = np.random.default_rng(4)
     x, w = rng.normal(size=(32, 3)) + offset, rng.normal(size=(32, 3))
+    gamma, beta = _affine(3)
 
-    def second(x, w):
+    def second(x, w, gamma, beta):
         with tf.GradientTape() as outer:
-            outer.watch(x)
+            outer.watch([x, gamma, beta])
             with tf.GradientTape() as inner:
-                inner.watch(x)
-                result = tf.reduce_sum(w * _with_batch(x)[0] ** 3)
-            norm = tf.reduce_sum(inner.gradient(result, x) ** 2)
-        return outer.gradient(norm, x)
+                inner.watch([x, gamma, beta])
+                result = tf.reduce_sum(w * _with_batch(x, gamma, beta)[0] ** 3)
+            norm = tf.add_n([tf.reduce_sum(d**2) for d in inner.gradient(result, [x, gamma, beta])])
+        return outer.gradient(norm, [x, gamma, beta])
 
-    single = tf.constant(x, "float32")
-    got = _run(second, mode)(single, tf.constant(w, "float32"))
-    want = second(tf.cast(single, tf.float64), tf.constant(w))
-    np.testing.assert_allclose(got, want, atol=2e-4 * np.abs(want).max())
+    single = [tf.constant(value, "float32") for value in (x, w, gamma, beta)]
+    want = second(*(tf.cast(value, tf.float64) for value in single))
+    for got, exact in zip(_run(second, mode)(*single), want, strict=True):
+        np.testing.assert_allclose(got, exact, atol=2e-4 * np.abs(exact).max())
 
 
 @pytest.mark.parametrize(("mode", "kernel"), WAYS)
