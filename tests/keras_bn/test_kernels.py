@@ -58,7 +58,7 @@ def test_rarer_kernels_keep_their_digits_at_any_offset(options, mode):
 
 @pytest.mark.parametrize("offset", [0.0, 1e4, 1e6])
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("shape", [(16, 5, 5, 4), (512, 256)], ids=str)
+@pytest.mark.parametrize("shape", [(16, 5, 5, 4), (512, 256), (64, 64, 64, 4)], ids=str)
 def test_inference_keeps_its_digits_at_any_offset(mode, offset, shape):
     rng = np.random.default_rng(0)
     x = tf.constant(rng.normal(size=shape) + offset, "float32")
