@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 from tensorflow.python.eager import record
@@ -17,6 +19,8 @@ from keras_bn.statistics import Moments, merged_across_replicas, weighted_moment
 # The fused kernel sums in float32, so that its mean is off by up to 8e-6 of itself (measured, 64x56x56x64). Up to this
 # many standard deviations from zero that stays below 5e-5 of a standard deviation; beyond, the input is shifted first.
 TRUSTED_OFFSET = 4.0
+
+_NOTHING = np.zeros(0, "float32")
 
 # Up to this many values a few plain operations are faster than one that starts threads (measured: 256x128 yes, 4096x512
 # no). A size that is not known counts as so many.
@@ -49,6 +53,22 @@ def on_cpu() -> bool:
     return not tf.config.list_physical_devices("GPU")
 
 
+def are_near(means: tf.Tensor, variances: tf.Tensor) -> tf.Tensor | bool:
+    """Whether no channel's mean is so many standard deviations from zero that it must be subtracted first."""
+    if not tf.executing_eagerly():
+        return tf.reduce_all(tf.square(means) <= TRUSTED_OFFSET**2 * variances)
+    # An operation costs more than NumPy takes for a vector; in float64 no square overflows, with a warning.
+    means, variances = (vector.numpy().astype("float64") for vector in (means, variances))
+    return bool(np.all(means * means <= TRUSTED_OFFSET**2 * variances))
+
+
+def either(condition: tf.Tensor | bool, if_true: Callable[[], Any], if_false: Callable[[], Any]) -> Any:
+    """What one of the two functions returns; a branch in the graph where the condition is not known yet."""
+    if not isinstance(condition, bool) and tf.is_symbolic_tensor(condition):
+        return tf.cond(tf.cast(condition, tf.bool), if_true, if_false)
+    return if_true() if condition else if_false()
+
+
 def small(rows: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float) -> tuple[tf.Tensor, ...]:
     """As few plain operations as it takes, for inputs whose time goes into starting operations: y, mean, m2."""
 
@@ -62,10 +82,15 @@ def small(rows: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float) ->
 
         return (deviation * (inverse_std * gamma) + beta, mean + correction, m2), gradient
 
+    return _with_gradient(normalize, rows, gamma, beta)
+
+
+def _with_gradient(function: Callable[..., tuple[Any, Callable]], *inputs: tf.Tensor) -> Any:
+    """`tf.custom_gradient`, without the operations that it adds where nothing is differentiated."""
     if tf.executing_eagerly() and not record.could_possibly_record():
-        outputs, _ = normalize(rows, gamma, beta)
+        outputs, _ = function(*inputs)
         return outputs
-    return tf.custom_gradient(normalize)(rows, gamma, beta)
+    return tf.custom_gradient(function)(*inputs)
 
 
 def centred(rows: tf.Tensor, mean: tf.Tensor | None = None) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
@@ -113,8 +138,8 @@ def fused(
             x=image,
             scale=gamma,
             offset=beta,
-            mean=tf.zeros([0], gamma.dtype),
-            variance=tf.zeros([0], gamma.dtype),
+            mean=_NOTHING,
+            variance=_NOTHING,
             epsilon=epsilon,
             data_format=data_format,
             is_training=True,
@@ -127,12 +152,11 @@ def fused(
         y, mean, *rest = forward(tf.cast(image, gamma.dtype) - shift)
         return (tf.cast(y, image.dtype), mean + tf.reshape(shift, [-1]), *rest)
 
-    @tf.custom_gradient
     def normalize(image, gamma, beta):
         plain = forward(image)
         # A constant channel fails this too, so that its output is beta to the last digit. So does a NaN.
-        trusted = tf.reduce_all(tf.square(plain.batch_mean) <= TRUSTED_OFFSET**2 * plain.batch_variance)
-        y, mean, variance, *reserved = tf.cond(trusted, lambda: tuple(plain), lambda: shifted_forward(image))
+        trusted = are_near(plain.batch_mean, plain.batch_variance)
+        y, mean, variance, *reserved = either(trusted, lambda: tuple(plain), lambda: shifted_forward(image))
 
         def backward(dy, image):
             return tf.raw_ops.FusedBatchNormGradV3(
@@ -153,11 +177,11 @@ def fused(
             return (tf.cast(dx, image.dtype), *rest)
 
         def gradient(dy, *_):
-            return tf.cond(trusted, lambda: tuple(backward(dy, image)), lambda: shifted_backward(dy))
+            return either(trusted, lambda: tuple(backward(dy, image)), lambda: shifted_backward(dy))
 
         return (y, mean, variance), gradient
 
-    return normalize(image, gamma, beta)
+    return _with_gradient(normalize, image, gamma, beta)
 
 
 def two_pass(

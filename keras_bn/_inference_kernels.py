@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import tensorflow as tf
 
-from keras_bn._batch_kernels import TRUSTED_OFFSET, in_xla_context
+from keras_bn._batch_kernels import are_near, in_xla_context
 from keras_bn.layouts import along, as_planes, as_rows
 
 
@@ -39,11 +38,9 @@ def folded_where_near(
 ) -> tf.Tensor:
     """`folded` where no digits are lost by it, else `plain`."""
     beta = tf.zeros_like(mean) if beta is None else beta
-    if tf.executing_eagerly():
-        # An operation costs more than NumPy takes for a vector; in float64 no square overflows, with a warning.
-        near = _is_near(mean.numpy().astype("float64"), variance.numpy().astype("float64"), epsilon)
+    near = are_near(mean, variance + epsilon)
+    if isinstance(near, bool):
         return (folded if near else plain)(x, mean, factor, beta, axes)
-    near = _is_near(mean, variance, epsilon)
     if not in_xla_context():
         values = tf.cast(x, mean.dtype)
         values = tf.cond(near, lambda: values, lambda: values - along(axes, mean, x))
@@ -101,9 +98,8 @@ def fused_rows(
 
     @tf.custom_gradient
     def normalize(x, mean, variance, gamma, beta):
-        rows, restore = as_rows(x, axes)
-        voxels = tf.reshape(rows, [-1, 1, 1, 1, rows.shape[-1]])
-        y = restore(tf.reshape(fused(voxels, mean, variance, gamma, beta, epsilon, "NDHWC"), [-1, rows.shape[-1]]))
+        voxels, restore = as_rows(x, axes, [-1, 1, 1, 1])
+        y = restore(fused(voxels, mean, variance, gamma, beta, epsilon, "NDHWC"))
 
         # TensorFlow knows no second derivative of the fused operation with three spatial axes.
         def gradient(dy):
@@ -162,9 +158,3 @@ def scale_and_shift(
     if beta is not None:
         x = x + tf.cast(along(axes, beta, x), x.dtype)
     return x
-
-
-def _is_near(mean, variance, epsilon):
-    """Whether no channel is so far from zero that its mean must be subtracted first: of tensors or NumPy arrays."""
-    near = mean * mean <= TRUSTED_OFFSET**2 * (variance + epsilon)
-    return near.all() if isinstance(near, np.ndarray) else tf.reduce_all(near)

@@ -226,7 +226,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         elif self.statistics == "batch":
             y = self._normalize_with_batch(x, mask, update=training if self.trainable else False)
         else:
-            y = _either(
+            y = kernels.either(
                 training,
                 lambda: self._normalize_with_batch(x, mask, update=True),
                 lambda: self._normalize_with_moving(x),
@@ -374,12 +374,6 @@ class BatchNormalization(keras.layers.BatchNormalization):
         return self.momentum is None or any(arguments.is_schedule(value) for value in (self.momentum, *limits))
 
 
-def _either(condition, if_true, if_false):
-    if not isinstance(condition, bool) and tf.is_symbolic_tensor(condition):
-        return tf.cond(tf.cast(condition, tf.bool), if_true, if_false)
-    return if_true() if condition else if_false()
-
-
 def _when(condition, action):
     if not isinstance(condition, bool) and tf.is_symbolic_tensor(condition):
         tf.cond(tf.cast(condition, tf.bool), lambda: (action(), tf.no_op())[1], tf.no_op)
@@ -388,7 +382,8 @@ def _when(condition, action):
 
 
 def _flat(variable, dtype):
-    value = tf.cast(variable, dtype)
+    # Converted first: a cast of Keras's variable would do so by way of a search for what converts it.
+    value = tf.cast(tf.convert_to_tensor(variable.value), dtype)
     return value if len(value.shape) == 1 else tf.reshape(value, [-1])
 
 

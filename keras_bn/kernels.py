@@ -23,6 +23,7 @@ from keras_bn._batch_kernels import (
     two_pass,
     value_count,
 )
+from keras_bn._batch_kernels import either as either
 from keras_bn._inference_kernels import scale_and_shift as scale_and_shift
 from keras_bn.layouts import as_image, as_planes, as_rows, has_planes
 from keras_bn.statistics import Moments

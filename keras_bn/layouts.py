@@ -11,26 +11,32 @@ import tensorflow as tf
 Restore = Callable[[tf.Tensor], tf.Tensor]
 
 
-def as_rows(x: tf.Tensor, axes: Sequence[int]) -> tuple[tf.Tensor, Restore]:
-    """`x` as a matrix of channels in columns, and the way back."""
+def as_rows(x: tf.Tensor, axes: Sequence[int], shape: Sequence[int | tf.Tensor] = (-1,)) -> tuple[tf.Tensor, Restore]:
+    """`x` as a matrix of channels in columns, and the way back.
+
+    Args:
+        x: Tensor of rank 2 or more.
+        axes: The channel axes, not negative, ascending.
+        shape: Of the rows, where they are more than one axis.
+    """
     rank = len(x.shape)
-    if rank == 2 and axes[0] == 1:
+    if rank == 2 and axes[0] == 1 and len(shape) == 1:
         return x, lambda y: y
     others = [axis for axis in range(rank) if axis not in axes]
     if others == list(range(len(others))):
-        return tf.reshape(x, [-1, math.prod(x.shape[axis] for axis in axes)]), _reshape_like(x)
+        return _reshaped(x, [*shape, math.prod(x.shape[axis] for axis in axes)]), _reshape_like(x)
     if has_planes(x, axes):
         # As few axes as possible: TensorFlow transposes three of them up to three times as fast as five.
         planes, restore_planes = as_planes(x, axes)
         examples, channels, pixels = _sizes(planes)
 
         def restore(y):
-            return restore_planes(_swapped(tf.reshape(y, [examples, pixels, channels])))
+            return restore_planes(_swapped(_reshaped(y, [examples, pixels, channels])))
 
-        return tf.reshape(_swapped(planes), [-1, channels]), restore
+        return _reshaped(_swapped(planes), [*shape, channels]), restore
     order = [*others, *axes]
     back = [order.index(axis) for axis in range(rank)]
-    rows, restore = as_rows(tf.transpose(x, order), range(len(others), rank))
+    rows, restore = as_rows(tf.transpose(x, order), range(len(others), rank), shape)
     return rows, lambda y: tf.transpose(restore(y), back)
 
 
@@ -43,7 +49,7 @@ def as_image(x: tf.Tensor, axes: Sequence[int], flat: bool, channels_last: bool)
         flat: Whether an image with the channels last becomes a batch of single pixels.
         channels_last: Whether the channels must be last: elsewhere they are brought there.
     """
-    rank, channels = len(x.shape), math.prod(x.shape[axis] for axis in axes)
+    rank = len(x.shape)
     if rank == 4 and tuple(axes) == (3,) and not flat:
         return x, "NHWC", lambda y: y
     if has_planes(x, axes) and not channels_last:
@@ -51,11 +57,11 @@ def as_image(x: tf.Tensor, axes: Sequence[int], flat: bool, channels_last: bool)
         # an NCHW normalization that directly follows, as if the channels were last, and answers wrong.
         planes, restore = as_planes(x, axes)
         return planes[..., None], "NCHW", restore
-    rows, restore = as_rows(x, axes)
     pixels = [x.shape[axis] for axis in range(rank) if axis not in axes][1:]
     # A size that is not known makes it single pixels, and so does an image of none, which cannot be reshaped.
     height = 1 if flat or None in pixels else max(1, math.prod(pixels))
-    return tf.reshape(rows, [-1, height, 1, channels]), "NHWC", lambda y: restore(tf.reshape(y, [-1, channels]))
+    image, restore = as_rows(x, axes, [-1, height, 1])
+    return image, "NHWC", restore
 
 
 def as_planes(x: tf.Tensor, axes: Sequence[int]) -> tuple[tf.Tensor, Restore]:
@@ -63,7 +69,7 @@ def as_planes(x: tf.Tensor, axes: Sequence[int]) -> tuple[tf.Tensor, Restore]:
 
     sizes = _sizes(x)
     parts = sizes[: axes[0]], sizes[axes[0] : axes[-1] + 1], sizes[axes[-1] + 1 :]
-    return tf.reshape(x, [math.prod(part) for part in parts]), _reshape_like(x)
+    return _reshaped(x, [math.prod(part) for part in parts]), _reshape_like(x)
 
 
 def has_planes(x: tf.Tensor, axes: Sequence[int]) -> bool:
@@ -75,8 +81,12 @@ def along(axes: Sequence[int], values: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
     """`values`, shape `(C,)`, so that it broadcasts along `axes` of `x`."""
     if tuple(axes) == (len(x.shape) - 1,):
         return values
+    return _reshaped(values, [size if axis in axes else 1 for axis, size in enumerate(x.shape)])
+
+
+def _reshaped(x: tf.Tensor, shape: Sequence[int | tf.Tensor]) -> tf.Tensor:
     # A list takes TensorFlow twice as long to convert, which is what an eager call waits for.
-    return tf.reshape(values, np.array([size if axis in axes else 1 for axis, size in enumerate(x.shape)]))
+    return tf.reshape(x, np.array(shape) if all(isinstance(size, int) for size in shape) else shape)
 
 
 def _swapped(x: tf.Tensor) -> tf.Tensor:
@@ -101,5 +111,5 @@ def _reshape_like(x: tf.Tensor) -> Restore:
     """Reshapes to the shape of `x`, without asking for it at run time where one size at most is unknown."""
     static = [-1 if size is None else size for size in x.shape]
     if static.count(-1) <= 1 and 0 not in static:
-        return lambda y: tf.reshape(y, static)
+        return lambda y: _reshaped(y, static)
     return lambda y: tf.ensure_shape(tf.reshape(y, tf.shape(x)), x.shape)
