@@ -82,10 +82,10 @@ def small(rows: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float) ->
 
         return (deviation * (inverse_std * gamma) + beta, mean + correction, m2), gradient
 
-    return _with_gradient(normalize, rows, gamma, beta)
+    return with_gradient(normalize, rows, gamma, beta)
 
 
-def _with_gradient(function: Callable[..., tuple[Any, Callable]], *inputs: tf.Tensor) -> Any:
+def with_gradient(function: Callable[..., tuple[Any, Callable]], *inputs: tf.Tensor) -> Any:
     """`tf.custom_gradient`, without the operations that it adds where nothing is differentiated."""
     if tf.executing_eagerly() and not record.could_possibly_record():
         outputs, _ = function(*inputs)
@@ -181,7 +181,7 @@ def fused(
 
         return (y, mean, variance), gradient
 
-    return _with_gradient(normalize, image, gamma, beta)
+    return with_gradient(normalize, image, gamma, beta)
 
 
 def two_pass(

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
-from keras_bn._batch_kernels import are_near, in_xla_context
-from keras_bn.layouts import along, as_planes, as_rows
+from keras_bn._batch_kernels import are_near, in_xla_context, with_gradient
+from keras_bn.layouts import along, as_planes, as_rows, has_planes
 
 
 def plain(x: tf.Tensor, mean: tf.Tensor, factor: tf.Tensor, beta: tf.Tensor | None, axes: Sequence[int]) -> tf.Tensor:
@@ -82,7 +82,7 @@ def fused(
     ).y
 
 
-def fused_rows(
+def fused_voxels(
     x: tf.Tensor,
     mean: tf.Tensor,
     variance: tf.Tensor,
@@ -91,50 +91,44 @@ def fused_rows(
     axes: Sequence[int],
     epsilon: float,
 ) -> tf.Tensor:
-    """The fused operation on single voxels, in a graph: with three spatial axes TensorFlow takes its own kernel.
+    """The fused operation on single voxels: with three spatial axes TensorFlow takes its own kernel.
 
-    That of oneDNN, which it takes for two, needs up to 40 microseconds to start (measured).
+    That of oneDNN, which it takes for two, needs up to 40 microseconds to start, and for planes of bfloat16 up to 1.3
+    times as long (measured). Planes would have to be transposed forth and back: each pixel is a channel instead.
+    For half types, where plain operations have to copy the image to float32.
     """
-
-    @tf.custom_gradient
-    def normalize(x, mean, variance, gamma, beta):
+    gamma = tf.ones_like(mean) if gamma is None else gamma
+    beta = tf.zeros_like(mean) if beta is None else beta
+    planes = None
+    if has_planes(x, axes):
+        planes, restore = as_planes(x, axes)
+        examples, channels, pixels = tf.unstack(tf.shape(planes))
+        voxels = tf.reshape(planes, [examples, 1, 1, 1, channels * pixels])
+        mean, variance, gamma, beta = (
+            tf.reshape(tf.tile(vector[:, None], [1, pixels]), [-1]) for vector in (mean, variance, gamma, beta)
+        )
+    else:
         voxels, restore = as_rows(x, axes, [-1, 1, 1, 1])
-        y = restore(fused(voxels, mean, variance, gamma, beta, epsilon, "NDHWC"))
 
-        # TensorFlow knows no second derivative of the fused operation with three spatial axes.
+    def normalize(voxels, mean, variance, gamma, beta):
+        y = fused(voxels, mean, variance, gamma, beta, epsilon, "NDHWC")
+
+        # TensorFlow knows no second derivative of the fused operation with three spatial axes. Plain operations, which
+        # are for small inputs, would copy the planes to float32.
         def gradient(dy):
-            inputs = [x, mean, variance, gamma, beta]
-            return tf.gradients(plain(x, mean, tf.math.rsqrt(variance + epsilon) * gamma, beta, axes), inputs, dy)
+            inputs = [voxels, mean, variance, gamma, beta]
+            with tf.GradientTape() as tape:
+                tape.watch(inputs)
+                if planes is None:
+                    y = plain(voxels, mean, tf.math.rsqrt(variance + epsilon) * gamma, beta, [4])
+                else:
+                    image = tf.squeeze(voxels, 1)
+                    y = tf.expand_dims(fused(image, mean, variance, gamma, beta, epsilon, "NHWC"), 1)
+            return tape.gradient(y, inputs, output_gradients=dy)
 
         return y, gradient
 
-    gamma = tf.ones_like(mean) if gamma is None else gamma
-    beta = tf.zeros_like(mean) if beta is None else beta
-    return normalize(x, mean, variance, gamma, beta)
-
-
-def fused_pixels(
-    x: tf.Tensor,
-    mean: tf.Tensor,
-    variance: tf.Tensor,
-    gamma: tf.Tensor,
-    beta: tf.Tensor,
-    axes: Sequence[int],
-    epsilon: float,
-) -> tf.Tensor:
-    """The fused operation on planes, which it would have to transpose forth and back: each pixel is a channel instead.
-
-    For half types, where plain operations have to copy the image to float32.
-    """
-    planes, restore = as_planes(x, axes)
-    examples, channels, pixels = tf.unstack(tf.shape(planes))
-
-    def per_pixel(vector):
-        return tf.reshape(tf.tile(vector[:, None], [1, pixels]), [-1])
-
-    image = tf.reshape(planes, [examples, 1, 1, channels * pixels])
-    mean, variance, gamma, beta = (per_pixel(vector) for vector in (mean, variance, gamma, beta))
-    return restore(fused(image, mean, variance, gamma, beta, epsilon, "NHWC"))
+    return restore(with_gradient(normalize, voxels, mean, variance, gamma, beta))
 
 
 def scale_and_shift(

@@ -244,13 +244,13 @@ def normalize_with(
     planes, compiled, cpu, small = has_planes(x, axes), in_xla_context(), on_cpu(), is_small(x)
     half = dtype != x.dtype
     if cpu and small and half and not (planes or compiled or tf.executing_eagerly()):
-        return inference.fused_rows(x, mean, variance, gamma, beta, axes, epsilon)
+        return inference.fused_voxels(x, mean, variance, gamma, beta, axes, epsilon)
     if dtype == tf.float64 or small or compiled:
         return inference.plain(x, mean, factor(), beta, axes)
+    if cpu and planes:
+        return inference.fused_voxels(x, mean, variance, gamma, beta, axes, epsilon)
     gamma = tf.ones_like(mean) if gamma is None else gamma
     beta = tf.zeros_like(mean) if beta is None else beta
-    if cpu and planes:
-        return inference.fused_pixels(x, mean, variance, gamma, beta, axes, epsilon)
     image, data_format, restore = as_image(x, axes, flat=cpu, channels_last=cpu)
     return restore(inference.fused(image, mean, variance, gamma, beta, epsilon, data_format))
 

@@ -142,29 +142,41 @@ def test_inference_of_one_constant_channel_among_large_planes_is_beta(mode, dtyp
 
 
 @pytest.mark.parametrize("offset", [0.0, 30.0])
+@pytest.mark.parametrize("examples", [16, 64])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("mode", MODES)
-def test_inference_of_large_planes_has_the_gradients_of_its_formula(mode, dtype, offset, monkeypatch):
+@pytest.mark.parametrize("mode", [*MODES, "compiled later"])
+def test_inference_of_large_planes_has_the_gradients_of_its_formula(mode, dtype, examples, offset, monkeypatch):
     monkeypatch.setattr(_batch_kernels, "_SMALL", 0)
     rng = np.random.default_rng(0)
-    x, dy = (tf.cast(rng.normal(size=(16, 3, 5, 5)) + shift, dtype) for shift in (offset, 0))
+    x, dy = (tf.cast(rng.normal(size=(examples, 3, 5, 5)) + shift, dtype) for shift in (offset, 0))
     mean, variance = tf.fill([3], np.float32(offset)), tf.constant(rng.uniform(0.5, 2, 3), "float32")
     gamma, beta = _affine(3)
+    probe = rng.normal(size=x.shape)
 
     def gradients(x, gamma, beta):
-        with tf.GradientTape() as tape:
-            tape.watch([x, gamma, beta])
-            y = kernels.normalize_with(x, mean, variance, gamma, beta, axes=[1], epsilon=1e-3)
-        return tape.gradient(y, [x, gamma, beta], output_gradients=dy)
+        with tf.GradientTape() as outer:
+            outer.watch(gamma)
+            with tf.GradientTape() as tape:
+                tape.watch([x, gamma, beta])
+                y = kernels.normalize_with(x, mean, variance, gamma, beta, axes=[1], epsilon=1e-3)
+            first = tape.gradient(y, [x, gamma, beta], output_gradients=dy)
+            probed = tf.reduce_sum(tf.cast(first[0], "float32") * tf.constant(probe, "float32"))
+        return y, *first, outer.gradient(probed, gamma)
 
+    call = _run(gradients, "graph" if mode == "compiled later" else mode)
+    if mode == "compiled later":
+        call.get_concrete_function(x, gamma, beta)
+        call = tf.function(lambda *inputs, traced=call: traced(*inputs), jit_compile=True)
     inverse_std = 1 / np.sqrt(variance.numpy() + 1e-3)[:, None, None]
     weighted = np.asarray(dy, "float64") * inverse_std
     wants = (
+        Reference(np.asarray(x, "float64"), 1, gamma, beta).inference(mean, variance),
         weighted * gamma.numpy()[:, None, None],
         (weighted * (np.asarray(x, "float64") - offset)).sum((0, 2, 3)),
         np.asarray(dy, "float64").sum((0, 2, 3)),
+        (weighted * probe).sum((0, 2, 3)),
     )
-    for got, want in zip(_run(gradients, mode)(x, gamma, beta), wants, strict=True):
+    for got, want in zip(call(x, gamma, beta), wants, strict=True):
         assert_close(got, want, dtype, scale=2 * max(1.0, np.abs(want).max()))
 
 
