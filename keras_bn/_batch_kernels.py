@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
-from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 from tensorflow.python.eager import record
 from tensorflow.python.ops import control_flow_util
 
@@ -25,10 +22,7 @@ _NOTHING = np.zeros(0, "float32")
 # Up to this many values a few plain operations are faster than one that starts threads (measured: 256x128 yes, 4096x512
 # no). A size that is not known counts as so many.
 _SMALL = 2**17
-_LIKELY_BATCH = 64
-
-# XLA's CPU compiler vectorizes a sum of what it computes on the way only where it unrolls the loop: up to 16 rows.
-_PARTS = 8
+LIKELY_BATCH = 64
 
 Activation = Callable[[tf.Tensor], tf.Tensor]
 
@@ -45,7 +39,12 @@ def in_xla_context() -> bool:
 
 def is_small(x: tf.Tensor) -> bool:
     """Whether starting operations costs more than computing them."""
-    return math.prod(_LIKELY_BATCH if size is None else size for size in x.shape) <= _SMALL
+    return math.prod(LIKELY_BATCH if size is None else size for size in x.shape) <= _SMALL
+
+
+def is_small_when_run(x: tf.Tensor) -> tf.Tensor:
+    """`is_small` for sizes that are not known yet."""
+    return tf.size(x) <= _SMALL
 
 
 def on_cpu() -> bool:
@@ -148,7 +147,7 @@ def fused(
     reduced = [0, 1, 2] if data_format == "NHWC" else [0, 2, 3]
 
     def shifted_forward(image):
-        shift = _central_value(image, reduced)
+        shift = central_value(image, reduced)
         y, mean, *rest = forward(tf.cast(image, gamma.dtype) - shift)
         return (tf.cast(y, image.dtype), mean + tf.reshape(shift, [-1]), *rest)
 
@@ -172,7 +171,7 @@ def fused(
             )[:3]
 
         def shifted_backward(dy):
-            shifted = tf.cast(image, gamma.dtype) - _central_value(image, reduced)
+            shifted = tf.cast(image, gamma.dtype) - central_value(image, reduced)
             dx, *rest = backward(tf.cast(dy, gamma.dtype), shifted)
             return (tf.cast(dx, image.dtype), *rest)
 
@@ -182,89 +181,6 @@ def fused(
         return (y, mean, variance), gradient
 
     return with_gradient(normalize, image, gamma, beta)
-
-
-def two_pass(
-    x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float, activation: Activation, planes: bool
-) -> tuple[tf.Tensor, Moments]:
-    """Two sums of each channel's values, forward and backward: what XLA's CPU compiler does best.
-
-    Every deviation is (x - shift) - delta with a shift taken from the data: the first difference is exact where the
-    offset is large, so no digits are lost there, and it is zero for a constant channel. A rectifier is made part of it:
-    the backward pass finds its sign from the input again.
-
-    Args:
-        x: Shape `(M, C)`, or `(G, M, C)` for groups; where it is `planes`, `(N, C, S)`.
-    """
-    rank = len(x.shape)
-    summed = [0, 2] if planes else [rank - 2]
-    count = value_count(x, summed, gamma.dtype)
-    rectified = activation is keras.activations.relu
-    # A group, or a batch, may be empty: its sums are zero, and so are their means.
-    divisor = max(count, 1.0) if isinstance(count, float) else tf.maximum(count, 1.0)
-
-    @tf.custom_gradient
-    def normalize(x, gamma, beta):
-        if planes:
-            gamma, beta = gamma[:, None], beta[:, None]
-        shift = _central_value(x, summed)
-
-        def shifted():
-            return tf.cast(x, gamma.dtype) - shift
-
-        delta = _sum_along(summed, shifted()) / divisor
-        m2 = _sum_along(summed, tf.square(shifted() - delta))
-        inverse_std = tf.math.rsqrt(m2 / divisor + epsilon)
-        y = (shifted() - delta) * (inverse_std * gamma) + beta
-        if rectified:
-            y = tf.nn.relu(y)
-
-        def gradient(dy, *_):
-            dy = tf.cast(dy, gamma.dtype)
-            deviation = shifted() - delta
-            if rectified:
-                dy = tf.where(deviation * (inverse_std * gamma) + beta > 0, dy, 0)
-            dbeta = _sum_along(summed, dy)
-            dgamma = _sum_along(summed, dy * deviation) * inverse_std
-            dx = (dy - dbeta / divisor - deviation * (dgamma * inverse_std / divisor)) * (inverse_std * gamma)
-            others = summed if planes else range(rank - 1)
-            return tf.cast(dx, x.dtype), *(tf.reduce_sum(d, others) for d in (dgamma, dbeta))
-
-        return (tf.cast(y, x.dtype), tf.squeeze(shift + delta, summed), tf.squeeze(m2, summed)), gradient
-
-    y, mean, m2 = normalize(x, gamma, beta)
-    y = y if rectified else activation(y)
-    return y, Moments(count, tf.stop_gradient(mean), tf.stop_gradient(m2))
-
-
-def _sum_along(axes: Sequence[int], values: tf.Tensor) -> tf.Tensor:
-    """Sum over `axes`, which are kept; for XLA in two steps, the first a sum of few."""
-    if not in_xla_context() or is_small(values):
-        for axis in reversed(axes):
-            values = tf.reduce_sum(values, axis, keepdims=True)
-        return values
-    # Along the first axis that is long enough for it.
-    axis = next((axis for axis in axes if (values.shape[axis] or _LIKELY_BATCH) >= 2 * _PARTS), axes[-1])
-    size = values.shape[axis] if values.shape[axis] is not None else tf.shape(values)[axis]
-    part = size // _PARTS
-    whole, rest = tf.split(values, [part * _PARTS, size - part * _PARTS], axis)
-    sizes = tf.shape(values)
-    parts = tf.reshape(whole, tf.concat([sizes[:axis], [_PARTS, part], sizes[axis + 1 :]], 0))
-    total = tf.reduce_sum(_kept_apart(tf.reduce_sum(parts, axis)), axes, keepdims=True)
-    if isinstance(size, int) and size % _PARTS == 0:
-        return total
-    return total + tf.reduce_sum(rest, axes, keepdims=True)
-
-
-@tf.custom_gradient
-def _kept_apart(values: tf.Tensor) -> tuple[tf.Tensor, Callable]:
-    """The identity, across which XLA does not merge one sum with the next."""
-    return gen_xla_ops.xla_optimization_barrier(input=[values])[0], lambda gradient: gradient
-
-
-@functools.partial(tf.function, jit_compile=True, reduce_retracing=True)
-def compiled_two_pass(x, gamma, beta, epsilon, activation, planes):
-    return two_pass(x, gamma, beta, epsilon, activation, planes)
 
 
 def composed(
@@ -283,7 +199,7 @@ def composed(
     """
     values = tf.cast(rows, gamma.dtype)
     if weights is None:
-        shift = _central_value(rows, [len(rows.shape) - 2])
+        shift = central_value(rows, [len(rows.shape) - 2])
     else:
         # The largest value that counts: a value of the channel, whatever the others hold.
         largest = tf.reduce_max(tf.where(weights > 0, values, gamma.dtype.min), -2, keepdims=True)
@@ -302,7 +218,7 @@ def composed(
     )
 
 
-def _central_value(x: tf.Tensor, reduced: Sequence[int]) -> tf.Tensor:
+def central_value(x: tf.Tensor, reduced: Sequence[int]) -> tf.Tensor:
     """Per channel the median of its first, middle and last value: near the mean, and itself a value of the channel.
 
     Returns:

@@ -12,7 +12,6 @@ from keras_bn import _inference_kernels as inference
 from keras_bn import _native, statistics
 from keras_bn._batch_kernels import (
     Activation,
-    compiled_two_pass,
     composed,
     fused,
     in_xla_context,
@@ -20,11 +19,11 @@ from keras_bn._batch_kernels import (
     on_cpu,
     small,
     statistics_dtype,
-    two_pass,
     value_count,
 )
 from keras_bn._batch_kernels import either as either
 from keras_bn._inference_kernels import scale_and_shift as scale_and_shift
+from keras_bn._two_pass import compiled_two_pass, two_pass
 from keras_bn.layouts import as_image, as_planes, as_rows, has_planes
 from keras_bn.statistics import Moments
 

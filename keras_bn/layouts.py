@@ -28,7 +28,7 @@ def as_rows(x: tf.Tensor, axes: Sequence[int], shape: Sequence[int | tf.Tensor] 
     if has_planes(x, axes):
         # As few axes as possible: TensorFlow transposes three of them up to three times as fast as five.
         planes, restore_planes = as_planes(x, axes)
-        examples, channels, pixels = _sizes(planes)
+        examples, channels, pixels = sizes_of(planes)
 
         def restore(y):
             return restore_planes(_swapped(_reshaped(y, [examples, pixels, channels])))
@@ -67,7 +67,7 @@ def as_image(x: tf.Tensor, axes: Sequence[int], flat: bool, channels_last: bool)
 def as_planes(x: tf.Tensor, axes: Sequence[int]) -> tuple[tf.Tensor, Restore]:
     """`x`, which must have planes, as examples of channels of values, shape `(N, C, S)`, and the way back."""
 
-    sizes = _sizes(x)
+    sizes = sizes_of(x)
     parts = sizes[: axes[0]], sizes[axes[0] : axes[-1] + 1], sizes[axes[-1] + 1 :]
     return _reshaped(x, [math.prod(part) for part in parts]), _reshape_like(x)
 
@@ -102,7 +102,7 @@ def _swapped(x: tf.Tensor) -> tf.Tensor:
     return swap(x)
 
 
-def _sizes(x: tf.Tensor) -> list[int | tf.Tensor]:
+def sizes_of(x: tf.Tensor) -> list[int | tf.Tensor]:
     """The sizes of `x`: numbers where they are known."""
     return [tf.shape(x)[axis] if size is None else size for axis, size in enumerate(x.shape)]
 

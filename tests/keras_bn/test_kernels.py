@@ -259,7 +259,9 @@ def test_gradients_keep_their_digits_at_any_offset(mode, kernel, offset):
 
 @pytest.mark.parametrize("known", [True, False], ids=["known batch", "unknown batch"])
 @pytest.mark.parametrize(
-    "shape", [(3, 5), (64, 5), (67, 5), (135, 5), (3, 5, 7), (3, 5, 4, 5), (16, 5, 4), (19, 5, 3)], ids=str
+    "shape",
+    [(3, 5), (64, 5), (67, 5), (280, 5), (8253, 5), (3, 5, 7), (3, 5, 4, 5), (16, 5, 4), (19, 5, 3), (33, 5, 70)],
+    ids=str,
 )
 def test_xla_sums_in_parts_whatever_their_number(shape, known, monkeypatch):
     monkeypatch.setattr(_batch_kernels, "_SMALL", 0)
@@ -281,6 +283,46 @@ def test_xla_sums_in_parts_whatever_their_number(shape, known, monkeypatch):
     assert_close(moments.m2, oracle.channels(oracle.m2), "float32", scale=10)
     for got, want in zip(gradients, oracle.gradients(dy), strict=True):
         assert_close(got, want, "float32", scale=10)
+
+
+@pytest.mark.parametrize("batch", [64, 4096])
+def test_xla_sums_batches_that_grow_as_it_sums_known_ones(batch):
+    x = tf.random.stateless_normal([batch, 64], seed=[1, 2])
+
+    def moments(x):
+        return _with_batch(x, axes=[1])[1]
+
+    grown = tf.function(moments, [tf.TensorSpec([None, 64])], jit_compile=True)
+    known = tf.function(moments, [tf.TensorSpec([batch, 64])], jit_compile=True)
+    for got, want in zip(grown(x), known(x), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("away", [0.0, 2.9, 3.1, 300.0])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("axis", [1, -1])
+def test_xla_keeps_its_digits_however_far_the_shift_is_from_the_mean(axis, dtype, away):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(1000, 30, 6) if axis == -1 else (1000, 6, 30)) + 3
+    # What the shift is taken from: the first, the middle and the last value of a channel, in either layout.
+    for example in (0, 500, 999):
+        x[example] = 3 + away
+    x, dy = tf.cast(x, dtype), tf.cast(rng.normal(size=x.shape), dtype)
+    gamma, beta = _affine(6)
+
+    @tf.function(jit_compile=True, autograph=False)
+    def run(x, dy):
+        with tf.GradientTape() as tape:
+            tape.watch([x, gamma, beta])
+            y, moments = _with_batch(x, gamma, beta, axes=[axis % 3])
+        return y, moments, tape.gradient(y, [x, gamma, beta], output_gradients=dy)
+
+    y, moments, gradients = run(x, dy)
+    oracle = Reference(np.asarray(x, "float64"), axis, gamma, beta)
+    np.testing.assert_allclose(moments.m2, oracle.channels(oracle.m2), rtol=1e-5)
+    assert_close(y, oracle.y, dtype, scale=4 * np.abs(oracle.y).max())
+    for got, want in zip(gradients, oracle.gradients(np.asarray(dy, "float64")), strict=True):
+        assert_close(got, want, dtype, scale=4 * max(1.0, np.abs(want).max()))
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, -7.3, 1e6, 3e-20])
