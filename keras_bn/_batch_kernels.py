@@ -42,11 +42,6 @@ def is_small(x: tf.Tensor) -> bool:
     return math.prod(LIKELY_BATCH if size is None else size for size in x.shape) <= _SMALL
 
 
-def is_small_when_run(x: tf.Tensor) -> tf.Tensor:
-    """`is_small` for sizes that are not known yet."""
-    return tf.size(x) <= _SMALL
-
-
 def on_cpu() -> bool:
     """Whether there is no GPU: cuDNN takes at most 65,535 examples, so images must stay images for it."""
     return not tf.config.list_physical_devices("GPU")

@@ -260,11 +260,10 @@ def test_gradients_keep_their_digits_at_any_offset(mode, kernel, offset):
 @pytest.mark.parametrize("known", [True, False], ids=["known batch", "unknown batch"])
 @pytest.mark.parametrize(
     "shape",
-    [(3, 5), (64, 5), (67, 5), (280, 5), (8253, 5), (3, 5, 7), (3, 5, 4, 5), (16, 5, 4), (19, 5, 3), (33, 5, 70)],
+    [(3, 5), (127, 5), (131, 5), (280, 5), (8253, 5), (3, 5, 80), (3, 5, 8, 9), (16, 5, 40), (19, 5, 9), (33, 5, 70)],
     ids=str,
 )
-def test_xla_sums_in_parts_whatever_their_number(shape, known, monkeypatch):
-    monkeypatch.setattr(_batch_kernels, "_SMALL", 0)
+def test_xla_sums_in_parts_whatever_their_number(shape, known):
     rng = np.random.default_rng(0)
     x, dy = (tf.constant(rng.normal(size=shape), "float32") for _ in range(2))
     gamma, beta = _affine(5)
@@ -285,7 +284,7 @@ def test_xla_sums_in_parts_whatever_their_number(shape, known, monkeypatch):
         assert_close(got, want, "float32", scale=10)
 
 
-@pytest.mark.parametrize("batch", [64, 4096])
+@pytest.mark.parametrize("batch", [64, 200, 4096])
 def test_xla_sums_batches_that_grow_as_it_sums_known_ones(batch):
     x = tf.random.stateless_normal([batch, 64], seed=[1, 2])
 
