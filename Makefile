@@ -43,6 +43,7 @@ docker-check: $(INSTALLED)  ## Check what Docker and Kubernetes run; build and a
 bench: $(INSTALLED)  ## Measure everything beside its peers (an hour); see benchmarks/RESULTS.md
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[serving,models,bench]'
 	$(BIN)/python -m benchmarks.layer
+	$(BIN)/python -m benchmarks.layer --unknown_batch --dtypes float32 --axes last --tasks training inference
 	$(BIN)/python -m benchmarks.network
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.serving

@@ -57,14 +57,24 @@ def main() -> None:
         )
     parser.add_argument("--seconds", type=float, default=1.0, help="for each question (default: 1)")
     parser.add_argument("--name", default="layer", help="of the files below benchmarks/results (default: layer)")
+    parser.add_argument(
+        "--unknown_batch",
+        action="store_true",
+        help="trace graphs with a batch size that is not known, as Keras's fit does; files end in _unknown_batch",
+    )
     parser.add_argument("--keep", action="store_true", help="keep the rows of an earlier run not measured now")
     flags = parser.parse_args()
     questions = [
         question
         for question in itertools.product(flags.modes, flags.dtypes, flags.axes, flags.shapes, flags.tasks)
-        if question[0] != "steps" or math.prod(SHAPES[question[3]]) <= SMALL
+        if (question[0] != "steps" or math.prod(SHAPES[question[3]]) <= SMALL)
+        and not (question[0] == "eager" and flags.unknown_batch)
     ]
-    rows = [_measure(*question, flags.seconds) for question in measuring.progress(questions, "layer")]
+    rows = [
+        _measure(*question, flags.unknown_batch, flags.seconds) for question in measuring.progress(questions, "layer")
+    ]
+    if flags.unknown_batch:
+        flags.name += "_unknown_batch"
     if flags.keep:
         # In the order of the whole grid.
         rows = sorted(
@@ -83,7 +93,7 @@ def main() -> None:
         print(f"\n{picture}")
 
 
-def _measure(mode: str, dtype: str, axis: str, shape_name: str, task: str, seconds: float) -> dict:
+def _measure(mode: str, dtype: str, axis: str, shape_name: str, task: str, unknown_batch: bool, seconds: float) -> dict:
     import gc
 
     shape = SHAPES[shape_name]
@@ -93,7 +103,7 @@ def _measure(mode: str, dtype: str, axis: str, shape_name: str, task: str, secon
     if mode == "eager" or (mode == "jit_compile" and math.prod(shape) > SMALL):
         layers = 1
     steps = STEPS_IN_A_CALL if mode == "steps" else 1
-    stepping = _tensorflow(mode, dtype, axis, shape, task, layers, steps)
+    stepping = _tensorflow(mode, dtype, axis, shape, task, layers, steps, unknown_batch)
     contestants = stepping | _torch(mode, dtype, axis, shape, task, layers) | _copy(dtype, shape, layers)
     times = {
         name: time / layers / (steps if name in stepping else 1)
@@ -115,7 +125,9 @@ def _measure(mode: str, dtype: str, axis: str, shape_name: str, task: str, secon
     }
 
 
-def _tensorflow(mode: str, dtype: str, axis: str, shape: tuple, task: str, layers: int, steps: int) -> dict:
+def _tensorflow(
+    mode: str, dtype: str, axis: str, shape: tuple, task: str, layers: int, steps: int, unknown_batch: bool = False
+) -> dict:
     import keras
     import tensorflow as tf
     import tf_keras
@@ -157,7 +169,10 @@ def _tensorflow(mode: str, dtype: str, axis: str, shape: tuple, task: str, layer
             return tf.while_loop(lambda done, *_: done < steps, step, [0, xs, total], parallel_iterations=1)
 
         whole = run_steps if steps > 1 else run
-        function = run if mode == "eager" else tf.function(whole, jit_compile=mode == "jit_compile", autograph=False)
+        specs = [[tf.TensorSpec([None, *shape[1:]], dtype)] * inputs] * 2 if unknown_batch else None
+        function = run
+        if mode != "eager":
+            function = tf.function(whole, specs, jit_compile=mode == "jit_compile", autograph=False)
         # Operations and functions return when their work is done: TensorFlow runs them synchronously on a CPU.
         return lambda: function(xs, dys)
 
