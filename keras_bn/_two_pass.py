@@ -35,7 +35,13 @@ _MORE_PARTS = range(33, 129)
 
 
 def two_pass(
-    x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float, activation: Activation, planes: bool
+    x: tf.Tensor,
+    gamma: tf.Tensor,
+    beta: tf.Tensor,
+    epsilon: float,
+    activation: Activation,
+    planes: bool,
+    fewest: int = 0,
 ) -> tuple[tf.Tensor, Moments]:
     """Two sums of each channel's values, forward and backward: what XLA's CPU compiler does best.
 
@@ -45,6 +51,7 @@ def two_pass(
 
     Args:
         x: Shape `(M, C)`, or `(G, M, C)` for groups; where it is `planes`, `(N, C, S)`.
+        fewest: How many values of a channel there are at least, where that is known although their number is not.
     """
     rank = len(x.shape)
     summed = [0, 2] if planes else [rank - 2]
@@ -62,20 +69,22 @@ def two_pass(
         def shifted():
             return tf.cast(x, gamma.dtype) - shift
 
-        def centred():
-            delta = _sum_along(summed, shifted()) / divisor
-            return delta, _sum_along(summed, tf.square(shifted() - delta))
+        def centred(sum_along):
+            delta = sum_along(summed, shifted()) / divisor
+            return delta, sum_along(summed, tf.square(shifted() - delta))
 
         def shortened():
-            total, squares = _sums_along(summed, shifted(), shifted())
+            # To convert bfloat16 once more costs more than to read it again (measured).
+            if x.dtype == tf.bfloat16:
+                return centred(_sum_of_parts)
+            total, squares = _sums_of_parts(summed, shifted(), shifted())
             delta = total / divisor
             m2 = squares - total * delta
             near = tf.reduce_all(total * delta <= _TRUSTED_SHIFT**2 * m2)
-            return delta, tf.cond(near, lambda: m2, lambda: _sum_along(summed, tf.square(shifted() - delta)))
+            return delta, tf.cond(near, lambda: m2, lambda: _sum_of_parts(summed, tf.square(shifted() - delta)))
 
-        # To convert bfloat16 once more costs more than to read it again (measured).
-        short = _is_summed_in_parts(summed, x) if x.dtype != tf.bfloat16 else False
-        delta, m2 = either(short, shortened, centred)
+        parts = _is_summed_in_parts(summed, x, fewest)
+        delta, m2 = either(parts, shortened, lambda: centred(_sum_along))
         inverse_std = tf.math.rsqrt(m2 / divisor + epsilon)
         y = (shifted() - delta) * (inverse_std * gamma) + beta
         if rectified:
@@ -86,7 +95,11 @@ def two_pass(
             deviation = shifted() - delta
             if rectified:
                 dy = tf.where(deviation * (inverse_std * gamma) + beta > 0, dy, 0)
-            dbeta, dgamma = _sums_along(summed, dy, deviation)
+
+            def one_by_one():
+                return _sum_along(summed, dy), _sum_along(summed, dy * deviation)
+
+            dbeta, dgamma = either(parts, lambda: _sums_of_parts(summed, dy, deviation), one_by_one)
             dgamma *= inverse_std
             dx = (dy - dbeta / divisor - deviation * (dgamma * inverse_std / divisor)) * (inverse_std * gamma)
             others = summed if planes else range(rank - 1)
@@ -99,36 +112,27 @@ def two_pass(
     return y, Moments(count, tf.stop_gradient(mean), tf.stop_gradient(m2))
 
 
-def _sums_along(axes: Sequence[int], values: tf.Tensor, factors: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Sums of `values`, and of `values * factors`, over `axes`, which are kept; for XLA both in one pass."""
-
-    def at_once():
-        # Of one short piece of memory after the other both: for the second sum it is in the cache.
-        both = tf.where(tf.range(2)[:, None] == 0, tf.ones([], values.dtype), tf.expand_dims(factors, -2))
-        last = len(values.shape) - 1
-        shifted = [axis + 1 if axis == last else axis for axis in axes]
-        return tuple(tf.unstack(_sum_of_parts(shifted, tf.expand_dims(values, -2) * both), axis=-2))
-
-    def one_by_one():
-        return _plain_sum(axes, values), _plain_sum(axes, values * factors)
-
-    return either(_is_summed_in_parts(axes, values), at_once, one_by_one)
-
-
 def _sum_along(axes: Sequence[int], values: tf.Tensor) -> tf.Tensor:
     """Sum over `axes`, which are kept."""
-    parts = _is_summed_in_parts(axes, values)
-    return either(parts, lambda: _sum_of_parts(axes, values), lambda: _plain_sum(axes, values))
-
-
-def _plain_sum(axes: Sequence[int], values: tf.Tensor) -> tf.Tensor:
     for axis in reversed(axes):
         values = tf.reduce_sum(values, axis, keepdims=True)
     return values
 
 
+def _sums_of_parts(axes: Sequence[int], values: tf.Tensor, factors: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Sums of `values`, and of `values * factors`, over `axes`, which are kept: both in one pass."""
+    # Of one short piece of memory after the other both: for the second sum it is in the cache.
+    both = tf.where(tf.range(2)[:, None] == 0, tf.ones([], values.dtype), tf.expand_dims(factors, -2))
+    last = len(values.shape) - 1
+    axes = [axis + 1 if axis == last else axis for axis in axes]
+    return tuple(tf.unstack(_sum_of_parts(axes, tf.expand_dims(values, -2) * both), axis=-2))
+
+
 def _sum_of_parts(axes: Sequence[int], values: tf.Tensor) -> tf.Tensor:
-    """For XLA: sums of few, which it vectorizes, then of more, then of the rest; one sum of many would lose digits."""
+    """`_sum_along` for XLA: of few, which it vectorizes, then of more, then of the rest.
+
+    One sum of many would lose digits.
+    """
     # Along the first axis that is long enough for it.
     axis = next((axis for axis in axes if (values.shape[axis] or LIKELY_BATCH) >= 2 * _PARTS), axes[-1])
     few, rest = _summed_in_parts(values, axis, _parts(_count(axes, values)))
@@ -162,9 +166,9 @@ def _even_parts(size: tf.Tensor | int) -> tf.Tensor | int:
     return tf.reduce_min(tf.where(size % parts == 0, parts, _MORE_PARTS[-1]))
 
 
-def _is_summed_in_parts(axes: Sequence[int], values: tf.Tensor) -> tf.Tensor | bool:
+def _is_summed_in_parts(axes: Sequence[int], values: tf.Tensor, fewest: int) -> tf.Tensor | bool:
     """Whether to; XLA knows the sizes that are not known here when it compiles, and drops one of the branches."""
-    return in_xla_context() and _count(axes, values) >= _FEWEST
+    return in_xla_context() and (fewest >= _FEWEST or _count(axes, values) >= _FEWEST)
 
 
 def _count(axes: Sequence[int], values: tf.Tensor) -> tf.Tensor | int:
@@ -179,5 +183,5 @@ def _kept_apart(values: tf.Tensor) -> tuple[tf.Tensor, Callable]:
 
 
 @functools.partial(tf.function, jit_compile=True, reduce_retracing=True)
-def compiled_two_pass(x, gamma, beta, epsilon, activation, planes):
-    return two_pass(x, gamma, beta, epsilon, activation, planes)
+def compiled_two_pass(x, gamma, beta, epsilon, activation, planes, fewest):
+    return two_pass(x, gamma, beta, epsilon, activation, planes, fewest)

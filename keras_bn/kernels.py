@@ -95,6 +95,7 @@ def normalize_with_batch(
     """
     dtype = statistics_dtype(x.dtype)
     channels = math.prod(x.shape[axis] for axis in axes)
+    fewest = math.prod(size or 1 for axis, size in enumerate(x.shape) if axis not in axes)
     gamma = tf.ones([channels], dtype) if gamma is None else gamma
     beta = tf.zeros([channels], dtype) if beta is None else beta
     if _takes_native(x, gamma, beta, axes, kernel, weights, group_size, synchronized):
@@ -130,7 +131,7 @@ def normalize_with_batch(
         planes = has_planes(x, axes)
         view, restore = as_planes(x, axes) if planes else as_rows(x, axes)
         normalize = compiled_two_pass if kernel == "xla" else two_pass
-        y, moments = normalize(view, gamma, beta, epsilon, activation, planes)
+        y, moments = normalize(view, gamma, beta, epsilon, activation, planes, fewest)
         return restore(y), moments
 
     rows, restore = as_rows(x, axes)
@@ -140,7 +141,7 @@ def normalize_with_batch(
 
     def normalize_part(rows, weights):
         if weights is None and not synchronized:
-            return two_pass(rows, gamma, beta, epsilon, activation, planes=False)
+            return two_pass(rows, gamma, beta, epsilon, activation, False, fewest)
         y, moments = composed(rows, gamma, beta, epsilon, weights, synchronized)
         return activation(y), moments
 
