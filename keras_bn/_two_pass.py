@@ -41,7 +41,7 @@ def two_pass(
     epsilon: float,
     activation: Activation,
     planes: bool,
-    fewest: int = 0,
+    fewest: int,
 ) -> tuple[tf.Tensor, Moments]:
     """Two sums of each channel's values, forward and backward: what XLA's CPU compiler does best.
 

@@ -141,7 +141,7 @@ def normalize_with_batch(
 
     def normalize_part(rows, weights):
         if weights is None and not synchronized:
-            return two_pass(rows, gamma, beta, epsilon, activation, False, fewest)
+            return two_pass(rows, gamma, beta, epsilon, activation, planes=False, fewest=fewest)
         y, moments = composed(rows, gamma, beta, epsilon, weights, synchronized)
         return activation(y), moments
 
