@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 
 import keras
@@ -135,7 +134,7 @@ def _sum_of_parts(axes: Sequence[int], values: tf.Tensor) -> tf.Tensor:
     """
     # Along the first axis that is long enough for it.
     axis = next((axis for axis in axes if (values.shape[axis] or LIKELY_BATCH) >= 2 * _PARTS), axes[-1])
-    few, rest = _summed_in_parts(values, axis, _parts(_count(axes, values)))
+    few, rest = _summed_in_parts(values, axis, _parts(value_count(values, axes, tf.int32)))
     total = tf.reduce_sum(rest, axes, keepdims=True)
     axis = max(axes, key=lambda axis: few.shape[axis] or LIKELY_BATCH)
     few, rest = _summed_in_parts(few, axis, _even_parts(sizes_of(few)[axis]))
@@ -152,7 +151,7 @@ def _summed_in_parts(values: tf.Tensor, axis: int, parts: tf.Tensor | int) -> tu
     return _kept_apart(tf.reduce_sum(whole, axis)), rest
 
 
-def _parts(count: tf.Tensor | int) -> tf.Tensor | int:
+def _parts(count: tf.Tensor | float) -> tf.Tensor | int:
     """So many parts that more than XLA merges are left to sum."""
     enough = count >= _PARTS * _MORE_PARTS[0]
     return tf.where(enough, _PARTS, _PARTS // 2) if tf.is_tensor(enough) else _PARTS if enough else _PARTS // 2
@@ -168,12 +167,7 @@ def _even_parts(size: tf.Tensor | int) -> tf.Tensor | int:
 
 def _is_summed_in_parts(axes: Sequence[int], values: tf.Tensor, fewest: int) -> tf.Tensor | bool:
     """Whether to; XLA knows the sizes that are not known here when it compiles, and drops one of the branches."""
-    return in_xla_context() and (fewest >= _FEWEST or _count(axes, values) >= _FEWEST)
-
-
-def _count(axes: Sequence[int], values: tf.Tensor) -> tf.Tensor | int:
-    sizes = sizes_of(values)
-    return math.prod(sizes[axis] for axis in axes)
+    return in_xla_context() and (fewest >= _FEWEST or value_count(values, axes, tf.int32) >= _FEWEST)
 
 
 @tf.custom_gradient
