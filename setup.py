@@ -7,17 +7,19 @@ setup(
         Extension(
             "keras_bn._native_operations",
             ["keras_bn/_native.cc"],
-            depends=["keras_bn/_native_arithmetic.h"],
+            depends=["keras_bn/_native_arithmetic.h", "keras_bn/_native_threads.h"],
             language="c++",
             # TensorFlow, which is there before it loads them, has the symbols that stay open.
             extra_compile_args=[
                 "-std=c++17",
+                "-pthread",
                 "-O3",
                 "-g0",
                 "-fvisibility=hidden",
                 "-fno-math-errno",
                 "-fno-trapping-math",
             ],
+            extra_link_args=["-pthread"],
             py_limited_api=True,
             optional=True,
         )

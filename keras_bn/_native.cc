@@ -33,16 +33,20 @@ void* TF_TensorData(const TF_Tensor*);
 int64_t TF_TensorElementCount(const TF_Tensor*);
 void TF_GetInput(TF_OpKernelContext*, int, TF_Tensor**, TF_Status*);
 TF_Tensor* TF_AllocateOutput(TF_OpKernelContext*, int, int type, const int64_t* sizes, int rank, size_t, TF_Status*);
+TF_Tensor* TF_ForwardInputOrAllocateOutput(TF_OpKernelContext*, const int* inputs, int input_count, int output,
+                                           const int64_t* sizes, int rank, int* forwarded, TF_Status*);
 void TF_OpKernelContext_Failure(TF_OpKernelContext*, TF_Status*);
 void TF_OpKernelConstruction_Failure(TF_OpKernelConstruction*, TF_Status*);
 void TF_OpKernelConstruction_GetAttrInt64(TF_OpKernelConstruction*, const char*, int64_t*, TF_Status*);
 void TF_OpKernelConstruction_GetAttrFloat(TF_OpKernelConstruction*, const char*, float*, TF_Status*);
 void TF_OpKernelConstruction_GetAttrBool(TF_OpKernelConstruction*, const char*, unsigned char*, TF_Status*);
 void TF_OpKernelConstruction_GetAttrString(TF_OpKernelConstruction*, const char*, char*, size_t, TF_Status*);
+void TF_OpKernelConstruction_GetAttrType(TF_OpKernelConstruction*, const char*, int*, TF_Status*);
 TF_KernelBuilder* TF_NewKernelBuilder(const char* operation, const char* device, void* (*)(TF_OpKernelConstruction*),
                                       void (*)(void*, TF_OpKernelContext*), void (*)(void*));
 void TF_KernelBuilder_TypeConstraint(TF_KernelBuilder*, const char*, int type, TF_Status*);
 void TF_RegisterKernelBuilder(const char*, TF_KernelBuilder*, TF_Status*);
+void TF_RegisterKernelBuilderWithKernelDef(const char* definition, const char*, TF_KernelBuilder*, TF_Status*);
 TF_OpDefinitionBuilder* TF_NewOpDefinitionBuilder(const char*);
 void TF_OpDefinitionBuilderAddAttr(TF_OpDefinitionBuilder*, const char*);
 void TF_OpDefinitionBuilderAddInput(TF_OpDefinitionBuilder*, const char*);
@@ -61,34 +65,60 @@ namespace {
 
 constexpr int kFloat = 1, kBfloat16 = 14, kHalf = 19, kInvalidArgument = 3, kMaxRank = 254;
 
+using Compute = void (*)(void*, TF_OpKernelContext*);
+
 // What a node of a graph is told when it is made.
 struct Attributes {
   int64_t first_axis, last_axis;
   float epsilon, rate;
   unsigned char unbiased, warned;
   char warning[1024];
+  Compute compute;
 };
+
+// Reads attributes of a node whose names begin with `prefix`, up to the first that is missing.
+class Reader {
+ public:
+  Reader(TF_OpKernelConstruction* construction, const char* prefix) : construction_(construction), prefix_(prefix) {}
+
+  ~Reader() {
+    if (TF_GetCode(status_)) TF_OpKernelConstruction_Failure(construction_, status_);
+    TF_DeleteStatus(status_);
+  }
+
+  template <class... Arguments, class... Values>
+  void read(void (*get)(TF_OpKernelConstruction*, const char*, Arguments...), const char* name, Values... values) {
+    char whole[64];
+    snprintf(whole, sizeof whole, "%s%s", prefix_, name);
+    if (!TF_GetCode(status_)) get(construction_, whole, values..., status_);
+  }
+
+  void read_all(Attributes* attributes, bool moves) {
+    read(TF_OpKernelConstruction_GetAttrInt64, "first_axis", &attributes->first_axis);
+    read(TF_OpKernelConstruction_GetAttrInt64, "last_axis", &attributes->last_axis);
+    read(TF_OpKernelConstruction_GetAttrFloat, "epsilon", &attributes->epsilon);
+    if (!moves) return;
+    read(TF_OpKernelConstruction_GetAttrFloat, "rate", &attributes->rate);
+    read(TF_OpKernelConstruction_GetAttrBool, "unbiased", &attributes->unbiased);
+    read(TF_OpKernelConstruction_GetAttrString, "warning", attributes->warning, sizeof attributes->warning - 1);
+  }
+
+  void fail(const char* message) {
+    if (!TF_GetCode(status_)) TF_SetStatus(status_, kInvalidArgument, message);
+  }
+
+ private:
+  TF_OpKernelConstruction* construction_;
+  const char* prefix_;
+  TF_Status* status_ = TF_NewStatus();
+};
+
+Attributes* new_attributes() { return static_cast<Attributes*>(calloc(1, sizeof(Attributes))); }
 
 template <bool moves>
 void* create(TF_OpKernelConstruction* construction) {
-  auto* attributes = static_cast<Attributes*>(calloc(1, sizeof(Attributes)));
-  TF_Status* status = TF_NewStatus();
-  TF_OpKernelConstruction_GetAttrInt64(construction, "first_axis", &attributes->first_axis, status);
-  if (!TF_GetCode(status))
-    TF_OpKernelConstruction_GetAttrInt64(construction, "last_axis", &attributes->last_axis, status);
-  if (!TF_GetCode(status))
-    TF_OpKernelConstruction_GetAttrFloat(construction, "epsilon", &attributes->epsilon, status);
-  if (moves) {
-    if (!TF_GetCode(status))
-      TF_OpKernelConstruction_GetAttrFloat(construction, "rate", &attributes->rate, status);
-    if (!TF_GetCode(status))
-      TF_OpKernelConstruction_GetAttrBool(construction, "unbiased", &attributes->unbiased, status);
-    if (!TF_GetCode(status))
-      TF_OpKernelConstruction_GetAttrString(construction, "warning", attributes->warning,
-                                            sizeof attributes->warning - 1, status);
-  }
-  if (TF_GetCode(status)) TF_OpKernelConstruction_Failure(construction, status);
-  TF_DeleteStatus(status);
+  Attributes* attributes = new_attributes();
+  Reader(construction, "").read_all(attributes, moves);
   return attributes;
 }
 
@@ -96,7 +126,10 @@ void* create(TF_OpKernelConstruction* construction) {
 class Call {
  public:
   Call(TF_OpKernelContext* context, int inputs) : context_(context) {
-    for (int i = 0; i < inputs && ok(); ++i) TF_GetInput(context_, i, &held_[count_++], status_);
+    for (; count_ < inputs && ok(); ++count_) {
+      TF_GetInput(context_, count_, &held_[count_], status_);
+      if (ok()) data_[count_] = TF_TensorData(held_[count_]);
+    }
     if (!ok()) TF_OpKernelContext_Failure(context_, status_);
   }
 
@@ -109,7 +142,7 @@ class Call {
   bool ok() const { return TF_GetCode(status_) == 0; }
 
   template <class T>
-  const T* data(int i) const { return static_cast<const T*>(TF_TensorData(held_[i])); }
+  const T* data(int i) const { return static_cast<const T*>(data_[i]); }
 
   // The sizes of an input as channels between `first` and `last`, which `vectors` others must have one value each of.
   Shape shape(int i, const Attributes& attributes, std::initializer_list<int> vectors) {
@@ -136,13 +169,22 @@ class Call {
     const int rank = like < 0 ? 0 : TF_NumDims(held_[like]);
     int64_t count = 1;
     for (int k = 0; k < rank; ++k) count *= sizes[k] = TF_Dim(held_[like], k);
-    TF_Tensor* made = TF_AllocateOutput(context_, i, type, sizes, rank, size_t(count) * sizeof(T), status_);
-    if (!ok()) {
-      TF_OpKernelContext_Failure(context_, status_);
-      return nullptr;
-    }
-    held_[count_++] = made;
-    return static_cast<T*>(TF_TensorData(made));
+    return made<T>(TF_AllocateOutput(context_, i, type, sizes, rank, size_t(count) * sizeof(T), status_));
+  }
+
+  // An output in the memory of an input of its type and shape, if nothing else needs that any more. Afterwards there is
+  // no asking for the input's shape.
+  template <class T>
+  T* output_over(int i, int input) {
+    if (!ok()) return nullptr;
+    int64_t sizes[kMaxRank];
+    const int rank = TF_NumDims(held_[input]);
+    for (int k = 0; k < rank; ++k) sizes[k] = TF_Dim(held_[input], k);
+    // Holding it is needing it; its memory stays where it is, since the context holds it too.
+    TF_DeleteTensor(held_[input]);
+    held_[input] = nullptr;
+    int forwarded;
+    return made<T>(TF_ForwardInputOrAllocateOutput(context_, &input, 1, i, sizes, rank, &forwarded, status_));
   }
 
  private:
@@ -152,9 +194,20 @@ class Call {
     TF_OpKernelContext_Failure(context_, status_);
   }
 
+  template <class T>
+  T* made(TF_Tensor* output) {
+    if (!ok()) {
+      TF_OpKernelContext_Failure(context_, status_);
+      return nullptr;
+    }
+    held_[count_++] = output;
+    return static_cast<T*>(TF_TensorData(output));
+  }
+
   TF_OpKernelContext* context_;
   TF_Status* status_ = TF_NewStatus();
   TF_Tensor* held_[12] = {};
+  const void* data_[12] = {};
   int count_ = 0;
 };
 
@@ -202,7 +255,7 @@ void normalize_batch_grad(void* kernel, TF_OpKernelContext* context) {
   if (!call.ok()) return;
   const Shape shape = call.shape(1, attributes, {2, 3, 4});
   call.same_size(0, 1);
-  auto* dx = call.output<T>(0, TypeOf<T>::value, 1);
+  auto* dx = call.output_over<T>(0, 0);
   auto* dgamma = call.output<float>(1, kFloat, 2);
   auto* dbeta = call.output<float>(2, kFloat, 2);
   if (!call.ok()) return;
@@ -216,10 +269,11 @@ void normalize(void* kernel, TF_OpKernelContext* context) {
   Call call(context, 5);
   if (!call.ok()) return;
   const Shape shape = call.shape(0, attributes, {1, 2, 3, 4});
-  auto* y = call.output<T>(0, TypeOf<T>::value, 0);
+  auto* y = call.output_over<T>(0, 0);
   if (!call.ok()) return;
-  run(Normalize<T>{call.data<T>(0), call.data<float>(1), call.data<float>(2), call.data<float>(3), call.data<float>(4),
-                   y, shape, attributes.epsilon});
+  Normalize<T>{call.data<T>(0), call.data<float>(1), call.data<float>(2), call.data<float>(3), call.data<float>(4),
+               y, shape, attributes.epsilon}
+      .run();
 }
 
 // Output number `i` has the shape of the input `like[i]`; where that is -1, it is a scalar.
@@ -232,6 +286,49 @@ void shapes(TF_ShapeInferenceContext* context, TF_Status* status) {
     if (!TF_GetCode(status)) TF_ShapeInferenceContextSetOutput(context, i++, shape, status);
     TF_DeleteShapeHandle(shape);
   }
+}
+
+constexpr char kNormalizeBatch[] = "KerasBn>NormalizeBatch", kNormalizeBatchGrad[] = "KerasBn>NormalizeBatchGrad",
+               kNormalize[] = "KerasBn>Normalize";
+
+struct Kernel {
+  const char* operation;
+  int type;
+  bool moves;
+  Compute compute;
+};
+
+const Kernel kKernels[] = {
+    {kNormalizeBatch, kFloat, true, normalize_batch<float>},
+    {kNormalizeBatch, kBfloat16, true, normalize_batch<bfloat16>},
+    {kNormalizeBatch, kHalf, true, normalize_batch<half>},
+    {kNormalizeBatchGrad, kFloat, false, normalize_batch_grad<float>},
+    {kNormalizeBatchGrad, kBfloat16, false, normalize_batch_grad<bfloat16>},
+    {kNormalizeBatchGrad, kHalf, false, normalize_batch_grad<half>},
+    {kNormalize, kFloat, false, normalize<float>},
+    {kNormalize, kBfloat16, false, normalize<bfloat16>},
+    {kNormalize, kHalf, false, normalize<half>},
+};
+
+// For a node that calls a function of TensorFlow's operations and says which of ours does the same.
+void* create_for_call(TF_OpKernelConstruction* construction) {
+  Attributes* attributes = new_attributes();
+  Reader reader(construction, "_keras_bn_");
+  char operation[64] = {};
+  int type = 0;
+  reader.read(TF_OpKernelConstruction_GetAttrString, "operation", operation, sizeof operation - 1);
+  reader.read(TF_OpKernelConstruction_GetAttrType, "T", &type);
+  for (const Kernel& kernel : kKernels) {
+    if (type != kernel.type || strcmp(operation, kernel.operation) != 0) continue;
+    attributes->compute = kernel.compute;
+    reader.read_all(attributes, kernel.moves);
+  }
+  if (attributes->compute == nullptr) reader.fail("There is no such operation.");
+  return attributes;
+}
+
+void compute_call(void* kernel, TF_OpKernelContext* context) {
+  static_cast<Attributes*>(kernel)->compute(kernel, context);
 }
 
 class Registration {
@@ -250,12 +347,19 @@ class Registration {
     check(name);
   }
 
-  template <bool moves = false>
-  void kernel(const char* name, int type, void (*compute)(void*, TF_OpKernelContext*)) {
-    TF_KernelBuilder* builder = TF_NewKernelBuilder(name, "CPU", create<moves>, compute, free);
-    TF_KernelBuilder_TypeConstraint(builder, "T", type, status_);
-    check(name);
-    TF_RegisterKernelBuilder(name, builder, status_);
+  void kernel(const Kernel& kernel) {
+    TF_KernelBuilder* builder =
+        TF_NewKernelBuilder(kernel.operation, "CPU", kernel.moves ? create<true> : create<false>, kernel.compute, free);
+    TF_KernelBuilder_TypeConstraint(builder, "T", kernel.type, status_);
+    check(kernel.operation);
+    TF_RegisterKernelBuilder(kernel.operation, builder, status_);
+    check(kernel.operation);
+  }
+
+  void calls(const char* definition) {
+    const char* name = "PartitionedCall";
+    TF_KernelBuilder* builder = TF_NewKernelBuilder(name, "CPU", create_for_call, compute_call, free);
+    TF_RegisterKernelBuilderWithKernelDef(definition, name, builder, status_);
     check(name);
   }
 
@@ -272,26 +376,25 @@ __attribute__((constructor)) void register_all() {
   Registration with;
   const char *type = "T: {float, bfloat16, half}", *first = "first_axis: int", *last = "last_axis: int",
              *epsilon = "epsilon: float";
-  const char* name = "KerasBn>NormalizeBatch";
-  with.operation(name, {type, first, last, epsilon, "rate: float = 0", "unbiased: bool = false", "warning: string = ''"},
+  with.operation(kNormalizeBatch,
+                 {type, first, last, epsilon, "rate: float = 0", "unbiased: bool = false", "warning: string = ''"},
                  {"x: T", "gamma: float", "beta: float", "moving_mean: float", "moving_variance: float"},
                  {"y: T", "mean: float", "m2: float", "count: float", "moved_mean: float", "moved_variance: float"},
                  shapes<0, 1, 1, -1, 3, 4>);
-  with.kernel<true>(name, kFloat, normalize_batch<float>);
-  with.kernel<true>(name, kBfloat16, normalize_batch<bfloat16>);
-  with.kernel<true>(name, kHalf, normalize_batch<half>);
-  name = "KerasBn>NormalizeBatchGrad";
-  with.operation(name, {type, first, last, epsilon}, {"dy: T", "x: T", "gamma: float", "mean: float", "m2: float"},
+  with.operation(kNormalizeBatchGrad, {type, first, last, epsilon},
+                 {"dy: T", "x: T", "gamma: float", "mean: float", "m2: float"},
                  {"dx: T", "dgamma: float", "dbeta: float"}, shapes<1, 2, 2>);
-  with.kernel(name, kFloat, normalize_batch_grad<float>);
-  with.kernel(name, kBfloat16, normalize_batch_grad<bfloat16>);
-  with.kernel(name, kHalf, normalize_batch_grad<half>);
-  name = "KerasBn>Normalize";
-  with.operation(name, {type, first, last, epsilon},
+  with.operation(kNormalize, {type, first, last, epsilon},
                  {"x: T", "mean: float", "variance: float", "gamma: float", "beta: float"}, {"y: T"}, shapes<0>);
-  with.kernel(name, kFloat, normalize<float>);
-  with.kernel(name, kBfloat16, normalize<bfloat16>);
-  with.kernel(name, kHalf, normalize<half>);
+  for (const Kernel& kernel : kKernels) with.kernel(kernel);
 }
 
 }  // namespace
+
+// Takes over the calls that `definition`, a serialized KernelDef, tells from others. Once in a process.
+extern "C" __attribute__((visibility("default"))) void keras_bn_take_calls(const char* definition) {
+  Registration().calls(definition);
+}
+
+// How many threads may share the work on one tensor.
+extern "C" __attribute__((visibility("default"))) void keras_bn_limit_threads(int count) { Threads::all().limit(count); }

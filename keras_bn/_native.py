@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import os
 import threading
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 from tensorflow.python.eager import forwardprop_util, record
+from tensorflow.python.framework import func_graph
 
 from keras_bn import statistics
 from keras_bn._batch_kernels import (
@@ -23,7 +27,7 @@ from keras_bn._batch_kernels import (
     small_gradient,
     value_count,
 )
-from keras_bn._stand_ins import stand_in
+from keras_bn._stand_ins import kernel_definition, stand_in
 from keras_bn.layouts import as_rows
 from keras_bn.statistics import Moments
 
@@ -31,6 +35,9 @@ from keras_bn.statistics import Moments
 _LOADING = threading.RLock()
 
 _AXES_AND_EPSILON = ("first_axis", "last_axis", "epsilon")
+
+_NORMALIZE_BATCH, _NORMALIZE_BATCH_GRAD = "KerasBn>NormalizeBatch", "KerasBn>NormalizeBatchGrad"
+_NORMALIZE = "KerasBn>Normalize"
 
 
 def is_wanted(*inputs: tf.Tensor) -> bool:
@@ -47,12 +54,13 @@ def is_wanted(*inputs: tf.Tensor) -> bool:
         return False
     devices = tf.config.list_logical_devices("CPU")
     local = all("/job:" not in device.name or "/job:localhost/" in device.name for device in devices)
-    return local and tf.compat.v1.executing_eagerly_outside_functions() and not in_xla_context()
+    eager = tf.compat.v1.executing_eagerly_outside_functions()
+    return local and eager and not in_xla_context() and _calls_are_taken()
 
 
 def fits(x: tf.Tensor, axes: Sequence[int]) -> bool:
-    """Whether they take such an input: small, float32 or shorter, on a CPU, with channel axes that stand together."""
-    return x.dtype != tf.float64 and axes[-1] - axes[0] + 1 == len(axes) and is_small(x) and on_cpu()
+    """Whether to take them for such a batch: one that they can take, and small."""
+    return _is_taken(x, axes) and is_small(x)
 
 
 def normalize_batch(
@@ -82,6 +90,20 @@ def normalize_batch(
     return y, Moments(float(x.shape.num_elements() // max(gamma.shape[0], 1)) if known else count, mean, m2), moved
 
 
+def infers(*inputs: tf.Tensor, axes: Sequence[int]) -> bool:
+    """Whether to normalize such an input, the first, with statistics that are given, here, where it was compiled.
+
+    A graph that is exported had better hold plain operations: elsewhere a call costs more than they do, and not every
+    converter knows it. Such graphs leave the batch open, while those of a loop over data take that from an iterator.
+    """
+    x = inputs[0]
+    if not (_is_taken(x, axes) and is_wanted(*inputs)):
+        return False
+    if tf.executing_eagerly():
+        return not record.could_possibly_record()
+    return x.shape.is_fully_defined() or _iterates(tf.compat.v1.get_default_graph())
+
+
 def normalize(
     x: tf.Tensor,
     mean: tf.Tensor,
@@ -90,14 +112,47 @@ def normalize(
     beta: tf.Tensor,
     axes: Sequence[int],
     epsilon: float,
+    plain: Callable[..., tf.Tensor],
 ) -> tf.Tensor:
-    """y = gamma * (x - mean) / sqrt(variance + epsilon) + beta, without a gradient. Not for a graph."""
-    return _operations().keras_bn_normalize(x, mean, variance, gamma, beta, **_options(axes, epsilon))
+    """y = gamma * (x - mean) / sqrt(variance + epsilon) + beta; in a graph it is differentiable.
+
+    Args:
+        plain: Module-level function of the tensors, the first and last of `axes`, and `epsilon` that does the same
+            with TensorFlow's own operations.
+    """
+    options = _options(axes, epsilon)
+    inputs = x, mean, variance, gamma, beta
+    if tf.executing_eagerly():
+        return _compiled("normalize")(*inputs, **options)
+
+    @tf.custom_gradient
+    def normalize(*inputs):
+        (y,) = stand_in(plain, _NORMALIZE, inputs, **options)(*inputs)
+
+        def gradient(dy):
+            with tf.GradientTape() as tape:
+                tape.watch(inputs)
+                y = plain(*inputs, **options)
+            return tape.gradient(y, inputs, output_gradients=dy)
+
+        return y, gradient
+
+    return normalize(*inputs)
 
 
-def may_be_differentiated() -> bool:
-    """Whether a gradient tape may be watching."""
-    return record.could_possibly_record()
+def _is_taken(x: tf.Tensor, axes: Sequence[int]) -> bool:
+    """Float32 or shorter, on a CPU, with channel axes that stand together."""
+    return x.dtype != tf.float64 and axes[-1] - axes[0] + 1 == len(axes) and on_cpu()
+
+
+def _iterates(graph: tf.Graph) -> bool:
+    """Whether it is part of a function that takes an iterator over data."""
+    while isinstance(graph, func_graph.FuncGraph):
+        inputs = tf.nest.flatten(graph.structured_input_signature)
+        if any(isinstance(value, tf.data.IteratorSpec) for value in inputs):
+            return True
+        graph = graph.outer_graph
+    return False
 
 
 def _options(axes: Sequence[int], epsilon: float) -> dict[str, int | float]:
@@ -111,13 +166,14 @@ def _normalize_in_graph(x, gamma, beta, moving, options):
     @tf.custom_gradient
     def normalize(x, gamma, beta):
         inputs = (x, gamma, beta, *moving)
-        call = stand_in(_normalize_batch, _compiled("normalize_batch"), inputs, **options)
+        call = stand_in(_normalize_batch, _NORMALIZE_BATCH, inputs, **options)
         y, mean, m2, *rest = call(*inputs)
         others.extend((mean, m2, *rest))
         return y, lambda dy: _gradients_in_graph(dy, x, gamma, mean, m2, options)
 
     y = normalize(x, gamma, beta)
-    return y, [tf.stop_gradient(other) for other in others]
+    moments, moved = others[:3], others[3:]
+    return y, [*map(tf.stop_gradient, moments), *moved]
 
 
 def _gradients_in_graph(dy, x, gamma, mean, m2, options):
@@ -126,7 +182,7 @@ def _gradients_in_graph(dy, x, gamma, mean, m2, options):
     @tf.custom_gradient
     def gradients(dy, x, gamma):
         inputs = (dy, x, gamma, mean, m2)
-        call = stand_in(_normalize_batch_grad, _compiled("normalize_batch_grad"), inputs, **options)
+        call = stand_in(_normalize_batch_grad, _NORMALIZE_BATCH_GRAD, inputs, **options)
         return call(*inputs), lambda *d_outputs: _second_gradients(dy, x, gamma, d_outputs, **options)
 
     return gradients(dy, x, gamma)
@@ -169,12 +225,50 @@ def _loaded() -> Any:
         return None
     try:
         operations = tf.load_op_library(str(libraries[-1]))
+        library = ctypes.CDLL(str(libraries[-1]))
+        library.keras_bn_take_calls(kernel_definition())
+        library.keras_bn_limit_threads(_threads())
     except (tf.errors.OpError, OSError) as error:
         warnings.warn(f"keras_bn goes without its compiled operations, which do not load: {error}", stacklevel=2)
         return None
-    tf.RegisterGradient("KerasBn>NormalizeBatch")(_gradient)
-    tf.RegisterGradient("KerasBn>NormalizeBatchGrad")(_second_gradient)
+    tf.RegisterGradient(_NORMALIZE_BATCH)(_gradient)
+    tf.RegisterGradient(_NORMALIZE_BATCH_GRAD)(_second_gradient)
     return operations
+
+
+@functools.cache
+def _calls_are_taken() -> bool:
+    """Whether this TensorFlow leaves calls as they are, so that ours are run: constants go in, results are not used."""
+
+    def call():
+        one = tf.ones([1])
+        x = tf.constant([[0.0], [2.0]])
+        options: dict[str, Any] = {"epsilon": 0.0, "rate": 0.0, "unbiased": False, "warning": ""}
+        call = stand_in(_not_taken, _NORMALIZE_BATCH, [x, one, one, one, one], first_axis=1, last_axis=1, **options)
+        return call(x, one, 0 * one, one, one)[0]
+
+    with tf.init_scope():
+        try:
+            taken = np.array_equal(tf.function(call, autograph=False)(), [[-1], [1]])
+        except tf.errors.OpError:
+            taken = False
+    if not taken:
+        warnings.warn(
+            f"keras_bn goes without its compiled operations in graphs: their calls are changed by TensorFlow "
+            f"{tf.__version__}.",
+            stacklevel=2,
+        )
+    return taken
+
+
+def _not_taken(x, gamma, beta, moving_mean, moving_variance, **_):
+    return [value * np.nan for value in (x, gamma, gamma, gamma[0], moving_mean, moving_variance)]
+
+
+def _threads() -> int:
+    """As many as TensorFlow has for one operation: those asked for, or one for each processor."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return tf.config.threading.get_intra_op_parallelism_threads() or processors
 
 
 def _gradient(operation, dy, *_):

@@ -5,64 +5,66 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tensorflow as tf
-from tensorflow.python.ops.parallel_for import pfor
+from tensorflow.core.framework import kernel_def_pb2
+from tensorflow.core.protobuf import config_pb2
 
 from keras_bn._version import __version__
 
 # Several threads may trace at the same time.
 _MAKING = threading.RLock()
 
+_CALL = "PartitionedCall"
+_MARK = "config_proto"
+
+# What tells our calls from others, in an attribute that every call has: a setting that changes nothing where it is not
+# known. Whoever loads a graph that was saved must find what does the same, or nothing.
+_SETTINGS = config_pb2.ConfigProto(
+    experimental=config_pb2.ConfigProto.Experimental(
+        session_metadata=config_pb2.SessionMetadata(name=f"keras_bn {__version__}")
+    )
+).SerializeToString()
+
+# With this attribute TensorFlow's optimizers neither inline a call nor change what goes in and out: they take it for a
+# part of a program for TPUs, and without one nobody else does. Converters may inline the function.
+_KEPT = {"_tpu_replicate": tf.compat.v1.AttrValue(s=b"keras_bn")}
+
+
+def kernel_definition() -> bytes:
+    """The KernelDef, serialized, of what runs the calls in the place of TensorFlow's own kernel for calls."""
+    definition = kernel_def_pb2.KernelDef(op=_CALL, device_type="CPU", priority=1)
+    definition.constraint.add(name=_MARK).allowed_values.list.s.append(_SETTINGS)
+    return definition.SerializeToString()
+
 
 class StandIn(NamedTuple):
-    """A function of plain operations, for which TensorFlow's graph optimizer takes another one when a graph runs.
+    """A function of plain operations, whose call one of our operations runs where there is one.
 
-    Both are marked as implementing the same thing, the other one as preferred on a CPU. A graph holds the plain one
-    alone, and so does what is saved of it; the other is known to this process only. XLA, and any process without it,
-    runs the plain one. Calls have no gradient of their own.
+    A graph holds an ordinary call of an ordinary function, which says by the way which of our operations does the
+    same. A process in which `kernel_definition` was registered runs that, without calling anything; XLA, and any
+    process without it, runs the function. Calls have no gradient of their own.
     """
 
-    plain: tf.types.experimental.ConcreteFunction
-    preferred: tf.types.experimental.ConcreteFunction
-
-    @property
-    def name(self) -> str:
-        """Of the function, which is the type of the operation that calls it."""
-        return self.plain.function_def.signature.name
+    function: tf.types.experimental.ConcreteFunction
+    dtypes: Sequence[tf.DType]
+    shapes: Sequence[tf.TensorShape]
+    attributes: dict[str, Any]
 
     def __call__(self, *inputs: tf.Tensor) -> list[tf.Tensor]:
         """Adds a call to the graph that is being traced."""
         graph = tf.compat.v1.get_default_graph()
-        self.plain.add_to_graph(graph)
-        # No thread is woken for what is one operation.
-        executor = tf.compat.v1.AttrValue(s=b"SINGLE_THREADED_EXECUTOR")
-        outputs = graph.create_op(
-            self.name,
-            inputs,
-            [output.dtype for output in self.plain.outputs],
-            name=self.name.strip("_"),
-            attrs={"_executor": executor},
-        ).outputs
-        for output, known in zip(outputs, self.plain.outputs, strict=True):
-            output.set_shape(known.shape)
+        self.function.add_to_graph(graph)
+        outputs = graph.create_op(_CALL, inputs, self.dtypes, name="keras_bn", attrs=self.attributes).outputs
+        for output, shape in zip(outputs, self.shapes, strict=True):
+            output.set_shape(shape)
         return outputs
-
-    def vectorized(self, call):
-        """How `tf.vectorized_map`, and with it a Jacobian, converts a call."""
-        stacked = [part.t for part in call._inputs if part.is_stacked]
-
-        def one(parts):
-            parts = iter(parts)
-            return self.plain(*(next(parts) if part.is_stacked else part.t for part in call._inputs))
-
-        return [pfor.wrap(output) for output in tf.vectorized_map(one, stacked)]
 
 
 def stand_in(
     plain: Callable[..., Sequence[tf.Tensor]],
-    preferred: Callable[..., Sequence[tf.Tensor]],
+    operation: str,
     inputs: Sequence[tf.Tensor],
     **options: int | float | bool | str,
 ) -> StandIn:
@@ -70,31 +72,45 @@ def stand_in(
 
     Args:
         plain: Module-level function of tensors and `options`.
-        preferred: Likewise, with the same inputs and outputs.
-        inputs: Whose shapes and dtypes both functions are traced for.
+        operation: The name of ours, which has the same inputs, outputs and `options`.
+        inputs: Whose shapes and dtypes it is made for. The first one's dtype is the operation's `T`.
     """
     signature = tuple((tuple(tensor.shape), tensor.dtype) for tensor in inputs)
     with _MAKING:
-        return _made(plain, preferred, signature, tuple(sorted(options.items())))
+        return _made(plain, operation, signature, tuple(sorted(options.items())))
 
 
 @functools.cache
-def _made(plain, preferred, signature, options) -> StandIn:
-    sizes = " ".join(f"{dtype.name}{list(shape)}" for shape, dtype in signature)
-    # Whoever loads a graph that was saved must find what does the same, or nothing.
-    implemented = f"keras_bn{plain.__name__} {__version__} {dict(options)} {sizes}"
+def _made(plain, operation, signature, options) -> StandIn:
+    def whole(*inputs):
+        return plain(*inputs, **dict(options))
+
+    whole.__name__ = plain.__name__
     specs = [tf.TensorSpec(shape, dtype) for shape, dtype in signature]
-
-    def traced(function, suffix, device):
-        attributes = {"api_implements": implemented, "api_preferred_device": device}
-
-        def whole(*inputs):
-            return function(*inputs, **dict(options))
-
-        whole.__name__ = plain.__name__ + suffix
-        return tf.function(whole, autograph=False, experimental_attributes=attributes).get_concrete_function(*specs)
-
+    value = tf.compat.v1.AttrValue
     with tf.init_scope():
-        made = StandIn(traced(plain, "", ""), traced(preferred, "_preferred", "CPU"))
-    pfor.RegisterPFor(made.name)(made.vectorized)
-    return made
+        concrete = tf.function(whole, autograph=False).get_concrete_function(*specs)
+    ours = {"operation": operation.encode(), "T": signature[0][1], **dict(options)}
+    dtypes = [output.dtype for output in concrete.outputs]
+    attributes = {
+        "Tin": value(list=value.ListValue(type=[dtype.as_datatype_enum for _, dtype in signature])),
+        "Tout": value(list=value.ListValue(type=[dtype.as_datatype_enum for dtype in dtypes])),
+        "f": value(func=tf.compat.v1.NameAttrList(name=concrete.name)),
+        **_KEPT,
+        _MARK: value(s=_SETTINGS),
+        **{f"_keras_bn_{name}": _attribute(option) for name, option in ours.items()},
+    }
+    return StandIn(concrete, dtypes, [output.shape for output in concrete.outputs], attributes)
+
+
+def _attribute(option: Any) -> tf.compat.v1.AttrValue:
+    value = tf.compat.v1.AttrValue
+    if isinstance(option, bool):
+        return value(b=option)
+    if isinstance(option, int):
+        return value(i=option)
+    if isinstance(option, float):
+        return value(f=option)
+    if isinstance(option, tf.DType):
+        return value(type=option.as_datatype_enum)
+    return value(s=option if isinstance(option, bytes) else option.encode())

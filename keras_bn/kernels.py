@@ -229,11 +229,18 @@ def normalize_with(
 
     Reference: Ioffe & Szegedy 2015 (arXiv 1502.03167), Algorithm 2, step 11.
     """
+    known = [tensor for tensor in (x, mean, variance, gamma, beta) if tensor is not None]
+    if not _native.infers(*known, axes=axes):
+        return _normalize_plainly(x, mean, variance, gamma, beta, axes[0], axes[-1], epsilon, axes)
+    gamma = tf.ones_like(mean) if gamma is None else gamma
+    beta = tf.zeros_like(mean) if beta is None else beta
+    return _native.normalize(x, mean, variance, gamma, beta, axes, epsilon, _normalize_plainly)
+
+
+def _normalize_plainly(x, mean, variance, gamma, beta, first_axis, last_axis, epsilon, axes=None) -> tf.Tensor:
+    """The same with TensorFlow's own operations; `axes` where they do not stand together."""
+    axes = axes or range(first_axis, last_axis + 1)
     dtype = statistics_dtype(x.dtype)
-    if tf.executing_eagerly() and _native.fits(x, axes) and _native.is_wanted() and not _native.may_be_differentiated():
-        gamma = tf.ones_like(mean) if gamma is None else gamma
-        beta = tf.zeros_like(mean) if beta is None else beta
-        return _native.normalize(x, mean, variance, gamma, beta, axes, epsilon)
 
     def factor():
         inverse_std = tf.math.rsqrt(variance + epsilon)

@@ -4,15 +4,19 @@ import contextlib
 import functools
 import subprocess
 import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from tensorflow.python.eager import context
+from tensorflow.core.protobuf import saved_model_pb2
+from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
 import keras_bn
-from keras_bn import _native, kernels
+from keras_bn import _native, _stand_ins, kernels
 from tests.reference import Reference, assert_close
 
 pytestmark = pytest.mark.skipif(_native._operations() is None, reason="installed without a C++ compiler")
@@ -28,27 +32,52 @@ def _operations_of(concrete):
     return {node.op for nodes in (graph.node, *(f.node_def for f in graph.library.function)) for node in nodes}
 
 
+def _saved_operations(path):
+    saved = saved_model_pb2.SavedModel.FromString((Path(path) / "saved_model.pb").read_bytes())
+    graph = saved.meta_graphs[0].graph_def
+    return {node.op for nodes in (graph.node, *(f.node_def for f in graph.library.function)) for node in nodes}
+
+
 def _own(operations):
     return sorted(name for name in operations if "KerasBn>" in name)
 
 
-def _compiled_that_run(call):
-    """The names of the compiled operations that TensorFlow puts into the graphs of a call."""
-    context.enable_run_metadata()
-    call()
-    graphs = context.export_run_metadata().function_graphs
-    context.disable_run_metadata()
-    nodes = [node.op for graph in graphs for node in graph.post_optimization_graph.node]
-    calls = [node for node in nodes if node.startswith("__inference_") and "_preferred_" in node]
-    return sorted({call.removeprefix("__inference__").split("_preferred_")[0] for call in calls})
+def _calls(concrete):
+    """How many calls a graph holds that ours may take."""
+    nodes = concrete.graph.as_graph_def().node
+    return sum(node.attr["config_proto"].s == _stand_ins._SETTINGS for node in nodes)
 
 
 @contextlib.contextmanager
-def _without_choice():
-    """TensorFlow runs graphs as they are written, as a process does that knows no other implementation."""
-    tf.config.optimizer.set_experimental_options({"implementation_selector": False})
+def _not_taken():
+    """Calls made here are run as in a process that knows nothing of ours."""
+    assert _native._calls_are_taken()
+    settings, _stand_ins._SETTINGS = _stand_ins._SETTINGS, b""
+    _stand_ins._made.cache_clear()
     yield
-    tf.config.optimizer.set_experimental_options({"implementation_selector": True})
+    _stand_ins._SETTINGS = settings
+    _stand_ins._made.cache_clear()
+
+
+@pytest.fixture
+def spoiled(monkeypatch):
+    """All functions that stand in for an operation give NaN: what is finite was computed by the operation."""
+
+    def with_nan(function):
+        return lambda *inputs, **options: tf.nest.map_structure(
+            lambda value: value * np.nan, function(*inputs, **options)
+        )
+
+    for module, name in (
+        (_native, "_normalize_batch"),
+        (_native, "_normalize_batch_grad"),
+        (kernels, "_normalize_plainly"),
+    ):
+        monkeypatch.setattr(module, name, with_nan(getattr(module, name)))
+
+
+def _finite(*values):
+    return [bool(np.all(np.isfinite(value))) for value in values]
 
 
 LAYOUTS = [
@@ -90,7 +119,7 @@ def test_every_layout_equals_the_oracle(shape, axes, dtype, way):
         assert _own(_operations_of(traced.get_concrete_function())) == []
         # It is traced before XLA sees it.
         function = tf.function(lambda *inputs: traced(*inputs), jit_compile=True) if way == "jit_compile" else traced
-    with _without_choice() if way == "stand-in" else contextlib.nullcontext():
+    with _not_taken() if way == "stand-in" else contextlib.nullcontext():
         y, moments, gradients = function(x, gamma, beta, dy)
     assert y.dtype == gradients[0].dtype == x.dtype
     if 0 in shape:
@@ -115,7 +144,7 @@ def test_every_layout_is_inferred_as_the_oracle_does(shape, axes, dtype):
     channels = int(np.prod([shape[axis] for axis in axes]))
     gamma, beta = (tf.constant(rng.normal(1, 0.3, channels), "float32") for _ in range(2))
     mean, variance = (tf.constant(rng.uniform(0.5, 2, channels), "float32") for _ in range(2))
-    inferred = _native.normalize(x, mean, variance, gamma, beta, axes, 1e-3)
+    inferred = _native.normalize(x, mean, variance, gamma, beta, axes, 1e-3, None)
     assert inferred.dtype == x.dtype
     assert inferred.shape == shape
     if 0 not in shape:
@@ -143,13 +172,13 @@ def test_gradients_far_from_zero_know_what_the_rounded_mean_lacks():
 def _with_gamma(value, dtype):
     """`gamma * 1`, rounded to a half type by the operation."""
     ones, zeros = tf.ones(value.shape), tf.zeros(value.shape)
-    return _native.normalize(tf.ones([1, *value.shape], dtype), zeros, ones, value, zeros, [1], 0.0)[0]
+    return _native.normalize(tf.ones([1, *value.shape], dtype), zeros, ones, value, zeros, [1], 0.0, None)[0]
 
 
 def test_every_half_is_read_right():
     halves = np.arange(2**16, dtype="uint16").view("float16")
     zero, one = tf.zeros([1]), tf.ones([1])
-    got = _native.normalize(tf.constant(halves[:, None]), zero, one, one, zero, [1], 0.0)[:, 0]
+    got = _native.normalize(tf.constant(halves[:, None]), zero, one, one, zero, [1], 0.0, None)[:, 0]
     np.testing.assert_array_equal(got, halves)
 
 
@@ -186,7 +215,7 @@ def test_moving_statistics_follow_the_equation_and_keep_what_is_worth_nothing(wa
     def moved(x):
         return _native.normalize_batch(x, ones, ones, moving, [1], 1e-3, 0.25, unbiased, "")[2]
 
-    with _without_choice() if way == "stand-in" else contextlib.nullcontext():
+    with _not_taken() if way == "stand-in" else contextlib.nullcontext():
         got = (moved if way == "eager" else tf.function(moved, autograph=False))(tf.constant(x))
     first = [1.0, 4.0]
     if count > 1:
@@ -221,16 +250,45 @@ def test_eager_call_takes_them(monkeypatch):
 
 
 @pytest.mark.parametrize("size", [8, None])
-def test_training_graph_holds_tensorflows_own_operations_and_runs_the_compiled_ones(size):
+def test_training_graph_holds_tensorflows_own_operations_and_runs_the_compiled_ones(size, spoiled):
     layer = keras_bn.BatchNormalization()
     layer.build([None, 4])
-    step = tf.function(_training_step(layer), input_signature=[tf.TensorSpec([size, 4])], autograph=False)
+
+    def traced():
+        return tf.function(_training_step(layer), input_signature=[tf.TensorSpec([size, 4])], autograph=False)
+
+    step, x = traced(), tf.random.normal([8, 4])
     assert _own(_operations_of(step.get_concrete_function())) == []
-    x = tf.random.normal([8, 4])
-    assert _compiled_that_run(lambda: step(x)) == ["normalize_batch", "normalize_batch_grad"]
-    with _without_choice():
-        other = tf.function(_training_step(layer), autograph=False)
-        assert _compiled_that_run(lambda: other(x)) == []
+    assert _finite(step(x), layer.moving_mean, layer.moving_variance) == [True, True, True]
+    with _not_taken():
+        assert _finite(traced()(x), layer.moving_mean, layer.moving_variance) == [False, False, False]
+
+
+@pytest.mark.parametrize("shape", [(8, 4), (40, 30, 30, 4)])
+def test_inferring_graph_of_known_shape_runs_the_compiled_one(shape, spoiled):
+    layer = keras_bn.BatchNormalization()
+    layer.build(shape)
+
+    def traced():
+        return tf.function(lambda x: layer(x, training=False), input_signature=[tf.TensorSpec(shape)], autograph=False)
+
+    infer, x = traced(), tf.random.normal(shape)
+    assert _own(_operations_of(infer.get_concrete_function())) == []
+    assert _finite(infer(x)) == [True]
+    with _not_taken():
+        assert _finite(traced()(x)) == [False]
+
+
+@pytest.mark.parametrize("call", ["predict", "evaluate", "fit"])
+def test_loops_of_keras_run_the_compiled_one(call, spoiled):
+    model = keras.Sequential([keras.Input((4,)), keras_bn.BatchNormalization()])
+    model.compile("sgd", "mse", jit_compile=False)
+    if call == "fit":
+        keras_bn.freeze(model)
+    # Keras gives `predict` the batches themselves, the others an iterator over batches of any size.
+    x = np.random.default_rng(0).normal(size=(64 if call == "predict" else 50, 4)).astype("float32")
+    result = model.predict(x, verbose=0) if call == "predict" else getattr(model, call)(x, x, verbose=0)
+    assert _finite(result.history["loss"] if call == "fit" else result) == [True]
 
 
 def test_nothing_stands_in_for_them_where_they_would_not_run(monkeypatch):
@@ -238,20 +296,134 @@ def test_nothing_stands_in_for_them_where_they_would_not_run(monkeypatch):
     layer.build([None, 4])
 
     def calls(function, *specs, **options):
-        concrete = tf.function(function, autograph=False, **options).get_concrete_function(*specs)
-        return [operation.type for operation in concrete.graph.get_operations() if "normalize_batch" in operation.type]
+        return _calls(tf.function(function, autograph=False, **options).get_concrete_function(*specs))
 
-    step, spec = _training_step(layer), tf.TensorSpec([None, 4])
-    assert len(calls(step, spec)) == 2
-    assert calls(step, tf.TensorSpec([100_000, 4])) == []
-    assert calls(step, spec, jit_compile=True) == []
-    assert calls(lambda x: layer(x, training=False), spec) == []
+    def infer(x):
+        return layer(x, training=False)
+
+    step, spec, known = _training_step(layer), tf.TensorSpec([None, 4]), tf.TensorSpec([8, 4])
+    assert calls(step, spec) == 2
+    assert calls(step, tf.TensorSpec([100_000, 4])) == 0
+    assert calls(step, spec, jit_compile=True) == 0
+    assert calls(infer, known) == 1
+    # It may be there to be exported.
+    assert calls(infer, spec) == 0
+    assert calls(infer, known, jit_compile=True) == 0
+    assert calls(infer, tf.TensorSpec([8, 4], tf.float64)) == 1
+    wide = keras_bn.BatchNormalization(dtype="float64")
+    wide.build([None, 4])
+    assert calls(lambda x: wide(x, training=False), tf.TensorSpec([8, 4], tf.float64)) == 0
     stable = keras_bn.BatchNormalization(kernel="stable")
     stable.build([None, 4])
-    assert calls(_training_step(stable), spec) == []
+    assert calls(_training_step(stable), spec) == 0
     elsewhere = [tf.config.LogicalDevice(f"/job:worker/task:{i}/device:CPU:0", "CPU") for i in range(2)]
-    monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind: elsewhere)
-    assert calls(step, spec) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(tf.config, "list_logical_devices", lambda kind: elsewhere)
+        assert calls(step, spec) == calls(infer, known) == 0
+    # Another TensorFlow may inline calls, or leave out what nobody uses.
+    monkeypatch.setattr(_stand_ins, "_KEPT", {})
+    monkeypatch.setattr(_native, "_calls_are_taken", functools.cache(_native._calls_are_taken.__wrapped__))
+    _stand_ins._made.cache_clear()
+    with pytest.warns(UserWarning, match="calls are changed by TensorFlow"):
+        assert calls(step, spec) == calls(infer, known) == 0
+
+
+@pytest.mark.parametrize("mode", ["graph", "while loop"])
+def test_call_may_have_constant_inputs_and_results_that_nobody_uses(mode, spoiled):
+    x, one = tf.constant([[0.0], [2.0]]), tf.ones([1])
+
+    def infer(x):
+        constant = tf.ones([1])
+        y, *_ = _native.normalize_batch(x, constant, constant * 0, None, [1], 0.0, 0.0, False, "")
+        z = kernels.normalize_with(tf.constant([[3.0]]), constant, constant, constant, axes=[1], epsilon=0.0)
+        return y + z
+
+    def loop(x):
+        return tf.while_loop(lambda i, _: i < 2, lambda i, x: (i + 1, infer(x)), [0, x])[1]
+
+    call = tf.function(infer if mode == "graph" else loop, autograph=False)
+    np.testing.assert_array_equal(call(x), [[1], [3]] * one)
+
+
+def test_inputs_that_others_need_stay_as_they_are():
+    layer = keras_bn.BatchNormalization()
+    layer.build([8, 4])
+    layer.moving_mean.assign(np.full(4, 10.0))
+    x, variable = tf.random.normal([8, 4]), tf.Variable(tf.random.normal([8, 4]))
+    before = x.numpy(), variable.numpy()
+
+    @tf.function(autograph=False)
+    def infer(x):
+        doubled, constant = 2 * x, tf.constant(before[0])
+        ys = [layer(value, training=False) for value in (x, variable, doubled, constant)]
+        return *ys, doubled, constant
+
+    for _ in range(2):
+        *ys, doubled, constant = infer(x)
+        np.testing.assert_array_equal((x, variable, doubled, constant), (*before, 2 * before[0], before[0]))
+        for y, value in zip(ys, (x, variable, doubled, constant), strict=True):
+            np.testing.assert_allclose(y, (value - 10) / np.sqrt(1.001), rtol=1e-5)
+
+    @tf.function(autograph=False)
+    def gradients(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            first = layer(x, training=True)
+            # Both take the same gradient of their sum.
+            total = layer(first, training=True) + first
+        return tape.gradient(total, x, output_gradients=x), x
+
+    with _not_taken():
+        want = tf.function(gradients.python_function, autograph=False)(x)
+    for got, value in zip(gradients(x), want, strict=True):
+        np.testing.assert_allclose(got, value, atol=1e-6)
+
+
+LARGE = [
+    ((70_000, 64), [1]),
+    ((50, 3, 300, 100), [1]),
+    ((20, 300, 250, 3), [3]),
+    ((600, 129, 59), [1]),
+    ((3, 400_001), [1]),
+]
+
+
+@pytest.mark.parametrize(("shape", "axes"), LARGE, ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("way", ["eager", "graph", "in place"])
+def test_large_tensors_are_inferred_right_by_all_threads_together(way, dtype, shape, axes):
+    rng = np.random.default_rng(0)
+    x = tf.cast(rng.standard_normal(shape, "float32") + 3, dtype)
+    channels = int(np.prod([shape[axis] for axis in axes]))
+    mean, variance, gamma, beta = (tf.constant(rng.uniform(0.5, 2, channels), "float32") for _ in range(4))
+
+    def infer(x):
+        x = -x if way == "in place" else x
+        return kernels.normalize_with(x, mean, variance, gamma, beta, axes=axes, epsilon=1e-3)
+
+    y = (infer if way == "eager" else tf.function(infer, autograph=False))(x)
+    sign = -1 if way == "in place" else 1
+    oracle = Reference(sign * np.asarray(x, "float64"), axes, gamma, beta)
+    assert_close(y, oracle.inference(mean, variance), dtype, scale=20)
+
+
+def test_threads_flush_what_the_one_that_asks_flushes():
+    row = np.full(64, 1e-39, "float32")
+    zero, one = tf.zeros([64]), tf.ones([64])
+    y = _native.normalize(tf.constant(np.tile(row, (100_000, 1))), zero, one, one, zero, [1], 0.0, None)
+    np.testing.assert_array_equal(y, np.tile(y[0], (100_000, 1)))
+
+
+def test_callers_at_the_same_time_share_the_threads():
+    x = tf.random.normal([60_000, 32])
+    zero, one = tf.zeros([32]), tf.ones([32])
+
+    def infer(i):
+        y = _native.normalize(x, zero, one, one, tf.fill([32], float(i)), [1], 0.0, None)
+        return float(tf.reduce_max(tf.abs(y - x - float(i))))
+
+    with ThreadPoolExecutor(8) as callers:
+        assert max(callers.map(infer, range(200))) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -315,22 +487,47 @@ _ALONE = """if True:
 """
 
 
-def test_saved_training_step_runs_in_a_process_without_them(tmp_path):
+def _saved_training_step(path):
     layer = keras_bn.BatchNormalization()
     layer.build([None, 4])
     module = tf.Module()
     module.step = tf.function(_training_step(layer), input_signature=[tf.TensorSpec([None, 4])])
     module.variables_of_layer = [variable._value for variable in layer.weights]
+    tf.saved_model.save(module, path)
+    assert _own(_saved_operations(path)) == []
+    return module
+
+
+def test_saved_training_step_runs_in_a_process_without_them(tmp_path):
+    module = _saved_training_step(str(tmp_path / "step"))
     x = np.random.default_rng(0).normal(3, 2, (8, 4)).astype("float32")
-    tf.saved_model.save(module, str(tmp_path / "step"))
-    assert b"KerasBn>" not in (tmp_path / "step" / "saved_model.pb").read_bytes()
     np.save(tmp_path / "x.npy", x)
     command = [sys.executable, "-c", _ALONE, tmp_path / "step", tmp_path / "x.npy", tmp_path / "y.npy"]
     subprocess.run(command, check=True, capture_output=True)
     np.testing.assert_allclose(np.load(tmp_path / "y.npy"), [module.step(x) for _ in range(2)], atol=1e-5)
-    # Where they are, they run what was loaded too.
+
+
+def test_saved_training_step_runs_them_where_they_are(tmp_path, spoiled):
+    _saved_training_step(str(tmp_path / "step"))
     loaded = tf.saved_model.load(str(tmp_path / "step"))
-    assert _compiled_that_run(lambda: loaded.step(tf.constant(x))) == ["normalize_batch", "normalize_batch_grad"]
+    assert _finite(loaded.step(tf.ones([8, 4])), *loaded.variables_of_layer) == [True] * 5
+
+
+def test_converters_find_plain_operations_in_a_graph_of_known_shape():
+    layer = keras_bn.BatchNormalization()
+    layer.build([8, 4])
+    infer = tf.function(lambda x: layer(x, training=False)).get_concrete_function(tf.TensorSpec([8, 4]))
+    assert _calls(infer) == 1
+    frozen = convert_variables_to_constants_v2(infer)
+    x = tf.random.normal([8, 4])
+    np.testing.assert_array_equal(frozen(x)[0], infer(x))
+    model = tf.lite.TFLiteConverter.from_concrete_functions([infer], layer).convert()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        interpreter = tf.lite.Interpreter(model_content=model)
+    operations = {operation["op_name"] for operation in interpreter._get_ops_details()}
+    assert operations >= {"SUB", "MUL", "ADD"}
+    assert not any("CALL" in name for name in operations)
 
 
 def test_trained_network_is_exported_without_them(tmp_path):
@@ -341,7 +538,6 @@ def test_trained_network_is_exported_without_them(tmp_path):
         save(str(tmp_path / "model"))
         graph = (tmp_path / "model" / "saved_model.pb").read_bytes()
         assert b"KerasBn>" not in graph
-        assert b"api_implements" not in graph
 
 
 def test_batch_of_one_in_a_graph_is_said_once(capfd):
