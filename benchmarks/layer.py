@@ -25,7 +25,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 AXES = ("last", "first")
 TASKS = ("forward", "training", "inference")
 MODES = ("eager", "graph", "steps", "jit_compile")
-SERIES = ("ours", "keras", "tf_keras", "torch", "copy")
+SERIES = ("ours", "keras", "tf_keras", "torch", "copy", "call")
 # Calling a function costs more than normalizing a small tensor does: in a graph so many values go through a stack of
 # layers, at most 20 of them, and the time is for each. Under XLA that many layers stand side by side, where the call
 # would be most of the time: it would fuse layers that follow each other directly, as they never do in a network.
@@ -33,8 +33,11 @@ VALUES_IN_A_CALL = 2**24
 SMALL = 2**17
 # Each layer adds its variables to what a call has to pass, which takes as long as normalizing a small tensor. The mode
 # "steps" is without that: a graph in which the stack of layers takes so many steps, each of what the one before gave.
+# In a call of one step it is measured by itself: `call` passes the same variables and results and computes nothing.
 STEPS_IN_A_CALL = 50
-RATIOS = ("keras / ours", "best peer / ours", "ours / copy")
+# TensorFlow takes an operation for a long one, and hands it to other threads, until it has run so many times.
+SMALL_WARM_UP = 150
+RATIOS = ("keras / ours", "best peer / ours", "ours / copy", "keras / ours without call")
 COLUMNS = ("mode", "dtype", "axis", "shape", "task", *SERIES, *RATIOS)
 
 
@@ -43,7 +46,8 @@ def main() -> None:
         prog="python -m benchmarks.layer",
         description="Median time of the layer alone in milliseconds, all contestants in turn. `forward` is a call in "
         "training, `training` adds the gradients. `copy` copies the same tensor: what memory allows at best. The "
-        "mode `steps` is for small tensors: a graph takes many steps in one call.",
+        "mode `steps` is for small tensors: a graph takes many steps in one call. For small tensors in a graph `call` "
+        "is the part of each time that goes into calling the function.",
     )
     for name, choices in {
         "modes": MODES,
@@ -105,10 +109,15 @@ def _measure(mode: str, dtype: str, axis: str, shape_name: str, task: str, unkno
     steps = STEPS_IN_A_CALL if mode == "steps" else 1
     stepping = _tensorflow(mode, dtype, axis, shape, task, layers, steps, unknown_batch)
     contestants = stepping | _torch(mode, dtype, axis, shape, task, layers) | _copy(dtype, shape, layers)
+    small = math.prod(shape) <= SMALL
+    if mode != "graph" or not small:
+        del contestants["call"]
+    warm_up = SMALL_WARM_UP if mode == "graph" and small else 3
     times = {
         name: time / layers / (steps if name in stepping else 1)
-        for name, time in measuring.interleaved(contestants, seconds).items()
+        for name, time in measuring.interleaved(contestants, seconds, warm_up=warm_up).items()
     }
+    without_call = (times["keras"] - times["call"]) / (times["ours"] - times["call"]) if "call" in times else None
     del contestants, stepping
     gc.collect()
     peers = [times[name] for name in ("keras", "tf_keras", "torch") if name in times]
@@ -122,6 +131,7 @@ def _measure(mode: str, dtype: str, axis: str, shape_name: str, task: str, unkno
         "keras / ours": times["keras"] / times["ours"],
         "best peer / ours": min(peers) / times["ours"],
         "ours / copy": times["ours"] / times["copy"],
+        "keras / ours without call": without_call,
     }
 
 
@@ -140,11 +150,17 @@ def _tensorflow(
     xs = [tf.cast(tf.random.normal(shape, mean=0.5), dtype) for _ in range(inputs)]
     dys = [tf.cast(tf.random.normal(shape), dtype) for _ in range(inputs)]
 
-    def runner(kind):
+    def runner(kind, computes=True):
         made = [kind(axis=number, dtype=policy) for _ in range(layers)]
         for layer in made:
             layer.build(shape)
         variables = [getattr(variable, "_value", variable) for layer in made for variable in (layer.gamma, layer.beta)]
+        moving = [variable for layer in made for variable in (layer.moving_mean, layer.moving_variance)]
+        all_variables = [*variables, *moving]
+
+        def nothing(xs, dys):
+            values = [tf.convert_to_tensor(getattr(variable, "_value", variable)) for variable in all_variables]
+            return [*dys, *values[: len(variables)]] if task == "training" else xs
 
         def forward(xs):
             ys = list(xs)
@@ -168,7 +184,7 @@ def _tensorflow(
             total = tf.zeros(shape[number])
             return tf.while_loop(lambda done, *_: done < steps, step, [0, xs, total], parallel_iterations=1)
 
-        whole = run_steps if steps > 1 else run
+        whole = run_steps if steps > 1 else run if computes else nothing
         specs = [[tf.TensorSpec([None, *shape[1:]], dtype)] * inputs] * 2 if unknown_batch else None
         function = run
         if mode != "eager":
@@ -180,6 +196,7 @@ def _tensorflow(
         "ours": runner(keras_bn.BatchNormalization),
         "keras": runner(keras.layers.BatchNormalization),
         "tf_keras": runner(tf_keras.layers.BatchNormalization),
+        "call": runner(keras.layers.BatchNormalization, computes=False),
     }
 
 

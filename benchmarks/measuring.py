@@ -22,7 +22,11 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def interleaved(
-    contestants: dict[str, Callable[[], Any]], seconds: float = 1.0, least: int = 7, most: int = 400
+    contestants: dict[str, Callable[[], Any]],
+    seconds: float = 1.0,
+    least: int = 7,
+    most: int = 400,
+    warm_up: int = 3,
 ) -> dict[str, float]:
     """Median time of each contestant in milliseconds, all of them run in turn so that a drift of the machine hits all.
 
@@ -31,9 +35,10 @@ def interleaved(
         seconds: About how long all of them are measured for, after a warm-up.
         least: Rounds at least.
         most: Rounds at most.
+        warm_up: Calls of each before anything is measured.
     """
     for run in contestants.values():
-        for _ in range(3):
+        for _ in range(warm_up):
             run()
     times: dict[str, list[float]] = {name: [] for name in contestants}
     end = time.perf_counter() + seconds
