@@ -1,5 +1,7 @@
 """What setup.cfg cannot say: the compiled operations, which an installation without a C++ compiler goes without."""
 
+from pathlib import Path
+
 from setuptools import Extension, setup
 
 setup(
@@ -7,7 +9,7 @@ setup(
         Extension(
             "keras_bn._native_operations",
             ["keras_bn/_native.cc"],
-            depends=["keras_bn/_native_arithmetic.h", "keras_bn/_native_threads.h"],
+            depends=sorted(str(header) for header in Path("keras_bn").glob("_native_*.h")),
             language="c++",
             # TensorFlow, which is there before it loads them, has the symbols that stay open.
             extra_compile_args=[

@@ -39,7 +39,12 @@ def in_xla_context() -> bool:
 
 def is_small(x: tf.Tensor) -> bool:
     """Whether starting operations costs more than computing them."""
-    return math.prod(LIKELY_BATCH if size is None else size for size in x.shape) <= _SMALL
+    return likely_size(x) <= _SMALL
+
+
+def likely_size(x: tf.Tensor) -> int:
+    """How many values there are: where a size is not known, with a likely one."""
+    return math.prod(LIKELY_BATCH if size is None else size for size in x.shape)
 
 
 def on_cpu() -> bool:

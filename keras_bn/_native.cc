@@ -1,4 +1,4 @@
-// Batch normalization of small tensors in one operation each way, where starting operations is what takes the time.
+// Batch normalization in one operation each way.
 //
 // What is used of TensorFlow's C interface for kernels, the same in all its versions, is declared here: no header of it
 // is needed.
@@ -8,9 +8,11 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <initializer_list>
 
 #include "_native_arithmetic.h"
+#include "_native_threads.h"
 
 extern "C" {
 struct TF_KernelBuilder;
@@ -236,8 +238,8 @@ void normalize_batch(void* kernel, TF_OpKernelContext* context) {
   *count = float(shape.count());
   if (shape.count() == 1 && attributes.warning[0] && !__atomic_exchange_n(&attributes.warned, 1, __ATOMIC_RELAXED))
     fprintf(stderr, "%s\n", attributes.warning);
-  run(NormalizeBatch<T>{call.data<T>(0), call.data<float>(1), call.data<float>(2), y, mean, m2, shape,
-                        attributes.epsilon});
+  NormalizeBatch<T>{call.data<T>(0), call.data<float>(1), call.data<float>(2), y, mean, m2, shape, attributes.epsilon}
+      .run();
   const float *moving_mean = call.data<float>(3), *moving_variance = call.data<float>(4), rate = attributes.rate;
   const float freedom = attributes.unbiased ? *count - 1 : *count;
   for (int64_t c = 0; c < shape.channels; ++c) {
@@ -259,8 +261,9 @@ void normalize_batch_grad(void* kernel, TF_OpKernelContext* context) {
   auto* dgamma = call.output<float>(1, kFloat, 2);
   auto* dbeta = call.output<float>(2, kFloat, 2);
   if (!call.ok()) return;
-  run(NormalizeBatchGrad<T>{call.data<T>(0), call.data<T>(1), call.data<float>(2), call.data<float>(3),
-                            call.data<float>(4), dx, dgamma, dbeta, shape, attributes.epsilon});
+  NormalizeBatchGrad<T>{call.data<T>(0), call.data<T>(1), call.data<float>(2), call.data<float>(3), call.data<float>(4),
+                        dx, dgamma, dbeta, shape, attributes.epsilon}
+      .run();
 }
 
 template <class T>

@@ -1,4 +1,4 @@
-"""Operations of our own that normalize small tensors in one step each, where `_native.cc` was compiled."""
+"""Operations of our own that normalize in one step each, where `_native.cc` was compiled."""
 
 from __future__ import annotations
 
@@ -16,16 +16,12 @@ import tensorflow as tf
 from tensorflow.python.eager import forwardprop_util, record
 from tensorflow.python.framework import func_graph
 
-from keras_bn import statistics
 from keras_bn._batch_kernels import (
     centred,
     divisor_of,
     in_xla_context,
-    is_small,
     on_cpu,
-    small,
     small_gradient,
-    value_count,
 )
 from keras_bn._stand_ins import kernel_definition, stand_in
 from keras_bn.layouts import as_rows
@@ -59,8 +55,8 @@ def is_wanted(*inputs: tf.Tensor) -> bool:
 
 
 def fits(x: tf.Tensor, axes: Sequence[int]) -> bool:
-    """Whether to take them for such a batch: one that they can take, and small."""
-    return _is_taken(x, axes) and is_small(x)
+    """Whether they take such an input: float32 or shorter, on a CPU, with channel axes that stand together."""
+    return x.dtype != tf.float64 and axes[-1] - axes[0] + 1 == len(axes) and on_cpu()
 
 
 def normalize_batch(
@@ -73,12 +69,15 @@ def normalize_batch(
     rate: float,
     unbiased: bool,
     warning: str,
+    plain: Callable[..., Sequence[tf.Tensor]],
 ) -> tuple[tf.Tensor, Moments, Sequence[tf.Tensor]]:
     """y = gamma * (x - mean) / sqrt(m2 / count + epsilon) + beta, the moments, and `moving` one step on.
 
     Args:
         moving: Mean and variance, float32: see `statistics.moved` and `statistics.batch_statistics`.
         warning: Said on stderr where there is one value for each channel and that was not known before.
+        plain: Module-level function of the tensors, the first and last of `axes`, and the options from `epsilon` to
+            `warning`, that gives y, mean, m2, count and `moving` one step on with TensorFlow's own operations.
     """
     known = x.shape.is_fully_defined()
     moving = moving or (gamma, beta)
@@ -86,7 +85,7 @@ def normalize_batch(
     if tf.executing_eagerly():
         y, mean, m2, count, *moved = _compiled("normalize_batch")(x, gamma, beta, *moving, **options)
     else:
-        y, (mean, m2, count, *moved) = _normalize_in_graph(x, gamma, beta, moving, options)
+        y, (mean, m2, count, *moved) = _normalize_in_graph(x, gamma, beta, moving, options, plain)
     return y, Moments(float(x.shape.num_elements() // max(gamma.shape[0], 1)) if known else count, mean, m2), moved
 
 
@@ -97,7 +96,7 @@ def infers(*inputs: tf.Tensor, axes: Sequence[int]) -> bool:
     converter knows it. Such graphs leave the batch open, while those of a loop over data take that from an iterator.
     """
     x = inputs[0]
-    if not (_is_taken(x, axes) and is_wanted(*inputs)):
+    if not (fits(x, axes) and is_wanted(*inputs)):
         return False
     if tf.executing_eagerly():
         return not record.could_possibly_record()
@@ -140,11 +139,6 @@ def normalize(
     return normalize(*inputs)
 
 
-def _is_taken(x: tf.Tensor, axes: Sequence[int]) -> bool:
-    """Float32 or shorter, on a CPU, with channel axes that stand together."""
-    return x.dtype != tf.float64 and axes[-1] - axes[0] + 1 == len(axes) and on_cpu()
-
-
 def _iterates(graph: tf.Graph) -> bool:
     """Whether it is part of a function that takes an iterator over data."""
     while isinstance(graph, func_graph.FuncGraph):
@@ -159,14 +153,14 @@ def _options(axes: Sequence[int], epsilon: float) -> dict[str, int | float]:
     return dict(zip(_AXES_AND_EPSILON, (axes[0], axes[-1], epsilon), strict=True))
 
 
-def _normalize_in_graph(x, gamma, beta, moving, options):
+def _normalize_in_graph(x, gamma, beta, moving, options, plain):
     """What stands in for the operation: y, differentiable twice, and the others, which are not."""
     others: list[tf.Tensor] = []
 
     @tf.custom_gradient
     def normalize(x, gamma, beta):
         inputs = (x, gamma, beta, *moving)
-        call = stand_in(_normalize_batch, _NORMALIZE_BATCH, inputs, **options)
+        call = stand_in(plain, _NORMALIZE_BATCH, inputs, **options)
         y, mean, m2, *rest = call(*inputs)
         others.extend((mean, m2, *rest))
         return y, lambda dy: _gradients_in_graph(dy, x, gamma, mean, m2, options)
@@ -190,17 +184,6 @@ def _gradients_in_graph(dy, x, gamma, mean, m2, options):
 
 def _compiled(name: str) -> Callable[..., Sequence[tf.Tensor]]:
     return getattr(_operations(), f"keras_bn_{name}")
-
-
-def _normalize_batch(
-    x, gamma, beta, moving_mean, moving_variance, first_axis, last_axis, epsilon, rate, unbiased, warning
-):
-    del warning  # It needs a branch in the graph, which costs more than it is worth.
-    rows, restore = as_rows(x, range(first_axis, last_axis + 1))
-    y, mean, m2 = small(tf.cast(rows, gamma.dtype), gamma, beta, epsilon)
-    count = tf.convert_to_tensor(value_count(rows, [0], gamma.dtype))
-    moved = statistics.moved_by(moving_mean, moving_variance, Moments(count, mean, m2), rate, unbiased)
-    return restore(tf.cast(y, x.dtype)), mean, m2, count, *moved
 
 
 def _normalize_batch_grad(dy, x, gamma, mean, m2, first_axis, last_axis, epsilon):

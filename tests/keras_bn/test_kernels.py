@@ -439,7 +439,7 @@ def test_fused_kernel_refuses_float64():
 
 
 def test_fused_kernel_is_what_a_graph_holds_and_nothing_is_compiled():
-    graph = tf.function(_with_batch).get_concrete_function(tf.TensorSpec([None, 28, 28, 32])).graph
+    graph = tf.function(_with_batch).get_concrete_function(tf.TensorSpec([None, 56, 56, 64])).graph
     assert "FusedBatchNormV3" in {operation.type for operation in graph.get_operations()}
 
 

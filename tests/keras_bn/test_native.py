@@ -69,7 +69,7 @@ def spoiled(monkeypatch):
         )
 
     for module, name in (
-        (_native, "_normalize_batch"),
+        (kernels, "_normalize_batch_plainly"),
         (_native, "_normalize_batch_grad"),
         (kernels, "_normalize_plainly"),
     ):
@@ -99,7 +99,9 @@ LAYOUTS = [
 def _normalized(axes, x, gamma, beta, dy):
     with tf.GradientTape() as tape:
         tape.watch([x, gamma, beta])
-        y, moments, _ = _native.normalize_batch(x, gamma, beta, None, axes, 1e-3, 0.0, False, "")
+        y, moments, _ = _native.normalize_batch(
+            x, gamma, beta, None, axes, 1e-3, 0.0, False, "", kernels._normalize_batch_plainly
+        )
     return y, moments, tape.gradient(y, [x, gamma, beta], output_gradients=dy)
 
 
@@ -152,7 +154,7 @@ def test_every_layout_is_inferred_as_the_oracle_does(shape, axes, dtype):
         assert_close(inferred, oracle.inference(mean, variance), dtype, scale=4)
 
 
-def test_gradients_far_from_zero_know_what_the_rounded_mean_lacks():
+def test_results_and_gradients_far_from_zero_know_what_the_rounded_mean_lacks():
     rng = np.random.default_rng(0)
     x = tf.constant(rng.normal(size=(128, 6)) + 1e6, "float32")
     gamma, beta = tf.constant(rng.normal(1, 0.3, 6), "float32"), tf.zeros([6])
@@ -160,7 +162,10 @@ def test_gradients_far_from_zero_know_what_the_rounded_mean_lacks():
     dy = tf.constant(oracle.normalized + 0.1 * rng.normal(size=x.shape), "float32")
     with tf.GradientTape() as tape:
         tape.watch([x, gamma, beta])
-        y, *_ = _native.normalize_batch(x, gamma, beta, None, [1], 1e-3, 0.0, False, "")
+        y, *_ = _native.normalize_batch(
+            x, gamma, beta, None, [1], 1e-3, 0.0, False, "", kernels._normalize_batch_plainly
+        )
+    np.testing.assert_allclose(y, oracle.y, atol=1e-5)
     for got, want in zip(
         tape.gradient(y, [x, gamma, beta], output_gradients=dy),
         oracle.gradients(np.asarray(dy, "float64")),
@@ -213,7 +218,9 @@ def test_moving_statistics_follow_the_equation_and_keep_what_is_worth_nothing(wa
     ones = tf.ones([3])
 
     def moved(x):
-        return _native.normalize_batch(x, ones, ones, moving, [1], 1e-3, 0.25, unbiased, "")[2]
+        return _native.normalize_batch(
+            x, ones, ones, moving, [1], 1e-3, 0.25, unbiased, "", kernels._normalize_batch_plainly
+        )[2]
 
     with _not_taken() if way == "stand-in" else contextlib.nullcontext():
         got = (moved if way == "eager" else tf.function(moved, autograph=False))(tf.constant(x))
@@ -303,7 +310,8 @@ def test_nothing_stands_in_for_them_where_they_would_not_run(monkeypatch):
 
     step, spec, known = _training_step(layer), tf.TensorSpec([None, 4]), tf.TensorSpec([8, 4])
     assert calls(step, spec) == 2
-    assert calls(step, tf.TensorSpec([100_000, 4])) == 0
+    # TensorFlow's fused operation is as fast.
+    assert calls(step, tf.TensorSpec([1_000_000, 4])) == 0
     assert calls(step, spec, jit_compile=True) == 0
     assert calls(infer, known) == 1
     # It may be there to be exported.
@@ -334,7 +342,9 @@ def test_call_may_have_constant_inputs_and_results_that_nobody_uses(mode, spoile
 
     def infer(x):
         constant = tf.ones([1])
-        y, *_ = _native.normalize_batch(x, constant, constant * 0, None, [1], 0.0, 0.0, False, "")
+        y, *_ = _native.normalize_batch(
+            x, constant, constant * 0, None, [1], 0.0, 0.0, False, "", kernels._normalize_batch_plainly
+        )
         z = kernels.normalize_with(tf.constant([[3.0]]), constant, constant, constant, axes=[1], epsilon=0.0)
         return y + z
 
@@ -379,13 +389,48 @@ def test_inputs_that_others_need_stay_as_they_are():
         np.testing.assert_allclose(got, value, atol=1e-6)
 
 
+# Whole blocks and a rest, of examples or, where there are few, of channels; rows that are long, short and odd.
 LARGE = [
     ((70_000, 64), [1]),
     ((50, 3, 300, 100), [1]),
     ((20, 300, 250, 3), [3]),
     ((600, 129, 59), [1]),
     ((3, 400_001), [1]),
+    ((1, 11, 100_000), [1]),
+    ((37, 50_000), [0]),
 ]
+
+
+@pytest.mark.parametrize("offset", [0, 1000])
+@pytest.mark.parametrize(("shape", "axes"), LARGE, ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_large_batches_are_normalized_right_by_all_threads_together(dtype, shape, axes, offset):
+    rng = np.random.default_rng(0)
+    x, dy = (tf.cast(rng.standard_normal(shape, "float32") * 2 + shift, dtype) for shift in (offset, 0))
+    channels = int(np.prod([shape[axis] for axis in axes]))
+    gamma, beta = (tf.constant(rng.normal(1, 0.3, channels), "float32") for _ in range(2))
+    y, moments, gradients = _normalized(axes, x, gamma, beta, dy)
+    oracle = Reference(np.asarray(x, "float64"), axes, gamma, beta)
+    # One value of three is a third of the sum of squares.
+    scale = 4 if shape[0] > 3 else 40
+    assert_close(y, oracle.y, dtype, scale=scale)
+    np.testing.assert_allclose(moments.mean, oracle.batch_mean.ravel(), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(moments.m2, oracle.m2.ravel(), rtol=1e-5)
+    for got, want in zip(gradients, oracle.gradients(np.asarray(dy, "float64")), strict=True):
+        assert_close(tf.reshape(got, want.shape), want, dtype, scale=scale * max(1.0, np.abs(want).max()))
+
+
+def test_large_batches_give_the_same_bits_however_many_threads_there_are():
+    x = tf.random.normal([4000, 300])
+    gamma, beta = tf.ones([300]), tf.zeros([300])
+
+    def normalized(_):
+        y, moments, gradients = _normalized([1], x, gamma, beta, x)
+        return [value.numpy().tobytes() for value in (y, moments.mean, moments.m2, *gradients)]
+
+    alone = normalized(0)
+    with ThreadPoolExecutor(4) as callers:
+        assert all(other == alone for other in callers.map(normalized, range(40)))
 
 
 @pytest.mark.parametrize(("shape", "axes"), LARGE, ids=str)
@@ -408,10 +453,11 @@ def test_large_tensors_are_inferred_right_by_all_threads_together(way, dtype, sh
 
 
 def test_threads_flush_what_the_one_that_asks_flushes():
-    row = np.full(64, 1e-39, "float32")
-    zero, one = tf.zeros([64]), tf.ones([64])
-    y = _native.normalize(tf.constant(np.tile(row, (100_000, 1))), zero, one, one, zero, [1], 0.0, None)
-    np.testing.assert_array_equal(y, np.tile(y[0], (100_000, 1)))
+    layer = keras_bn.BatchNormalization(center=False, scale=False, epsilon=0.0)
+    layer.build([None, 64])
+    x = tf.fill([100_000, 64], np.float32(1e-39))
+    y = tf.function(lambda x: layer(x, training=False))(x)
+    np.testing.assert_array_equal(y, tf.fill(x.shape, y[0, 0]))
 
 
 def test_callers_at_the_same_time_share_the_threads():
