@@ -68,7 +68,6 @@ INLINE double divisor(double count) { return count > 1 ? count : 1; }
 // are all where the channels come last.
 struct Block {
   int64_t first, last, first_channel, last_channel;
-  int64_t channels() const { return last_channel - first_channel; }
 };
 
 // A tensor as blocks of at least kPart values, if it has so many: blocks of examples, and of channels where the examples

@@ -122,7 +122,8 @@ def normalize_with_batch(
             )
         if kernel in ("fused", "small"):
             y, moments = (_fused if kernel == "fused" else _small)(x, gamma, beta, axes, epsilon)
-            if not isinstance(moments.count, float):
+            # Only where there may be one value: to find out costs a branch.
+            if not isinstance(moments.count, float) and fewest == 1:
                 _warn_of_single_value(moments.count)
             return activation(y), _constant(moments)
         planes = has_planes(x, axes)

@@ -441,6 +441,9 @@ def test_fused_kernel_refuses_float64():
 def test_fused_kernel_is_what_a_graph_holds_and_nothing_is_compiled():
     graph = tf.function(_with_batch).get_concrete_function(tf.TensorSpec([None, 56, 56, 64])).graph
     assert "FusedBatchNormV3" in {operation.type for operation in graph.get_operations()}
+    # More than one value for each channel, whatever the batch: nobody has to be warned.
+    printing = {node.op for function in graph.as_graph_def().library.function for node in function.node_def}
+    assert "Print" not in printing
 
 
 def test_xla_kernel_is_compiled_within_a_graph_that_is_not():
