@@ -53,21 +53,19 @@ void normalize_batch(void* kernel, TF_OpKernelContext* context) {
   if (!call.ok()) return;
   const Shape shape = call.shape(0, attributes.first_axis, attributes.last_axis, {1, 2, 3, 4});
   auto* y = call.output<T>(0, TypeOf<T>::value, 0);
-  auto* mean = call.output<float>(1, kFloat, 1);
-  auto* m2 = call.output<float>(2, kFloat, 1);
-  auto* count = call.output<float>(3, kFloat, -1);
-  auto* moved_mean = call.output<float>(4, kFloat, 3);
-  auto* moved_variance = call.output<float>(5, kFloat, 4);
+  auto* mean = call.pair<float>(1, kFloat, 1);
+  auto* m2 = mean + shape.channels;
+  auto* moved_mean = call.output<float>(2, kFloat, 3);
+  auto* moved_variance = call.output<float>(3, kFloat, 4);
   if (!call.ok()) return;
-  *count = float(shape.count());
   if (shape.count() == 1 && attributes.warning[0] && !__atomic_exchange_n(&attributes.warned, 1, __ATOMIC_RELAXED))
     fprintf(stderr, "%s\n", attributes.warning);
   NormalizeBatch<T>{call.data<T>(0), call.data<float>(1), call.data<float>(2), y, mean, m2, shape, attributes.epsilon}
       .run();
   const float *moving_mean = call.data<float>(3), *moving_variance = call.data<float>(4), rate = attributes.rate;
-  const float freedom = attributes.unbiased ? *count - 1 : *count;
+  const float count = float(shape.count()), freedom = attributes.unbiased ? count - 1 : count;
   for (int64_t c = 0; c < shape.channels; ++c) {
-    const bool counts = *count > 1 && std::isfinite(m2[c]);
+    const bool counts = count > 1 && std::isfinite(m2[c]);
     const float variance = m2[c] / freedom;
     moved_mean[c] = counts ? moving_mean[c] + rate * (mean[c] - moving_mean[c]) : moving_mean[c];
     moved_variance[c] = counts ? moving_variance[c] + rate * (variance - moving_variance[c]) : moving_variance[c];
@@ -77,15 +75,17 @@ void normalize_batch(void* kernel, TF_OpKernelContext* context) {
 template <class T>
 void normalize_batch_grad(void* kernel, TF_OpKernelContext* context) {
   auto& attributes = *static_cast<Attributes*>(kernel);
-  Call call(context, 5);
+  Call call(context, 4);
   if (!call.ok()) return;
-  const Shape shape = call.shape(1, attributes.first_axis, attributes.last_axis, {2, 3, 4});
+  const Shape shape = call.shape(1, attributes.first_axis, attributes.last_axis, {2});
   call.same_size(0, 1);
+  call.is_pair(3, 2);
   auto* dx = call.output_over<T>(0, 0);
   auto* dgamma = call.output<float>(1, kFloat, 2);
   auto* dbeta = call.output<float>(2, kFloat, 2);
   if (!call.ok()) return;
-  NormalizeBatchGrad<T>{call.data<T>(0), call.data<T>(1), call.data<float>(2), call.data<float>(3), call.data<float>(4),
+  const float* mean = call.data<float>(3);
+  NormalizeBatchGrad<T>{call.data<T>(0), call.data<T>(1), call.data<float>(2), mean, mean + shape.channels,
                         dx, dgamma, dbeta, shape, attributes.epsilon}
       .run();
 }
@@ -103,13 +103,18 @@ void normalize(void* kernel, TF_OpKernelContext* context) {
       .run();
 }
 
-// Output number `i` has the shape of the input `like[i]`; where that is -1, it is a scalar.
+// Output number `i` has the shape of the input `like[i]`; where that is negative, it is a pair of the input `-like[i]`.
 template <int... like>
 void shapes(TF_ShapeInferenceContext* context, TF_Status* status) {
   int i = 0;
   for (int input : {like...}) {
-    TF_ShapeHandle* shape = input < 0 ? TF_ShapeInferenceContextScalar(context) : TF_NewShapeHandle();
-    if (input >= 0) TF_ShapeInferenceContextGetInput(context, input, shape, status);
+    TF_ShapeHandle* shape = TF_NewShapeHandle();
+    TF_ShapeInferenceContextGetInput(context, input < 0 ? -input : input, shape, status);
+    if (input < 0 && !TF_GetCode(status)) {
+      TF_ShapeHandle* two = TF_ShapeInferenceContextVectorFromSize(context, 2);
+      TF_ShapeInferenceContextConcatenateShapes(context, two, shape, shape, status);
+      TF_DeleteShapeHandle(two);
+    }
     if (!TF_GetCode(status)) TF_ShapeInferenceContextSetOutput(context, i++, shape, status);
     TF_DeleteShapeHandle(shape);
   }
@@ -120,21 +125,21 @@ constexpr char kNormalizeBatch[] = "KerasBn>NormalizeBatch", kNormalizeBatchGrad
 
 struct Kernel {
   const char* operation;
-  int type;
+  int type, outputs;
   bool moves;
   Compute compute;
 };
 
 const Kernel kKernels[] = {
-    {kNormalizeBatch, kFloat, true, normalize_batch<float>},
-    {kNormalizeBatch, kBfloat16, true, normalize_batch<bfloat16>},
-    {kNormalizeBatch, kHalf, true, normalize_batch<half>},
-    {kNormalizeBatchGrad, kFloat, false, normalize_batch_grad<float>},
-    {kNormalizeBatchGrad, kBfloat16, false, normalize_batch_grad<bfloat16>},
-    {kNormalizeBatchGrad, kHalf, false, normalize_batch_grad<half>},
-    {kNormalize, kFloat, false, normalize<float>},
-    {kNormalize, kBfloat16, false, normalize<bfloat16>},
-    {kNormalize, kHalf, false, normalize<half>},
+    {kNormalizeBatch, kFloat, 4, true, normalize_batch<float>},
+    {kNormalizeBatch, kBfloat16, 4, true, normalize_batch<bfloat16>},
+    {kNormalizeBatch, kHalf, 4, true, normalize_batch<half>},
+    {kNormalizeBatchGrad, kFloat, 3, false, normalize_batch_grad<float>},
+    {kNormalizeBatchGrad, kBfloat16, 3, false, normalize_batch_grad<bfloat16>},
+    {kNormalizeBatchGrad, kHalf, 3, false, normalize_batch_grad<half>},
+    {kNormalize, kFloat, 1, false, normalize<float>},
+    {kNormalize, kBfloat16, 1, false, normalize<bfloat16>},
+    {kNormalize, kHalf, 1, false, normalize<half>},
 };
 
 // For a node that calls a function of TensorFlow's operations and says which of ours does the same.
@@ -145,10 +150,17 @@ void* create_for_call(TF_OpKernelConstruction* construction) {
   int type = 0;
   reader.read(TF_OpKernelConstruction_GetAttrString, "operation", operation, sizeof operation - 1);
   reader.read(TF_OpKernelConstruction_GetAttrType, "T", &type);
+  int outputs = 0, total;
+  Reader(construction, "").read(TF_OpKernelConstruction_GetAttrSize, "Tout", &outputs, &total);
   for (const Kernel& kernel : kKernels) {
     if (type != kernel.type || strcmp(operation, kernel.operation) != 0) continue;
     attributes->compute = kernel.compute;
     read(reader, attributes, kernel.moves);
+    // TensorFlow makes a call return more, to differentiate what it calls.
+    if (outputs != kernel.outputs)
+      reader.fail(
+          "What was loaded with a keras_bn layer in it can be differentiated once, not twice. Differentiate the layer "
+          "itself, or do not import keras_bn where it is loaded.");
   }
   if (attributes->compute == nullptr) reader.fail("There is no such operation.");
   return attributes;
@@ -206,10 +218,9 @@ __attribute__((constructor)) void register_all() {
   with.operation(kNormalizeBatch,
                  {type, first, last, epsilon, "rate: float = 0", "unbiased: bool = false", "warning: string = ''"},
                  {"x: T", "gamma: float", "beta: float", "moving_mean: float", "moving_variance: float"},
-                 {"y: T", "mean: float", "m2: float", "count: float", "moved_mean: float", "moved_variance: float"},
-                 shapes<0, 1, 1, -1, 3, 4>);
+                 {"y: T", "mean_and_m2: float", "moved_mean: float", "moved_variance: float"}, shapes<0, -1, 3, 4>);
   with.operation(kNormalizeBatchGrad, {type, first, last, epsilon},
-                 {"dy: T", "x: T", "gamma: float", "mean: float", "m2: float"},
+                 {"dy: T", "x: T", "gamma: float", "mean_and_m2: float"},
                  {"dx: T", "dgamma: float", "dbeta: float"}, shapes<1, 2, 2>);
   with.operation(kNormalize, {type, first, last, epsilon},
                  {"x: T", "mean: float", "variance: float", "gamma: float", "beta: float"}, {"y: T"}, shapes<0>);

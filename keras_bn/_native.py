@@ -17,15 +17,18 @@ from tensorflow.python.eager import forwardprop_util, record
 from tensorflow.python.framework import func_graph
 
 from keras_bn._batch_kernels import (
+    SINGLE_VALUE,
     centred,
     divisor_of,
     in_xla_context,
+    normalize_batch_plainly,
     on_cpu,
     small_gradient,
 )
-from keras_bn._stand_ins import kernel_definition, stand_in
+from keras_bn._inference_kernels import normalize_plainly
+from keras_bn._stand_ins import PREFIX, kernel_definition, stand_in
 from keras_bn.layouts import as_rows
-from keras_bn.statistics import Moments
+from keras_bn.statistics import Moving
 
 # Gradients can be registered once only, and several threads may call a layer for the first time.
 _LOADING = threading.RLock()
@@ -60,33 +63,27 @@ def fits(x: tf.Tensor, axes: Sequence[int]) -> bool:
 
 
 def normalize_batch(
-    x: tf.Tensor,
-    gamma: tf.Tensor,
-    beta: tf.Tensor,
-    moving: tuple[tf.Tensor, tf.Tensor] | None,
-    axes: Sequence[int],
-    epsilon: float,
-    rate: float,
-    unbiased: bool,
-    warning: str,
-    plain: Callable[..., Sequence[tf.Tensor]],
-) -> tuple[tf.Tensor, Moments, Sequence[tf.Tensor]]:
-    """y = gamma * (x - mean) / sqrt(m2 / count + epsilon) + beta, the moments, and `moving` one step on.
+    x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, axes: Sequence[int], epsilon: float, moving: Moving | None = None
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor | float]:
+    """y = gamma * (x - mean) / sqrt(m2 / count + epsilon) + beta; `moving` is moved by the way.
 
-    Args:
-        moving: Mean and variance, float32: see `statistics.moved` and `statistics.batch_statistics`.
-        warning: Said on stderr where there is one value for each channel and that was not known before.
-        plain: Module-level function of the tensors, the first and last of `axes`, and the options from `epsilon` to
-            `warning`, that gives y, mean, m2, count and `moving` one step on with TensorFlow's own operations.
+    Returns:
+        y; the mean and m2 of the batch, shape `(2, C)`, not differentiable; and its count.
     """
     known = x.shape.is_fully_defined()
-    moving = moving or (gamma, beta)
-    options = {"rate": rate, "unbiased": unbiased, "warning": "" if known else warning, **_options(axes, epsilon)}
-    if tf.executing_eagerly():
-        y, mean, m2, count, *moved = _compiled("normalize_batch")(x, gamma, beta, *moving, **options)
+    options: dict[str, Any] = {"warning": "" if known else SINGLE_VALUE, **_options(axes, epsilon)}
+    if moving is None:
+        options |= {"rate": 0.0, "unbiased": False}
+        y, moments, *_ = _run(_NORMALIZE_BATCH, (x, gamma, beta, gamma, beta), options)
     else:
-        y, (mean, m2, count, *moved) = _normalize_in_graph(x, gamma, beta, moving, options, plain)
-    return y, Moments(float(x.shape.num_elements() // max(gamma.shape[0], 1)) if known else count, mean, m2), moved
+        inputs = x, gamma, beta, moving.mean, moving.variance
+        options |= {"rate": moving.rate, "unbiased": moving.unbiased}
+        y, moments, *_ = _run(_NORMALIZE_BATCH, inputs, options, moving.assign)
+    channels = max(gamma.shape[0], 1)
+    count = x.shape.num_elements() // channels if known else tf.size(x, tf.int64) // channels
+    if tf.executing_eagerly():
+        return y, moments, float(count)
+    return y, tf.stop_gradient(moments), float(count) if known else tf.cast(count, tf.float32)
 
 
 def infers(*inputs: tf.Tensor, axes: Sequence[int]) -> bool:
@@ -111,32 +108,10 @@ def normalize(
     beta: tf.Tensor,
     axes: Sequence[int],
     epsilon: float,
-    plain: Callable[..., tf.Tensor],
 ) -> tf.Tensor:
-    """y = gamma * (x - mean) / sqrt(variance + epsilon) + beta; in a graph it is differentiable.
-
-    Args:
-        plain: Module-level function of the tensors, the first and last of `axes`, and `epsilon` that does the same
-            with TensorFlow's own operations.
-    """
-    options = _options(axes, epsilon)
-    inputs = x, mean, variance, gamma, beta
-    if tf.executing_eagerly():
-        return _compiled("normalize")(*inputs, **options)
-
-    @tf.custom_gradient
-    def normalize(*inputs):
-        (y,) = stand_in(plain, _NORMALIZE, inputs, **options)(*inputs)
-
-        def gradient(dy):
-            with tf.GradientTape() as tape:
-                tape.watch(inputs)
-                y = plain(*inputs, **options)
-            return tape.gradient(y, inputs, output_gradients=dy)
-
-        return y, gradient
-
-    return normalize(*inputs)
+    """y = gamma * (x - mean) / sqrt(variance + epsilon) + beta; in a graph it is differentiable."""
+    (y,) = _run(_NORMALIZE, (x, mean, variance, gamma, beta), _options(axes, epsilon))
+    return y
 
 
 def _iterates(graph: tf.Graph) -> bool:
@@ -153,40 +128,43 @@ def _options(axes: Sequence[int], epsilon: float) -> dict[str, int | float]:
     return dict(zip(_AXES_AND_EPSILON, (axes[0], axes[-1], epsilon), strict=True))
 
 
-def _normalize_in_graph(x, gamma, beta, moving, options, plain):
-    """What stands in for the operation: y, differentiable twice, and the others, which are not."""
-    others: list[tf.Tensor] = []
+def _run(
+    name: str,
+    inputs: Sequence[tf.Tensor],
+    options: dict[str, Any],
+    assign: Callable[[tf.Tensor, tf.Tensor], None] | None = None,
+) -> Sequence[tf.Tensor]:
+    """One of our operations; in a graph what stands in for it, likewise differentiable.
+
+    Args:
+        assign: Called with the last two outputs.
+    """
+    function, plain, gradient = _OPERATIONS[name]
+    if tf.executing_eagerly():
+        outputs = tf.nest.flatten(getattr(_operations(), function)(*inputs, **options))
+    else:
+        outputs = stand_in(plain, name, inputs, **options)(*inputs)
+        # Where TensorFlow keeps the gradients of its own calls: it asks for that of the moments in second derivatives.
+        outputs[0].op._gradient_function = gradient
+    if assign is not None:
+        assign(*outputs[-2:])
+    if tf.executing_eagerly():
+        return outputs
+    differentiable = outputs if name == _NORMALIZE_BATCH_GRAD else outputs[:1]
 
     @tf.custom_gradient
-    def normalize(x, gamma, beta):
-        inputs = (x, gamma, beta, *moving)
-        call = stand_in(plain, _NORMALIZE_BATCH, inputs, **options)
-        y, mean, m2, *rest = call(*inputs)
-        others.extend((mean, m2, *rest))
-        return y, lambda dy: _gradients_in_graph(dy, x, gamma, mean, m2, options)
+    def attach(*_):
+        return differentiable, functools.partial(gradient, outputs[0].op)
 
-    y = normalize(x, gamma, beta)
-    moments, moved = others[:3], others[3:]
-    return y, [*map(tf.stop_gradient, moments), *moved]
+    # TensorFlow hands a long operation to another thread where short ones are ready with it, and that finds nothing in
+    # its cache: the next layer had better be ready alone, when these two are done.
+    assignments = [user for value in outputs[-2:] for user in value.consumers() if user.type == "AssignVariableOp"]
+    with tf.control_dependencies(assignments):
+        return [*attach(*inputs), *outputs[len(differentiable) :]]
 
 
-def _gradients_in_graph(dy, x, gamma, mean, m2, options):
-    options = {name: options[name] for name in _AXES_AND_EPSILON}
-
-    @tf.custom_gradient
-    def gradients(dy, x, gamma):
-        inputs = (dy, x, gamma, mean, m2)
-        call = stand_in(_normalize_batch_grad, _NORMALIZE_BATCH_GRAD, inputs, **options)
-        return call(*inputs), lambda *d_outputs: _second_gradients(dy, x, gamma, d_outputs, **options)
-
-    return gradients(dy, x, gamma)
-
-
-def _compiled(name: str) -> Callable[..., Sequence[tf.Tensor]]:
-    return getattr(_operations(), f"keras_bn_{name}")
-
-
-def _normalize_batch_grad(dy, x, gamma, mean, m2, first_axis, last_axis, epsilon):
+def _normalize_batch_grad(dy, x, gamma, moments, first_axis, last_axis, epsilon):
+    mean, m2 = tf.unstack(moments)
     axes = range(first_axis, last_axis + 1)
     (dy, _), (rows, restore) = (as_rows(value, axes) for value in (dy, x))
     rows = tf.cast(rows, gamma.dtype)
@@ -214,8 +192,8 @@ def _loaded() -> Any:
     except (tf.errors.OpError, OSError) as error:
         warnings.warn(f"keras_bn goes without its compiled operations, which do not load: {error}", stacklevel=2)
         return None
-    tf.RegisterGradient(_NORMALIZE_BATCH)(_gradient)
-    tf.RegisterGradient(_NORMALIZE_BATCH_GRAD)(_second_gradient)
+    for name, (_, _, gradient) in _OPERATIONS.items():
+        tf.RegisterGradient(name)(gradient)
     return operations
 
 
@@ -245,7 +223,7 @@ def _calls_are_taken() -> bool:
 
 
 def _not_taken(x, gamma, beta, moving_mean, moving_variance, **_):
-    return [value * np.nan for value in (x, gamma, gamma, gamma[0], moving_mean, moving_variance)]
+    return [value * np.nan for value in (x, tf.stack([gamma, gamma]), moving_mean, moving_variance)]
 
 
 def _threads() -> int:
@@ -254,23 +232,30 @@ def _threads() -> int:
     return tf.config.threading.get_intra_op_parallelism_threads() or processors
 
 
-def _gradient(operation, dy, *_):
+def _normalize_batch_gradient(operation, dy, *_):
     """The moments are not differentiable."""
     x, gamma, *_ = operation.inputs
-    _, mean, m2, *_ = operation.outputs
-    options = {name: operation.get_attr(name) for name in _AXES_AND_EPSILON}
-    if tf.executing_eagerly():
-        gradients = _compiled("normalize_batch_grad")(dy, x, gamma, mean, m2, **options)
-    else:
-        # A Jacobian of an eager call is computed in a graph.
-        gradients = _gradients_in_graph(dy, x, gamma, mean, m2, options)
-    return *gradients, None, None
+    # Of an eager call it may be asked in a graph, for a Jacobian.
+    inputs = tf.convert_to_tensor(dy), x, gamma, operation.outputs[1]
+    return *_run(_NORMALIZE_BATCH_GRAD, inputs, _options_of(operation)), None, None
 
 
-def _second_gradient(operation, *d_outputs):
-    options = {name: operation.get_attr(name) for name in _AXES_AND_EPSILON}
+def _normalize_batch_second_gradient(operation, *d_outputs):
     dy, x, gamma = operation.inputs[:3]
-    return *_second_gradients(dy, x, gamma, d_outputs, **options), None, None
+    return *_second_gradients(dy, x, gamma, d_outputs, **_options_of(operation)), None
+
+
+def _normalize_gradient(operation, dy):
+    inputs = list(operation.inputs)
+    with tf.GradientTape() as tape:
+        tape.watch(inputs)
+        y = normalize_plainly(*inputs, **_options_of(operation))
+    return tape.gradient(y, inputs, output_gradients=dy)
+
+
+def _options_of(operation):
+    prefix = "" if operation.type in _OPERATIONS else PREFIX
+    return {name: operation.get_attr(prefix + name) for name in _AXES_AND_EPSILON}
 
 
 def _second_gradients(dy, x, gamma, d_outputs, first_axis, last_axis, epsilon):
@@ -295,3 +280,15 @@ def _second_gradients(dy, x, gamma, d_outputs, first_axis, last_axis, epsilon):
     )
     d_x = d_deviation - tf.reduce_sum(d_deviation, 0) / count
     return tf.cast(restore(d_dy), x.dtype), tf.cast(restore(d_x), x.dtype), inverse_std * (inner - both)
+
+
+# Of each: what runs it eagerly, what does the same with TensorFlow's own operations, and its gradient.
+_OPERATIONS: dict[str, tuple[str, Callable[..., Sequence[tf.Tensor]], Callable[..., Sequence[tf.Tensor]]]] = {
+    _NORMALIZE_BATCH: ("keras_bn_normalize_batch", normalize_batch_plainly, _normalize_batch_gradient),
+    _NORMALIZE_BATCH_GRAD: (
+        "keras_bn_normalize_batch_grad",
+        _normalize_batch_grad,
+        _normalize_batch_second_gradient,
+    ),
+    _NORMALIZE: ("keras_bn_normalize", normalize_plainly, _normalize_gradient),
+}

@@ -29,8 +29,8 @@ struct NormalizeBatch {
     const int64_t channels = shape.channels;
     const Blocks blocks(shape);
     const int64_t rows = blocks.along_examples();
-    double* means = static_cast<double*>(malloc(size_t(rows * channels) * 2 * sizeof(double) + 1));
-    double* squares = means + rows * channels;
+    Scratch<double> scratch(rows * channels * 2);
+    double *means = scratch.data(), *squares = means + rows * channels;
     Threads::all().share(blocks.count(), [=](int64_t i) {
       const int64_t row = blocks.row(i) * channels;
       ::run(Measure<T>{x, shape, blocks[i], means + row, squares + row});
@@ -60,7 +60,6 @@ struct NormalizeBatch {
       }
     });
     normalize.run();
-    free(means);
   }
 };
 
@@ -77,7 +76,8 @@ struct NormalizeBatchGrad {
     const int64_t channels = shape.channels;
     const Blocks blocks(shape);
     const int64_t rows = blocks.along_examples();
-    double* sums = static_cast<double*>(malloc(size_t(rows * channels) * 3 * sizeof(double) + 1));
+    Scratch<double> scratch(rows * channels * 3);
+    double* sums = scratch.data();
     Threads::all().share(blocks.count(), [=](int64_t i) {
       ::run(GradientSums<T>{dy, x, mean, shape, blocks[i], sums + blocks.row(i) * channels * 3});
     });
@@ -101,7 +101,6 @@ struct NormalizeBatchGrad {
       }
     });
     differentiate.run();
-    free(sums);
   }
 };
 

@@ -38,6 +38,7 @@ void TF_OpKernelConstruction_Failure(TF_OpKernelConstruction*, TF_Status*);
 void TF_OpKernelConstruction_GetAttrInt64(TF_OpKernelConstruction*, const char*, int64_t*, TF_Status*);
 void TF_OpKernelConstruction_GetAttrFloat(TF_OpKernelConstruction*, const char*, float*, TF_Status*);
 void TF_OpKernelConstruction_GetAttrBool(TF_OpKernelConstruction*, const char*, unsigned char*, TF_Status*);
+void TF_OpKernelConstruction_GetAttrSize(TF_OpKernelConstruction*, const char*, int* count, int* total, TF_Status*);
 void TF_OpKernelConstruction_GetAttrString(TF_OpKernelConstruction*, const char*, char*, size_t, TF_Status*);
 void TF_OpKernelConstruction_GetAttrType(TF_OpKernelConstruction*, const char*, int*, TF_Status*);
 TF_KernelBuilder* TF_NewKernelBuilder(const char* operation, const char* device, void* (*)(TF_OpKernelConstruction*),
@@ -54,7 +55,9 @@ void TF_OpDefinitionBuilderSetShapeInferenceFunction(TF_OpDefinitionBuilder*,
 void TF_RegisterOpDefinition(TF_OpDefinitionBuilder*, TF_Status*);
 TF_ShapeHandle* TF_NewShapeHandle();
 void TF_DeleteShapeHandle(TF_ShapeHandle*);
-TF_ShapeHandle* TF_ShapeInferenceContextScalar(TF_ShapeInferenceContext*);
+TF_ShapeHandle* TF_ShapeInferenceContextVectorFromSize(TF_ShapeInferenceContext*, size_t);
+void TF_ShapeInferenceContextConcatenateShapes(TF_ShapeInferenceContext*, TF_ShapeHandle* first, TF_ShapeHandle* second,
+                                               TF_ShapeHandle* result, TF_Status*);
 void TF_ShapeInferenceContextGetInput(TF_ShapeInferenceContext*, int, TF_ShapeHandle*, TF_Status*);
 void TF_ShapeInferenceContextSetOutput(TF_ShapeInferenceContext*, int, TF_ShapeHandle*, TF_Status*);
 }
@@ -137,15 +140,18 @@ class Call {
     if (TF_TensorElementCount(held_[a]) != TF_TensorElementCount(held_[b])) fail("The tensors must be of one size.");
   }
 
-  template <class T>
-  T* output(int i, int type, int like) {
-    if (!ok()) return nullptr;
-    int64_t sizes[kMaxRank];
-    const int rank = like < 0 ? 0 : TF_NumDims(held_[like]);
-    int64_t count = 1;
-    for (int k = 0; k < rank; ++k) count *= sizes[k] = TF_Dim(held_[like], k);
-    return made<T>(TF_AllocateOutput(context_, i, type, sizes, rank, size_t(count) * sizeof(T), status_));
+  void is_pair(int i, int vector) {
+    if (TF_TensorElementCount(held_[i]) != 2 * TF_TensorElementCount(held_[vector]))
+      fail("A pair must hold two values for each channel.");
   }
+
+  // An output of the shape of an input.
+  template <class T>
+  T* output(int i, int type, int like) { return allocated<T>(i, type, like, 0); }
+
+  // One of two rows, each of the shape of an input.
+  template <class T>
+  T* pair(int i, int type, int like) { return allocated<T>(i, type, like, 1); }
 
   // An output in the memory of an input of its type and shape, if nothing else needs that any more. Afterwards there is
   // no asking for the input's shape.
@@ -167,6 +173,17 @@ class Call {
     if (!ok()) return;
     TF_SetStatus(status_, kInvalidArgument, message);
     TF_OpKernelContext_Failure(context_, status_);
+  }
+
+  // Behind `pairs` axes of size 2, the shape of an input.
+  template <class T>
+  T* allocated(int i, int type, int like, int pairs) {
+    if (!ok()) return nullptr;
+    int64_t sizes[kMaxRank + 1] = {2};
+    const int rank = TF_NumDims(held_[like]);
+    int64_t count = pairs ? 2 : 1;
+    for (int k = 0; k < rank; ++k) count *= sizes[pairs + k] = TF_Dim(held_[like], k);
+    return made<T>(TF_AllocateOutput(context_, i, type, sizes, pairs + rank, size_t(count) * sizeof(T), status_));
   }
 
   template <class T>

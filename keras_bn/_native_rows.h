@@ -83,14 +83,8 @@ struct RowsPart {
 template <class T>
 class Rows {
  public:
-  Rows(const T* x, T* y, Shape shape, const T* dy = nullptr) : x_(x), dy_(dy), y_(y), shape_(shape) {
-    // Of short rows several are taken at a time where it is worth it, and of the vectors as many copies.
-    const bool alone = planes() || shape.channels >= kRow || size() < 4 * kRow;
-    length_ = alone ? shape.channels : (kRow + shape.channels - 1) / shape.channels * shape.channels;
-    vectors_ = static_cast<float*>(malloc(size_t(length_) * kVectors * sizeof(float) + 1));
+  Rows(const T* x, T* y, Shape shape, const T* dy = nullptr) : x_(x), dy_(dy), y_(y), shape_(shape), length_(length()), scratch_(length_ * kVectors) {
   }
-
-  ~Rows() { free(vectors_); }
 
   INLINE void of(int64_t c, float mean, float factor, float shift) { of(c, mean, 0, shift, factor); }
 
@@ -121,6 +115,11 @@ class Rows {
   }
 
  private:
+  // Of short rows several are taken at a time where it is worth it, and of the vectors as many copies.
+  int64_t length() const {
+    const bool alone = planes() || shape_.channels >= kRow || size() < 4 * kRow;
+    return alone ? shape_.channels : (kRow + shape_.channels - 1) / shape_.channels * shape_.channels;
+  }
   int64_t size() const { return shape_.examples * shape_.channels * shape_.values; }
   bool planes() const { return shape_.values > 1; }
   bool in_place() const { return y_ == x_ || y_ == dy_; }
@@ -129,7 +128,8 @@ class Rows {
   T* y_;
   Shape shape_;
   int64_t length_;
-  float* vectors_;
+  Scratch<float> scratch_;
+  float* vectors_ = scratch_.data();
 };
 
 }  // namespace

@@ -134,8 +134,10 @@ struct Measure {
     const double count = double(block.last - block.first) * double(shape.values);
     float* buffer = buffer_for<T>(shape, 1);
     const int64_t columns = planes ? kLanes : shape.channels;
-    const Sums all{static_cast<double*>(malloc(size_t(columns) * 2 * sizeof(double))), columns, planes};
-    float* rounded = static_cast<float*>(malloc(size_t(shape.channels) * sizeof(float)));
+    Scratch<double> scratch(columns * 2);
+    Scratch<float> means(shape.channels);
+    const Sums all{scratch.data(), columns, planes};
+    float* rounded = means.data();
     for (int64_t begin = block.first_channel; begin < block.last_channel;) {
       const int64_t end = planes ? begin + 1 : block.last_channel;
       memset(all.of, 0, size_t(columns) * sizeof(double));
@@ -164,8 +166,6 @@ struct Measure {
       }
       begin = end;
     }
-    free(rounded);
-    free(all.of);
     free(buffer);
   }
 };
@@ -184,7 +184,8 @@ struct GradientSums {
     float* second = buffer == nullptr ? nullptr : buffer + buffer_size(shape);
     const float* m = mean;
     const int64_t columns = planes ? kLanes : shape.channels;
-    const Sums all{static_cast<double*>(malloc(size_t(columns) * 3 * sizeof(double))), columns, planes};
+    Scratch<double> scratch(columns * 3);
+    const Sums all{scratch.data(), columns, planes};
     for (int64_t begin = block.first_channel; begin < block.last_channel;) {
       const int64_t end = planes ? begin + 1 : block.last_channel;
       memset(all.of, 0, size_t(columns) * 3 * sizeof(double));
@@ -199,7 +200,6 @@ struct GradientSums {
         for (int64_t c = begin; c < end; ++c) sums[n * shape.channels + c] = all.total(n, c);
       begin = end;
     }
-    free(all.of);
     free(buffer);
   }
 };

@@ -157,6 +157,26 @@ INLINE void stored(const float* buffer, Piece piece, half* y) {
   convert(buffer, piece.size(), y + piece.begin);
 }
 
+// Memory for a while: on the stack where it is little, since asking for it takes as long as a small tensor does.
+template <class T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count)
+      : data_(size_t(count) <= sizeof little_ / sizeof(T) ? little_ : static_cast<T*>(malloc(size_t(count) * sizeof(T)))) {}
+  ~Scratch() {
+    if (data_ != little_) free(data_);
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  T* data() { return data_; }
+  const T* data() const { return data_; }
+
+ private:
+  T* data_;
+  alignas(64) T little_[4096 / sizeof(T)];
+};
+
 int64_t buffer_size(Shape shape) { return shape.values == 1 ? kBlock * shape.channels : shape.values; }
 
 template <class T>

@@ -17,6 +17,8 @@ from keras_bn._version import __version__
 _MAKING = threading.RLock()
 
 _CALL = "PartitionedCall"
+# Of the attributes that a call has beside those of other calls: those of our operation.
+PREFIX = "_keras_bn_"
 _MARK = "config_proto"
 
 # What tells our calls from others, in an attribute that every call has: a setting that changes nothing where it is not
@@ -98,7 +100,7 @@ def _made(plain, operation, signature, options) -> StandIn:
         "f": value(func=tf.compat.v1.NameAttrList(name=concrete.name)),
         **_KEPT,
         _MARK: value(s=_SETTINGS),
-        **{f"_keras_bn_{name}": _attribute(option) for name, option in ours.items()},
+        **{PREFIX + name: _attribute(option) for name, option in ours.items()},
     }
     return StandIn(concrete, dtypes, [output.shape for output in concrete.outputs], attributes)
 

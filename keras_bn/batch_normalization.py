@@ -291,28 +291,23 @@ class BatchNormalization(keras.layers.BatchNormalization):
             "kernel": self.kernel,
         }
         if update is True and isinstance(self.momentum, float) and not self.zero_debias and not self.renorm:
-            moving = _flat(self.moving_mean, dtype), _flat(self.moving_variance, dtype)
-            y, moments, (mean, variance) = kernels.normalize_and_move(
-                x,
-                gamma,
-                beta,
-                *moving,
-                rate=1.0 - self.momentum,
-                unbiased=self.unbiased_variance,
-                activation=self.activation,
-                **options,
+            moving = kernels.Moving(
+                _flat(self.moving_mean, dtype),
+                _flat(self.moving_variance, dtype),
+                1.0 - self.momentum,
+                self.unbiased_variance,
+                self._assign_moving,
             )
-            self._warn_of_single_value(moments)
-            _assign(self.moving_mean, mean)
-            _assign(self.moving_variance, variance)
+            y, count = kernels.normalize_and_move(x, gamma, beta, moving, activation=self.activation, **options)
+            self._warn_of_single_value(count)
             return y
         if not self.renorm:
             y, moments = kernels.normalize_with_batch(x, gamma, beta, activation=self.activation, **options)
-            self._warn_of_single_value(moments)
+            self._warn_of_single_value(moments.count)
             _when(update, lambda: self._update(moments))
             return y
         y, moments = kernels.normalize_with_batch(tf.cast(x, dtype), None, None, **options)
-        self._warn_of_single_value(moments)
+        self._warn_of_single_value(moments.count)
         batch = statistics.batch_statistics(moments, unbiased=False)
         r, d = self._renorm_correction(batch)
         y = kernels.scale_and_shift(y, r, d, axes=self._axes)
@@ -328,6 +323,10 @@ class BatchNormalization(keras.layers.BatchNormalization):
         return statistics.renorm_correction(
             batch, _flat(self.renorm_mean, dtype), _flat(self.renorm_stddev, dtype), limits, self.epsilon
         )
+
+    def _assign_moving(self, mean, variance):
+        _assign(self.moving_mean, mean)
+        _assign(self.moving_variance, variance)
 
     def _update(self, moments):
         batch = statistics.batch_statistics(moments, self.unbiased_variance)
@@ -364,8 +363,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
             rate = tf.math.divide_no_nan(rate, 1.0 - initial_weight)
         return rate
 
-    def _warn_of_single_value(self, moments):
-        if isinstance(moments.count, float) and moments.count == 1.0 and not self._warned:
+    def _warn_of_single_value(self, count):
+        if isinstance(count, float) and count == 1.0 and not self._warned:
             self._warned = True
             warnings.warn(f"{kernels.SINGLE_VALUE} Layer: {self.name!r}.", stacklevel=2)
 

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from keras_bn import _inference_kernels as inference
 from keras_bn import _native, statistics
+from keras_bn._batch_kernels import SINGLE_VALUE as SINGLE_VALUE
 from keras_bn._batch_kernels import (
     Activation,
     composed,
@@ -17,45 +18,21 @@ from keras_bn._batch_kernels import (
     in_xla_context,
     is_small,
     likely_size,
-    on_cpu,
     small,
     statistics_dtype,
-    value_count,
 )
 from keras_bn._batch_kernels import either as either
 from keras_bn._inference_kernels import scale_and_shift as scale_and_shift
 from keras_bn._two_pass import compiled_two_pass, two_pass
-from keras_bn.layouts import as_image, as_planes, as_rows, has_planes
+from keras_bn.layouts import as_planes, as_rows, has_planes
 from keras_bn.statistics import Moments
-
-# On a CPU the fused operation is up to twice as fast on single pixels as on whole images (measured): always where the
-# statistics are given, from so many channels on where it computes them.
-_FLAT_CHANNELS = 64
-
-# From so many examples on, a channel for each pixel costs less than a copy to float32 (measured: 64 yes, 8 no).
-_PIXEL_EXAMPLES = 32
-
-# XLA's CPU compiler unrolls rows of half types that are shorter than this instead of vectorizing them, and each
-# operation counts: there a branch costs less than the subtraction of the mean (measured: 7 and 14 yes, 28 no).
-_XLA_ROW = 16
-
-# It computes rows of so few channels faster where the mean is folded (measured: 16 and 64 yes, 256 no).
-_XLA_CHANNELS = 64
-
-# From so many values on, subtracting the mean costs more than to find out whether it is needed (measured, float32:
-# 512x256 yes, 256x128 no).
-_WORTH_A_BRANCH = 2**16
+from keras_bn.statistics import Moving as Moving
 
 # TensorFlow's fused operation trains larger batches as fast as one of our own, and up to a fifth faster in bfloat16:
 # both wait for memory (measured: 4096x512 no, 128x28x28x32 yes). So it does planes of shorter rows in bfloat16
 # (measured: 49 yes, 196 no).
 _NATIVE_VALUES = 5 * 2**19
 _NATIVE_ROW = 64
-
-SINGLE_VALUE = (
-    "keras_bn: a batch with one value per channel was normalized to beta, and its statistics were not averaged. Larger "
-    "batches, or `drop_remainder=True` where the last one is of a single example, avoid it."
-)
 
 
 def normalize_with_batch(
@@ -106,10 +83,8 @@ def normalize_with_batch(
     gamma = tf.ones([channels], dtype) if gamma is None else gamma
     beta = tf.zeros([channels], dtype) if beta is None else beta
     if _takes_native(x, gamma, beta, axes, kernel, weights, group_size, synchronized):
-        y, moments, _ = _native.normalize_batch(
-            x, gamma, beta, None, axes, epsilon, 0.0, False, SINGLE_VALUE, _normalize_batch_plainly
-        )
-        return activation(y), moments
+        y, moments, count = _native.normalize_batch(x, gamma, beta, axes, epsilon)
+        return activation(y), Moments(count, *tf.unstack(moments))
     if weights is None and group_size is None and not synchronized:
         if in_xla_context() or (kernel == "auto" and dtype == tf.float64):
             kernel = "stable"
@@ -121,7 +96,7 @@ def normalize_with_batch(
                 "does not take. Received: kernel='fused'."
             )
         if kernel in ("fused", "small"):
-            y, moments = (_fused if kernel == "fused" else _small)(x, gamma, beta, axes, epsilon)
+            y, moments = (fused if kernel == "fused" else small)(x, gamma, beta, axes, epsilon)
             # Only where there may be one value: to find out costs a branch.
             if not isinstance(moments.count, float) and fewest == 1:
                 _warn_of_single_value(moments.count)
@@ -155,82 +130,39 @@ def normalize_with_batch(
     return restore(tf.ensure_shape(y, rows.shape)), Moments(*(tf.concat(field, 0) for field in fields))
 
 
-def _small(x, gamma, beta, axes, epsilon) -> tuple[tf.Tensor, Moments]:
-    rows, restore = as_rows(x, axes)
-    y, mean, m2 = small(tf.cast(rows, gamma.dtype), gamma, beta, epsilon)
-    return restore(tf.cast(y, x.dtype)), Moments(value_count(rows, [0], gamma.dtype), mean, m2)
-
-
-def _fused(x, gamma, beta, axes, epsilon) -> tuple[tf.Tensor, Moments]:
-    cpu = on_cpu()
-    flat = math.prod(x.shape[axis] for axis in axes) >= _FLAT_CHANNELS and cpu
-    image, data_format, restore = as_image(x, axes, flat, channels_last=cpu)
-    count = value_count(image, [0, 1, 2] if data_format == "NHWC" else [0, 2, 3], gamma.dtype)
-    y, mean, unbiased = fused(image, gamma, beta, epsilon, data_format)
-    return restore(y), Moments(count, mean, unbiased * (count - 1))
-
-
-def _normalize_batch_plainly(
-    x, gamma, beta, moving_mean, moving_variance, first_axis, last_axis, epsilon, rate, unbiased, warning
-) -> list[tf.Tensor]:
-    """What stands in for the operation that normalizes a batch and moves both statistics."""
-    del warning  # It needs a branch in the graph, which costs more than it is worth.
-    axes = range(first_axis, last_axis + 1)
-    y, moments = (_small if is_small(x) else _fused)(x, gamma, beta, axes, epsilon)
-    moments = moments._replace(count=tf.convert_to_tensor(moments.count))
-    moved = statistics.moved_by(moving_mean, moving_variance, moments, rate, unbiased)
-    return [y, moments.mean, moments.m2, moments.count, *moved]
-
-
 def normalize_and_move(
     x: tf.Tensor,
     gamma: tf.Tensor | None,
     beta: tf.Tensor | None,
-    moving_mean: tf.Tensor,
-    moving_variance: tf.Tensor,
+    moving: Moving,
     *,
-    rate: float,
-    unbiased: bool,
     axes: Sequence[int],
     epsilon: float,
     activation: Activation,
     kernel: str,
     **options,
-) -> tuple[tf.Tensor, Moments, Sequence[tf.Tensor]]:
+) -> tuple[tf.Tensor, tf.Tensor | float]:
     """`normalize_with_batch`, with whose moments both moving statistics are moved: one operation where that is faster.
 
     moved = moving + rate * (batch - moving)
 
     Args:
-        moving_mean: Shape `(C,)`, of the dtype in which the moments of `x` are.
-        moving_variance: Likewise.
-        rate: 1 - momentum.
-        unbiased: Which variance is averaged.
+        moving: In the dtype in which the moments of `x` are.
         **options: And all others, as for `normalize_with_batch`.
 
     Returns:
-        y; the moments; the moving mean and variance one step on, as `statistics.moved_by` gives them.
+        y, and the count of the moments.
     """
     if not _takes_native(x, gamma, beta, axes, kernel, **options):
         y, moments = normalize_with_batch(
             x, gamma, beta, axes=axes, epsilon=epsilon, activation=activation, kernel=kernel, **options
         )
-        return y, moments, statistics.moved_by(moving_mean, moving_variance, moments, rate, unbiased)
-    gamma = tf.ones_like(moving_mean) if gamma is None else gamma
-    beta = tf.zeros_like(moving_mean) if beta is None else beta
-    y, moments, moved = _native.normalize_batch(
-        x,
-        gamma,
-        beta,
-        (moving_mean, moving_variance),
-        axes,
-        epsilon,
-        rate,
-        unbiased,
-        SINGLE_VALUE,
-        _normalize_batch_plainly,
-    )
-    return activation(y), moments, moved
+        moving.assign(*statistics.moved_by(moving.mean, moving.variance, moments, moving.rate, moving.unbiased))
+        return y, moments.count
+    gamma = tf.ones_like(moving.mean) if gamma is None else gamma
+    beta = tf.zeros_like(moving.mean) if beta is None else beta
+    y, _, count = _native.normalize_batch(x, gamma, beta, axes, epsilon, moving)
+    return activation(y), count
 
 
 def normalize_with(
@@ -265,35 +197,10 @@ def normalize_with(
     """
     known = [tensor for tensor in (x, mean, variance, gamma, beta) if tensor is not None]
     if not _native.infers(*known, axes=axes):
-        return _normalize_plainly(x, mean, variance, gamma, beta, axes[0], axes[-1], epsilon, axes)
+        return inference.normalize_plainly(x, mean, variance, gamma, beta, axes[0], axes[-1], epsilon, axes)
     gamma = tf.ones_like(mean) if gamma is None else gamma
     beta = tf.zeros_like(mean) if beta is None else beta
-    return _native.normalize(x, mean, variance, gamma, beta, axes, epsilon, _normalize_plainly)
-
-
-def _normalize_plainly(x, mean, variance, gamma, beta, first_axis, last_axis, epsilon, axes=None) -> tf.Tensor:
-    """The same with TensorFlow's own operations; `axes` where they do not stand together."""
-    axes = axes or range(first_axis, last_axis + 1)
-    dtype = statistics_dtype(x.dtype)
-
-    def factor():
-        inverse_std = tf.math.rsqrt(variance + epsilon)
-        return inverse_std if gamma is None else inverse_std * gamma
-
-    if _is_worth_a_branch(x, axes):
-        return inference.folded_where_near(x, mean, variance, factor(), beta, axes, epsilon)
-    planes, compiled, cpu, small = has_planes(x, axes), in_xla_context(), on_cpu(), is_small(x)
-    half = dtype != x.dtype
-    if cpu and small and half and not (planes or compiled or tf.executing_eagerly()):
-        return inference.fused_voxels(x, mean, variance, gamma, beta, axes, epsilon)
-    if dtype == tf.float64 or small or compiled:
-        return inference.plain(x, mean, factor(), beta, axes)
-    if cpu and planes:
-        return inference.fused_voxels(x, mean, variance, gamma, beta, axes, epsilon)
-    gamma = tf.ones_like(mean) if gamma is None else gamma
-    beta = tf.zeros_like(mean) if beta is None else beta
-    image, data_format, restore = as_image(x, axes, flat=cpu, channels_last=cpu)
-    return restore(inference.fused(image, mean, variance, gamma, beta, epsilon, data_format))
+    return _native.normalize(x, mean, variance, gamma, beta, axes, epsilon)
 
 
 def _takes_native(x, gamma, beta, axes, kernel, weights=None, group_size=None, synchronized=False) -> bool:
@@ -312,24 +219,6 @@ def _trains_faster_natively(x, axes) -> bool:
         pixels = math.prod(size or _NATIVE_ROW for size in x.shape[axes[-1] + 1 :])
         return is_small(x) or x.dtype == tf.float32 or pixels >= _NATIVE_ROW
     return likely_size(x) <= _NATIVE_VALUES
-
-
-def _is_worth_a_branch(x, axes) -> bool:
-    """Whether to find out that the means are near zero costs less than to subtract them; as measured."""
-    half = statistics_dtype(x.dtype) != x.dtype
-    planes, small = has_planes(x, axes), is_small(x)
-    if in_xla_context():
-        if planes:
-            return not small and half and x.shape[-1] is not None and x.shape[-1] < _XLA_ROW
-        narrow = math.prod(x.shape[axis] for axis in axes) <= _XLA_CHANNELS
-        return not small and x.dtype == tf.float32 and narrow
-    if not on_cpu() or x.dtype == tf.float64:
-        return False
-    if planes:
-        examples = x.shape[0] if axes[0] > 0 else 1
-        return not small and (not half or (examples is not None and examples < _PIXEL_EXAMPLES))
-    size = x.shape.num_elements()
-    return small and not half and size is not None and size >= _WORTH_A_BRANCH
 
 
 def _constant(moments: Moments) -> Moments:

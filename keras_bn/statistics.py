@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -26,6 +26,24 @@ class Moments(NamedTuple):
     count: Any
     mean: tf.Tensor
     m2: tf.Tensor
+
+
+class Moving(NamedTuple):
+    """Moving statistics, and how a batch moves them: see `moved_by`.
+
+    Attributes:
+        mean: Shape `(C,)`.
+        variance: Likewise.
+        rate: 1 - momentum.
+        unbiased: Which variance is averaged.
+        assign: Called with both one step on, to keep them.
+    """
+
+    mean: tf.Tensor
+    variance: tf.Tensor
+    rate: float
+    unbiased: bool
+    assign: Callable[[tf.Tensor, tf.Tensor], None]
 
 
 class BatchStatistics(NamedTuple):

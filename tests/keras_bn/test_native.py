@@ -18,6 +18,7 @@ from tensorflow.python.framework.convert_to_constants import convert_variables_t
 
 import keras_bn
 from keras_bn import _native, _stand_ins, kernels
+from keras_bn.statistics import Moments, Moving
 from tests.reference import Reference, assert_close
 
 pytestmark = pytest.mark.skipif(_native._operations() is None, reason="installed without a C++ compiler")
@@ -69,12 +70,8 @@ def spoiled(monkeypatch):
             lambda value: value * np.nan, function(*inputs, **options)
         )
 
-    for module, name in (
-        (kernels, "_normalize_batch_plainly"),
-        (_native, "_normalize_batch_grad"),
-        (kernels, "_normalize_plainly"),
-    ):
-        monkeypatch.setattr(module, name, with_nan(getattr(module, name)))
+    for name, (function, plain, gradient) in _native._OPERATIONS.items():
+        monkeypatch.setitem(_native._OPERATIONS, name, (function, with_nan(plain), gradient))
 
 
 def _finite(*values):
@@ -100,10 +97,8 @@ LAYOUTS = [
 def _normalized(axes, x, gamma, beta, dy):
     with tf.GradientTape() as tape:
         tape.watch([x, gamma, beta])
-        y, moments, _ = _native.normalize_batch(
-            x, gamma, beta, None, axes, 1e-3, 0.0, False, "", kernels._normalize_batch_plainly
-        )
-    return y, moments, tape.gradient(y, [x, gamma, beta], output_gradients=dy)
+        y, moments, count = _native.normalize_batch(x, gamma, beta, axes, 1e-3)
+    return y, Moments(count, *tf.unstack(moments)), tape.gradient(y, [x, gamma, beta], output_gradients=dy)
 
 
 @pytest.mark.parametrize("way", ["eager", "graph", "graph of unknown shape", "stand-in", "jit_compile"])
@@ -147,7 +142,7 @@ def test_every_layout_is_inferred_as_the_oracle_does(shape, axes, dtype):
     channels = int(np.prod([shape[axis] for axis in axes]))
     gamma, beta = (tf.constant(rng.normal(1, 0.3, channels), "float32") for _ in range(2))
     mean, variance = (tf.constant(rng.uniform(0.5, 2, channels), "float32") for _ in range(2))
-    inferred = _native.normalize(x, mean, variance, gamma, beta, axes, 1e-3, None)
+    inferred = _native.normalize(x, mean, variance, gamma, beta, axes, 1e-3)
     assert inferred.dtype == x.dtype
     assert inferred.shape == shape
     if 0 not in shape:
@@ -163,9 +158,7 @@ def test_results_and_gradients_far_from_zero_know_what_the_rounded_mean_lacks():
     dy = tf.constant(oracle.normalized + 0.1 * rng.normal(size=x.shape), "float32")
     with tf.GradientTape() as tape:
         tape.watch([x, gamma, beta])
-        y, *_ = _native.normalize_batch(
-            x, gamma, beta, None, [1], 1e-3, 0.0, False, "", kernels._normalize_batch_plainly
-        )
+        y, *_ = _native.normalize_batch(x, gamma, beta, [1], 1e-3)
     np.testing.assert_allclose(y, oracle.y, atol=1e-5)
     for got, want in zip(
         tape.gradient(y, [x, gamma, beta], output_gradients=dy),
@@ -178,13 +171,13 @@ def test_results_and_gradients_far_from_zero_know_what_the_rounded_mean_lacks():
 def _with_gamma(value, dtype):
     """`gamma * 1`, rounded to a half type by the operation."""
     ones, zeros = tf.ones(value.shape), tf.zeros(value.shape)
-    return _native.normalize(tf.ones([1, *value.shape], dtype), zeros, ones, value, zeros, [1], 0.0, None)[0]
+    return _native.normalize(tf.ones([1, *value.shape], dtype), zeros, ones, value, zeros, [1], 0.0)[0]
 
 
 def test_every_half_is_read_right():
     halves = np.arange(2**16, dtype="uint16").view("float16")
     zero, one = tf.zeros([1]), tf.ones([1])
-    got = _native.normalize(tf.constant(halves[:, None]), zero, one, one, zero, [1], 0.0, None)[:, 0]
+    got = _native.normalize(tf.constant(halves[:, None]), zero, one, one, zero, [1], 0.0)[:, 0]
     np.testing.assert_array_equal(got, halves)
 
 
@@ -219,9 +212,10 @@ def test_moving_statistics_follow_the_equation_and_keep_what_is_worth_nothing(wa
     ones = tf.ones([3])
 
     def moved(x):
-        return _native.normalize_batch(
-            x, ones, ones, moving, [1], 1e-3, 0.25, unbiased, "", kernels._normalize_batch_plainly
-        )[2]
+        assigned = []
+        how = Moving(*moving, 0.25, unbiased, lambda *values: assigned.extend(values))
+        _native.normalize_batch(x, ones, ones, [1], 1e-3, how)
+        return assigned
 
     with _not_taken() if way == "stand-in" else contextlib.nullcontext():
         got = (moved if way == "eager" else tf.function(moved, autograph=False))(tf.constant(x))
@@ -343,9 +337,7 @@ def test_call_may_have_constant_inputs_and_results_that_nobody_uses(mode, spoile
 
     def infer(x):
         constant = tf.ones([1])
-        y, *_ = _native.normalize_batch(
-            x, constant, constant * 0, None, [1], 0.0, 0.0, False, "", kernels._normalize_batch_plainly
-        )
+        y, *_ = _native.normalize_batch(x, constant, constant * 0, [1], 0.0)
         z = kernels.normalize_with(tf.constant([[3.0]]), constant, constant, constant, axes=[1], epsilon=0.0)
         return y + z
 
@@ -481,7 +473,7 @@ def test_callers_at_the_same_time_share_the_threads():
     zero, one = tf.zeros([32]), tf.ones([32])
 
     def infer(i):
-        y = _native.normalize(x, zero, one, one, tf.fill([32], float(i)), [1], 0.0, None)
+        y = _native.normalize(x, zero, one, one, tf.fill([32], float(i)), [1], 0.0)
         return float(tf.reduce_max(tf.abs(y - x - float(i))))
 
     with ThreadPoolExecutor(8) as callers:
@@ -575,6 +567,72 @@ def test_saved_training_step_runs_them_where_they_are(tmp_path, spoiled):
     assert _finite(loaded.step(tf.ones([8, 4])), *loaded.variables_of_layer) == [True] * 5
 
 
+def test_gradient_of_a_function_that_is_called_is_that_of_the_operation(spoiled):
+    layer = keras_bn.BatchNormalization()
+    layer.build([None, 4])
+    rng = np.random.default_rng(0)
+    x, dy, direction = (tf.constant(rng.normal(size=(8, 4)), "float32") for _ in range(3))
+    layer.gamma.assign(rng.normal(1, 0.3, 4))
+    train = tf.function(lambda x: layer(x, training=True), autograph=False)
+    with tf.GradientTape() as second:
+        second.watch(x)
+        with tf.GradientTape() as first:
+            first.watch(x)
+            y = train(x)
+        dx = first.gradient(y, x, output_gradients=dy)
+    oracle = Reference(np.asarray(x, "float64"), -1, np.asarray(layer.gamma))
+    assert_close(dx, oracle.gradients(np.asarray(dy, "float64"))[0], "float32", scale=2)
+    d_x = second.gradient(dx, x, output_gradients=direction)
+    step = 1e-6
+    ahead, behind = (
+        Reference(np.asarray(x, "float64") + sign * step * np.asarray(direction), -1, np.asarray(layer.gamma))
+        for sign in (1, -1)
+    )
+    # Of (dx . direction) along the direction itself: the Hessian is symmetric.
+    slope = (ahead.gradients(np.asarray(dy, "float64"))[0] - behind.gradients(np.asarray(dy, "float64"))[0]) / (
+        2 * step
+    )
+    np.testing.assert_allclose(np.sum(d_x * direction), np.sum(slope * direction), rtol=1e-3)
+
+
+def test_saved_function_is_differentiable_where_it_is_loaded(tmp_path):
+    layer = keras_bn.BatchNormalization()
+    layer.build([None, 4])
+    module = tf.Module()
+    module.train = tf.function(lambda x: layer(x, training=True), input_signature=[tf.TensorSpec([None, 4])])
+    module.infer = tf.function(lambda x: layer(x, training=False), input_signature=[tf.TensorSpec([8, 4])])
+    module.variables_of_layer = [variable._value for variable in layer.weights]
+    tf.saved_model.save(module, str(tmp_path / "saved"))
+    loaded = tf.saved_model.load(str(tmp_path / "saved"))
+    rng = np.random.default_rng(0)
+    x, dy = (tf.constant(rng.normal(size=(8, 4)), "float32") for _ in range(2))
+
+    def gradient(call):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = call(x)
+        return tape.gradient(y, x, output_gradients=dy)
+
+    for name in ("infer", "train"):
+        np.testing.assert_allclose(gradient(getattr(loaded, name)), gradient(getattr(module, name)), atol=1e-6)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        with pytest.raises(tf.errors.InvalidArgumentError, match="can be differentiated once, not twice"):
+            gradient(loaded.train)
+    assert_close(
+        gradient(loaded.train), Reference(np.asarray(x, "float64"), -1).gradients(np.asarray(dy))[0], "float32"
+    )
+
+
+def test_next_operation_is_ready_when_the_statistics_are_assigned():
+    layer = keras_bn.BatchNormalization()
+    layer.build([None, 4])
+    traced = tf.function(lambda x: layer(x, training=True), autograph=False)
+    (y,) = traced.get_concrete_function(tf.TensorSpec([8, 4])).graph.outputs
+    waits = [operation.type for operation in y.op.inputs[0].op.control_inputs]
+    assert waits == ["AssignVariableOp"] * 2
+
+
 def test_converters_find_plain_operations_in_a_graph_of_known_shape():
     layer = keras_bn.BatchNormalization()
     layer.build([8, 4])
@@ -638,7 +696,8 @@ def test_derivatives_other_than_a_gradient_equal_those_of_the_stable_kernel(mode
         (lambda ops, x, v: ops.keras_bn_normalize_batch(x, v, v[:2], v, v, 1, 1, 0.0), "one value for each channel"),
         (lambda ops, x, v: ops.keras_bn_normalize_batch(x, v, v, v, v[:2], 1, 1, 0.0), "one value for each channel"),
         (lambda ops, x, v: ops.keras_bn_normalize(x, v, v, v, v[:2], 1, 1, 0.0), "one value for each channel"),
-        (lambda ops, x, v: ops.keras_bn_normalize_batch_grad(x[:2], x, v, v, v, 1, 1, 0.0), "must be of one size"),
+        (lambda ops, x, v: ops.keras_bn_normalize_batch_grad(x[:2], x, v, x[:2], 1, 1, 0.0), "must be of one size"),
+        (lambda ops, x, v: ops.keras_bn_normalize_batch_grad(x, x, v, v, 1, 1, 0.0), "two values for each channel"),
     ],
 )
 def test_operation_refuses_sizes_that_do_not_belong_together(call, message):
