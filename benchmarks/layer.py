@@ -37,6 +37,9 @@ SMALL = 2**17
 STEPS_IN_A_CALL = 50
 # TensorFlow takes an operation for a long one, and hands it to other threads, until it has run so many times.
 SMALL_WARM_UP = 150
+# Training calls the same function again and again. A small tensor that is normalized once after other contestants waits
+# for caches and threads that they left behind: each takes so many calls in its turn.
+SMALL_TURN = 10
 RATIOS = ("keras / ours", "best peer / ours", "ours / copy", "keras / ours without call")
 COLUMNS = ("mode", "dtype", "axis", "shape", "task", *SERIES, *RATIOS)
 
@@ -112,10 +115,10 @@ def _measure(mode: str, dtype: str, axis: str, shape_name: str, task: str, unkno
     small = math.prod(shape) <= SMALL
     if mode != "graph" or not small:
         del contestants["call"]
-    warm_up = SMALL_WARM_UP if mode == "graph" and small else 3
+    repeated = {"warm_up": SMALL_WARM_UP, "turn": SMALL_TURN} if mode == "graph" and small else {}
     times = {
         name: time / layers / (steps if name in stepping else 1)
-        for name, time in measuring.interleaved(contestants, seconds, warm_up=warm_up).items()
+        for name, time in measuring.interleaved(contestants, seconds, **repeated).items()
     }
     without_call = (times["keras"] - times["call"]) / (times["ours"] - times["call"]) if "call" in times else None
     del contestants, stepping

@@ -27,6 +27,7 @@ def interleaved(
     least: int = 7,
     most: int = 400,
     warm_up: int = 3,
+    turn: int = 1,
 ) -> dict[str, float]:
     """Median time of each contestant in milliseconds, all of them run in turn so that a drift of the machine hits all.
 
@@ -36,6 +37,7 @@ def interleaved(
         least: Rounds at least.
         most: Rounds at most.
         warm_up: Calls of each before anything is measured.
+        turn: How often each is called in a row. Where that is more than once, one more call before them is not timed.
     """
     for run in contestants.values():
         for _ in range(warm_up):
@@ -48,9 +50,12 @@ def interleaved(
             break
         # What one leaves behind (caches, freed memory, threads not yet asleep) must not always meet the same other.
         for name in order.sample(list(contestants), len(contestants)):
-            start = time.perf_counter()
-            contestants[name]()
-            times[name].append(time.perf_counter() - start)
+            if turn > 1:
+                contestants[name]()
+            for _ in range(turn):
+                start = time.perf_counter()
+                contestants[name]()
+                times[name].append(time.perf_counter() - start)
     return {name: 1e3 * statistics.median(values) for name, values in times.items()}
 
 
