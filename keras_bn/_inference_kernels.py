@@ -1,4 +1,4 @@
-"""One function for each way to normalize with statistics that are given; `kernels` chooses among them."""
+"""Normalization with statistics that are given: one function for each way, and the choice among them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,11 @@ _WORTH_A_BRANCH = 2**16
 
 
 def normalize_plainly(x, mean, variance, gamma, beta, first_axis, last_axis, epsilon, axes=None) -> tf.Tensor:
-    """The same with TensorFlow's own operations; `axes` where they do not stand together."""
+    """y = gamma * (x - mean) / sqrt(variance + epsilon) + beta, with TensorFlow's own operations.
+
+    Args:
+        axes: Where the channel axes do not stand together, all of them.
+    """
     axes = axes or range(first_axis, last_axis + 1)
     dtype = statistics_dtype(x.dtype)
 
