@@ -146,8 +146,9 @@ def _run(
         outputs = stand_in(plain, name, inputs, **options)(*inputs)
         # Where TensorFlow keeps the gradients of its own calls: it asks for that of the moments in second derivatives.
         outputs[0].op._gradient_function = gradient
-    if assign is not None:
-        assign(*outputs[-2:])
+    moved = outputs[-2:] if assign else []
+    if assign:
+        assign(*moved)
     if tf.executing_eagerly():
         return outputs
     differentiable = outputs if name == _NORMALIZE_BATCH_GRAD else outputs[:1]
@@ -158,7 +159,7 @@ def _run(
 
     # TensorFlow hands a long operation to another thread where short ones are ready with it, and that finds nothing in
     # its cache: the next layer had better be ready alone, when these two are done.
-    assignments = [user for value in outputs[-2:] for user in value.consumers() if user.type == "AssignVariableOp"]
+    assignments = [user for value in moved for user in value.consumers() if user.type == "AssignVariableOp"]
     with tf.control_dependencies(assignments):
         return [*attach(*inputs), *outputs[len(differentiable) :]]
 

@@ -83,8 +83,8 @@ struct RowsPart {
 template <class T>
 class Rows {
  public:
-  Rows(const T* x, T* y, Shape shape, const T* dy = nullptr) : x_(x), dy_(dy), y_(y), shape_(shape), length_(length()), scratch_(length_ * kVectors) {
-  }
+  Rows(const T* x, T* y, Shape shape, const T* dy = nullptr)
+      : x_(x), dy_(dy), y_(y), shape_(shape), length_(length()), scratch_(length_ * kVectors) {}
 
   INLINE void of(int64_t c, float mean, float factor, float shift) { of(c, mean, 0, shift, factor); }
 
@@ -120,6 +120,7 @@ class Rows {
     const bool alone = planes() || shape_.channels >= kRow || size() < 4 * kRow;
     return alone ? shape_.channels : (kRow + shape_.channels - 1) / shape_.channels * shape_.channels;
   }
+
   int64_t size() const { return shape_.examples * shape_.channels * shape_.values; }
   bool planes() const { return shape_.values > 1; }
   bool in_place() const { return y_ == x_ || y_ == dy_; }

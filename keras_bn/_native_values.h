@@ -162,7 +162,7 @@ template <class T>
 class Scratch {
  public:
   explicit Scratch(int64_t count)
-      : data_(size_t(count) <= sizeof little_ / sizeof(T) ? little_ : static_cast<T*>(malloc(size_t(count) * sizeof(T)))) {}
+      : data_(count <= kLittle ? little_ : static_cast<T*>(malloc(size_t(count) * sizeof(T)))) {}
   ~Scratch() {
     if (data_ != little_) free(data_);
   }
@@ -170,11 +170,12 @@ class Scratch {
   Scratch& operator=(const Scratch&) = delete;
 
   T* data() { return data_; }
-  const T* data() const { return data_; }
 
  private:
+  static constexpr int64_t kLittle = 4096 / sizeof(T);
+
   T* data_;
-  alignas(64) T little_[4096 / sizeof(T)];
+  alignas(64) T little_[kLittle];
 };
 
 int64_t buffer_size(Shape shape) { return shape.values == 1 ? kBlock * shape.channels : shape.values; }
