@@ -8,7 +8,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_bn import arguments, kernels, statistics
+from keras_bn import arguments, statistics
+from keras_bn import ops as kernels
 
 _KERNELS = ("auto", "fused", "xla", "stable")
 

@@ -9,7 +9,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_bn import arguments, kernels
+from keras_bn import arguments
+from keras_bn import ops as kernels
 from keras_bn.batch_normalization import BatchNormalization
 
 STATISTICS = ("auto", "batch", "moving")

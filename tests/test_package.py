@@ -69,7 +69,7 @@ def test_server_imports_neither_library_nor_networks_nor_keras(path):
 @pytest.mark.parametrize("path", _modules("keras_bn"), ids=lambda path: path.stem)
 def test_layer_stands_on_kernels_and_statistics_only(path):
     above = {"population", "folding", "exporting", "drift", "conversion", "reporting", "cli"}
-    below = {"kernels", "_batch_kernels", "_two_pass", "_inference_kernels", "_native", "_stand_ins", "statistics"}
+    below = {"fused", "plain", "inference", "native", "stand_ins", "statistics"}
     below |= {"layouts"}
     if path.stem in below | {"batch_normalization", "arguments", "modes"}:
         assert [name for name in _imported(path, "keras_bn") if above & set(name.split("."))] == []
@@ -111,7 +111,7 @@ def test_wheel_holds_one_package(tmp_path):
     assert "keras_bn/py.typed" in names
     assert all(name.endswith((".py", "py.typed", ".so")) for name in names if ".dist-info/" not in name)
     if any(shutil.which(compiler) for compiler in ("c++", "g++")):
-        assert "keras_bn/_native_operations.abi3.so" in names
+        assert "keras_bn/ops/_operations.abi3.so" in names
 
 
 def test_package_built_without_a_compiler_works(tmp_path):

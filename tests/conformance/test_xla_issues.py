@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 import keras_bn
-from keras_bn import kernels
+from keras_bn import ops as kernels
 from tests.reference import Reference
 
 

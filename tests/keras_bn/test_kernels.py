@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_bn import _batch_kernels, kernels, layouts
+from keras_bn import ops as kernels
+from keras_bn.ops import fused as _batch_kernels
+from keras_bn.ops import layouts
 from tests.reference import Reference, assert_close
 
 MODES = ("eager", "graph", "jit_compile")

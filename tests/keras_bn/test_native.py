@@ -17,7 +17,9 @@ from tensorflow.core.protobuf import saved_model_pb2
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
 import keras_bn
-from keras_bn import _native, _stand_ins, kernels
+from keras_bn import ops as kernels
+from keras_bn.ops import native as _native
+from keras_bn.ops import stand_ins as _stand_ins
 from keras_bn.statistics import Moments, Moving
 from tests.reference import Reference, assert_close
 
@@ -702,7 +704,7 @@ def test_operation_refuses_sizes_that_do_not_belong_together(call, message):
 
 
 def test_library_that_does_not_load_is_said_and_gone_without(tmp_path, monkeypatch):
-    (tmp_path / "_native_operations.abi3.so").write_bytes(b"not a library")
+    (tmp_path / "_operations.abi3.so").write_bytes(b"not a library")
     monkeypatch.setattr(_native, "__file__", str(tmp_path / "_native.py"))
     with pytest.warns(UserWarning, match="goes without its compiled operations, which do not load"):
         assert _native._loaded.__wrapped__() is None

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from keras_bn import kernels, statistics
+from keras_bn import ops as kernels
+from keras_bn import statistics
 from tests.reference import Reference
 
 

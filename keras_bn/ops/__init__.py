@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import keras
 import tensorflow as tf
 
-from keras_bn import _inference_kernels as inference
-from keras_bn import _native, statistics
-from keras_bn._batch_kernels import SINGLE_VALUE as SINGLE_VALUE
-from keras_bn._batch_kernels import (
+from keras_bn import statistics
+from keras_bn.ops import inference
+from keras_bn.ops import native as _native
+from keras_bn.ops.fused import SINGLE_VALUE as SINGLE_VALUE
+from keras_bn.ops.fused import (
     Activation,
     composed,
     fused,
@@ -21,10 +22,10 @@ from keras_bn._batch_kernels import (
     small,
     statistics_dtype,
 )
-from keras_bn._batch_kernels import either as either
-from keras_bn._inference_kernels import scale_and_shift as scale_and_shift
-from keras_bn._two_pass import compiled_two_pass, two_pass
-from keras_bn.layouts import as_planes, as_rows, has_planes
+from keras_bn.ops.fused import either as either
+from keras_bn.ops.inference import scale_and_shift as scale_and_shift
+from keras_bn.ops.layouts import as_planes, as_rows, has_planes
+from keras_bn.ops.plain import compiled_two_pass, two_pass
 from keras_bn.statistics import Moments
 from keras_bn.statistics import Moving as Moving
 

@@ -7,7 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "_native_values.h"
+#include "values.h"
 
 namespace {
 

@@ -8,9 +8,9 @@
 #include <cstring>
 #include <initializer_list>
 
-#include "_native_arithmetic.h"
-#include "_native_interface.h"
-#include "_native_threads.h"
+#include "kernels.h"
+#include "interface.h"
+#include "threads.h"
 
 namespace {
 

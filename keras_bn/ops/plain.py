@@ -9,7 +9,7 @@ import keras
 import tensorflow as tf
 from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 
-from keras_bn._batch_kernels import (
+from keras_bn.ops.fused import (
     LIKELY_BATCH,
     Activation,
     central_value,
@@ -17,7 +17,7 @@ from keras_bn._batch_kernels import (
     in_xla_context,
     value_count,
 )
-from keras_bn.layouts import sizes_of
+from keras_bn.ops.layouts import sizes_of
 from keras_bn.statistics import Moments
 
 # The squares about a shift give m2 to 1e-5 of itself while the mean is up to so many standard deviations away

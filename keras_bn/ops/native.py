@@ -16,7 +16,7 @@ import tensorflow as tf
 from tensorflow.python.eager import forwardprop_util, record
 from tensorflow.python.framework import func_graph
 
-from keras_bn._batch_kernels import (
+from keras_bn.ops.fused import (
     SINGLE_VALUE,
     centred,
     divisor_of,
@@ -25,9 +25,9 @@ from keras_bn._batch_kernels import (
     on_cpu,
     small_gradient,
 )
-from keras_bn._inference_kernels import normalize_plainly
-from keras_bn._stand_ins import PREFIX, kernel_definition, stand_in
-from keras_bn.layouts import as_rows
+from keras_bn.ops.inference import normalize_plainly
+from keras_bn.ops.layouts import as_rows
+from keras_bn.ops.stand_ins import PREFIX, kernel_definition, stand_in
 from keras_bn.statistics import Moving
 
 # Gradients can be registered once only, and several threads may call a layer for the first time.
@@ -182,7 +182,7 @@ def _operations() -> Any:
 
 @functools.cache
 def _loaded() -> Any:
-    libraries = sorted(Path(__file__).parent.glob("_native_operations*.so"))
+    libraries = sorted(Path(__file__).parent.glob("_operations*.so"))
     if not libraries:
         return None
     try:

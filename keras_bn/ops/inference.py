@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
-from keras_bn._batch_kernels import are_near, in_xla_context, is_small, on_cpu, statistics_dtype, with_gradient
-from keras_bn.layouts import along, as_image, as_planes, as_rows, has_planes
+from keras_bn.ops.fused import are_near, in_xla_context, is_small, on_cpu, statistics_dtype, with_gradient
+from keras_bn.ops.layouts import along, as_image, as_planes, as_rows, has_planes
 
 # From so many examples on, a channel for each pixel costs less than a copy to float32 (measured: 64 yes, 8 no).
 _PIXEL_EXAMPLES = 32

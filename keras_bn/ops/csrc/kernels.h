@@ -9,10 +9,10 @@
 #include <cstdint>
 #include <cstdlib>
 
-#include "_native_rows.h"
-#include "_native_sums.h"
-#include "_native_threads.h"
-#include "_native_values.h"
+#include "rows.h"
+#include "sums.h"
+#include "threads.h"
+#include "values.h"
 
 namespace {
 

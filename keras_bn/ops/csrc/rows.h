@@ -6,8 +6,8 @@
 #include <cstdint>
 #include <cstdlib>
 
-#include "_native_threads.h"
-#include "_native_values.h"
+#include "threads.h"
+#include "values.h"
 
 namespace {
 

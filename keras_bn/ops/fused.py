@@ -11,7 +11,7 @@ import tensorflow as tf
 from tensorflow.python.eager import record
 from tensorflow.python.ops import control_flow_util
 
-from keras_bn.layouts import as_image, as_rows
+from keras_bn.ops.layouts import as_image, as_rows
 from keras_bn.statistics import Moments, merged_across_replicas, moved_by, weighted_moments
 
 # The fused kernel sums in float32, so that its mean is off by up to 8e-6 of itself (measured, 64x56x56x64). Up to this

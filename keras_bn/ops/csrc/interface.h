@@ -8,7 +8,7 @@
 #include <cstdio>
 #include <initializer_list>
 
-#include "_native_values.h"
+#include "values.h"
 
 extern "C" {
 struct TF_KernelBuilder;
