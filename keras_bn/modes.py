@@ -10,7 +10,7 @@ import keras
 import tensorflow as tf
 
 from keras_bn import arguments, kernels
-from keras_bn.batch_normalization import BatchNormalization
+from keras_bn.layer import BatchNormalization
 
 STATISTICS = ("auto", "batch", "moving")
 
