@@ -31,12 +31,14 @@ print(c['options']['install_requires'], c['options.extras_require']['serving'])"
 FROM dependencies AS builder
 COPY pyproject.toml README.md LICENSE ./
 COPY keras_bn keras_bn
+COPY keras_bn_cli.py ./
+COPY serving/keras_bn_serving serving/keras_bn_serving
 RUN --mount=type=cache,target=/root/.cache/pip \
     --mount=type=secret,id=pip_config,target=/etc/pip.conf \
     /opt/tools/bin/pip wheel --no-deps --wheel-dir /wheels . \
     && /opt/tools/bin/pip --python /opt/venv/bin/python install --no-compile "$(echo /wheels/keras_bn-*.whl)[models]" \
     # What exports is the wheel, not the checkout.
-    && rm -rf keras_bn
+    && rm -rf keras_bn keras_bn_cli.py serving
 COPY models models
 RUN TF_CPP_MIN_LOG_LEVEL=2 /opt/venv/bin/python -m models.pretrained export /models/fashion_cnn --version 1
 
@@ -51,7 +53,7 @@ ARG CREATED=unknown
 LABEL org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.created="${CREATED}"
 COPY --from=dependencies /opt/venv /opt/venv
-COPY serving /app/serving
+COPY serving/keras_bn_serving /app/keras_bn_serving
 COPY serving/model-available /usr/local/bin/
 COPY serving/config /config
 COPY --from=builder /models /models
@@ -60,7 +62,7 @@ ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 USER 65532:65532
 EXPOSE 8500 8501
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 CMD ["model-available", "fashion_cnn"]
-ENTRYPOINT ["/opt/venv/bin/python", "-m", "serving", "--address=0.0.0.0", "--port=8500", "--rest_api_port=8501", \
+ENTRYPOINT ["/opt/venv/bin/python", "-m", "keras_bn_serving", "--address=0.0.0.0", "--port=8500", "--rest_api_port=8501", \
     "--model_config_file=/config/models.config", "--model_config_file_poll_wait_seconds=30", \
     "--monitoring_config_file=/config/monitoring.config"]
 

@@ -37,7 +37,7 @@ lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/mypy
 
 docker-check: $(INSTALLED)  ## Check what Docker and Kubernetes run; build and ask the images where buildah is
-	$(BIN)/python -m serving.docker_check $(if $(PYTHON_IMAGE),--python_image '$(PYTHON_IMAGE)') \
+	$(BIN)/python -m serving.check $(if $(PYTHON_IMAGE),--python_image '$(PYTHON_IMAGE)') \
 		$(if $(TF_SERVING_IMAGE),--tf_serving_image '$(TF_SERVING_IMAGE)')
 
 bench: $(INSTALLED)  ## Measure everything beside its peers (an hour); see benchmarks/RESULTS.md

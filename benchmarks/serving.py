@@ -235,7 +235,7 @@ def _peers(*arguments: str) -> str:
 @contextlib.contextmanager
 def _running(name: str, folder: Path) -> Iterator[Server]:
     command = (
-        [sys.executable, "-m", "serving", f"--model_name={NAME}", f"--model_base_path={folder / 'export'}",
+        [sys.executable, "-m", "keras_bn_serving", f"--model_name={NAME}", f"--model_base_path={folder / 'export'}",
          "--rest_api_port=0"]
         if name == OURS
         else [sys.executable, "-m", "benchmarks.serving_peers", "serve", str(folder), PEERS[name]]

@@ -12,8 +12,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_bn._layers import batch_norms_below, layers_below, set_statistics
-from keras_bn.batch_normalization import BatchNormalization
+from keras_bn.layer import BatchNormalization
+from keras_bn.model import batch_norms_below, layers_below, set_statistics
 
 _STOCK = {"module": "keras.layers", "class_name": "BatchNormalization", "registered_name": None}
 _OURS = {

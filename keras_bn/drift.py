@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_bn._layers import (
+from keras_bn.model import (
     calls_replaced,
     inference_mode,
     input_moments,
@@ -104,6 +104,11 @@ def summary(one: Distance) -> Mapping[str, Any]:
     }
 
 
+def plain(numbers: Mapping[str, Any]) -> dict[str, float]:
+    """A `summary` as Python numbers."""
+    return {name: float(value) for name, value in numbers.items()}
+
+
 def drift_of_model(model: keras.Model, inputs: Any) -> list[dict[str, Any]]:
     """The `summary` of each normalization for one batch, as rows for a table or JSON.
 
@@ -117,9 +122,7 @@ def drift_of_model(model: keras.Model, inputs: Any) -> list[dict[str, Any]]:
     distances = input_distances(model, inputs)
     if not distances:
         raise ValueError(f"`model` must have a batch normalization. Received: model={model.name!r}, which has none.")
-    return [
-        {"layer": name, **{key: float(value) for key, value in summary(one).items()}} for name, one in distances.items()
-    ]
+    return [{"layer": name, **plain(summary(one))} for name, one in distances.items()]
 
 
 def drift_of_version(folder: str | os.PathLike[str], inputs: Any) -> list[dict[str, Any]]:

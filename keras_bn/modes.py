@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from keras_bn import arguments
 from keras_bn import ops as kernels
-from keras_bn.batch_normalization import BatchNormalization
+from keras_bn.layer import BatchNormalization
 
 STATISTICS = ("auto", "batch", "moving")
 

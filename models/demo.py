@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
+from keras_bn_serving.client import Client
+from keras_bn_serving.errors import ServingError
 from tqdm import tqdm
 
 from models import data, pictures
 from models.console import start_tensorflow
 from models.settings import Settings
-from serving.client import Client
-from serving.errors import ServingError
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL_NAME = "fashion_cnn"
@@ -163,7 +163,7 @@ def serving(model_name: str, model_base_path: Path, log: Path) -> Iterator[str]:
     Raises:
         DemoError: The server ended before it was ready.
     """
-    command = [sys.executable, "-m", "serving", "--rest_api_port=0", f"--model_name={model_name}"]
+    command = [sys.executable, "-m", "keras_bn_serving", "--rest_api_port=0", f"--model_name={model_name}"]
     command.append(f"--model_base_path={model_base_path.resolve()}")
     with log.open("w") as output:
         server = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
@@ -232,7 +232,7 @@ def _commands(model_base_path: Path, question: Path) -> list[str]:
     python = Path(sys.executable)
     if python.is_relative_to(Path.cwd()):
         python = python.relative_to(Path.cwd())
-    server = [str(python), "-m", "serving", "--rest_api_port=8501", f"--model_name={MODEL_NAME}"]
+    server = [str(python), "-m", "keras_bn_serving", "--rest_api_port=8501", f"--model_name={MODEL_NAME}"]
     url = f"http://127.0.0.1:8501/v1/models/{MODEL_NAME}:predict"
     ask = ["curl", "--silent", "--retry", "30", "--retry-connrefused", "--data", f"@{question}", url]
     return [shlex.join([*server, f"--model_base_path={model_base_path}"]) + " &", shlex.join(ask)]

@@ -1,7 +1,6 @@
 """The package as a whole: what the wheel holds, who imports whom, what is public."""
 
 import ast
-import importlib
 import os
 import re
 import shutil
@@ -15,13 +14,23 @@ import pytest
 import keras_bn
 
 ROOT = Path(__file__).resolve().parent.parent
-# json_tensor is a room of several files.
-LEAVES = {"errors", "json_tensor", "json_document", "json_numbers", "json_answer", "tensor_spec"}
-SERVING_ORDER = ["rest_server grpc_server", "prediction_service", "model_repository", "servable"]
 
 
-def _modules(package):
-    return sorted((ROOT / package).rglob("*.py"))
+SERVER = "serving/keras_bn_serving"
+
+
+def _modules(*folders):
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def _id(path):
+    return str(path.relative_to(ROOT))
+
+
+def _room(path, package):
+    """The folder or file below a package that a path or a dotted name is in."""
+    parts = path.relative_to(ROOT / package).with_suffix("").parts if isinstance(path, Path) else path.split(".")[1:]
+    return parts[0] if parts else "__init__"
 
 
 def _imports(path):
@@ -48,44 +57,71 @@ def test_public_names_are_sorted_and_there():
         assert getattr(keras_bn, name) is not None
 
 
-@pytest.mark.parametrize("path", _modules("keras_bn"), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", _modules("keras_bn"), ids=_id)
 def test_library_imports_neither_sibling(path):
-    assert _imported(path, "models", "serving") == []
+    assert _imported(path, "models", "serving", "keras_bn_serving", "keras_bn_cli") == []
 
 
-@pytest.mark.parametrize("path", _modules("models"), ids=lambda path: path.stem)
-def test_networks_import_only_public_names_of_the_library(path):
-    names = _imported(path, "keras_bn")
+@pytest.mark.parametrize("path", _modules("models"), ids=_id)
+def test_networks_import_only_public_names_of_the_library_and_the_client(path):
+    names = [name.removeprefix("keras_bn.") for name in _imported(path, "keras_bn") if name != "keras_bn"]
+    assert set(names) <= set(keras_bn.__all__)
+    served = list(_imported(path, "serving", "keras_bn_serving"))
     assert [
-        name for name in names if name.removeprefix("keras_bn.") not in keras_bn.__all__ and name != "keras_bn"
+        name for name in served if not name.startswith(("keras_bn_serving.client", "keras_bn_serving.errors"))
     ] == []
 
 
-@pytest.mark.parametrize("path", _modules("serving"), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", _modules(SERVER), ids=_id)
 def test_server_imports_neither_library_nor_networks_nor_keras(path):
-    assert _imported(path, "keras_bn", "models", "keras", "tf_keras") == []
+    assert _imported(path, "keras_bn", "keras_bn_cli", "models", "keras", "tf_keras", "serving") == []
 
 
-@pytest.mark.parametrize("path", _modules("keras_bn"), ids=lambda path: path.stem)
-def test_layer_stands_on_kernels_and_statistics_only(path):
-    above = {"population", "folding", "exporting", "drift", "conversion", "reporting", "cli"}
-    below = {"fused", "plain", "inference", "native", "stand_ins", "statistics"}
-    below |= {"layouts"}
-    if path.stem in below | {"batch_normalization", "arguments", "modes"}:
-        assert [name for name in _imported(path, "keras_bn") if above & set(name.split("."))] == []
-    if path.stem in below:
-        assert [name for name in _imported(path, "keras_bn") if "batch_normalization" in name.split(".")] == []
+# From the ground up: what stands in a line may import what stands in the same line or before it.
+LIBRARY_FLOORS = [
+    {"_version", "tables"},
+    {"ops", "statistics"},
+    {"arguments"},
+    {"layer"},
+    {"model", "modes"},
+    {"drift", "conversion"},
+    {"population"},
+    {"health", "folding"},
+    {"exporting"},
+    {"__init__"},
+]
+SERVER_FLOORS = [
+    {"errors"},
+    {"codec"},
+    {"config", "engine"},
+    {"rest", "rpc"},
+    {"client", "run"},
+    {"__main__", "__init__"},
+]
 
 
-def test_server_modules_import_downwards_only():
-    rank = {stem: level for level, stems in enumerate(SERVING_ORDER) for stem in stems.split()}
-    for path in _modules("serving"):
-        for name in _imported(path, "serving"):
-            imported = name.split(".")[1] if "." in name else ""
-            if path.stem in LEAVES:
-                assert imported in LEAVES, f"{path.name} is a leaf and imports {name}"
-            if path.stem in rank and imported in rank:
-                assert rank[imported] > rank[path.stem], f"{path.name} imports {name}"
+@pytest.mark.parametrize(
+    ("package", "floors"), [("keras_bn", LIBRARY_FLOORS), (SERVER, SERVER_FLOORS)], ids=["library", "server"]
+)
+def test_files_import_from_their_own_floor_and_below(package, floors):
+    floor = {room: number for number, rooms in enumerate(floors) for room in rooms}
+    for path in _modules(package):
+        for name in _imported(path, Path(package).name):
+            room, imported = _room(path, package), _room(name, package)
+            if imported not in floor:  # A public name, or the package.
+                imported = "_version" if name.endswith("__version__") else "__init__"
+            assert floor[imported] <= floor[room], f"{_id(path)} imports {name}"
+
+
+def test_protocols_and_client_do_not_know_each_other():
+    for one, others in (
+        ("rest", {"rpc", "client"}),
+        ("rpc", {"rest", "client"}),
+        ("client", {"rest", "rpc", "engine"}),
+    ):
+        for path in _modules(f"{SERVER}/{one}"):
+            for name in _imported(path, "keras_bn_serving"):
+                assert _room(name, SERVER) not in others, f"{_id(path)} imports {name}"
 
 
 def _built_wheel(folder, **environment):
@@ -94,7 +130,9 @@ def _built_wheel(folder, **environment):
     source.mkdir()
     for name in ("setup.cfg", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    shutil.copytree(ROOT / "keras_bn", source / "keras_bn", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copy(ROOT / "keras_bn_cli.py", source)
+    for package in ("keras_bn", SERVER):
+        shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     subprocess.run(
         [sys.executable, "-m", "build", "--wheel", "--outdir", folder, source],
         check=True,
@@ -105,11 +143,15 @@ def _built_wheel(folder, **environment):
     return zipfile.ZipFile(wheel)
 
 
-def test_wheel_holds_one_package(tmp_path):
+def test_wheel_holds_library_command_and_server(tmp_path):
     names = _built_wheel(tmp_path).namelist()
-    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"keras_bn"}
+    ours = [name for name in names if ".dist-info/" not in name]
+    assert {name.split("/")[0] for name in ours} == {"keras_bn", "keras_bn_cli.py", "keras_bn_serving"}
     assert "keras_bn/py.typed" in names
-    assert all(name.endswith((".py", "py.typed", ".so")) for name in names if ".dist-info/" not in name)
+    modules = {str(path.relative_to(ROOT)).removeprefix("serving/") for path in _modules("keras_bn", SERVER)}
+    assert {name for name in ours if name.endswith(".py")} == modules | {"keras_bn_cli.py"}
+    page = {f"keras_bn_serving/rest/page/{name}" for name in ("index.html", "page.css", "page.js")}
+    assert page == {name for name in ours if not name.endswith((".py", "py.typed", ".so"))}
     if any(shutil.which(compiler) for compiler in ("c++", "g++")):
         assert "keras_bn/ops/_operations.abi3.so" in names
 
@@ -140,7 +182,9 @@ def test_package_built_without_a_compiler_works(tmp_path):
     assert results == ["True True"] * 2
 
 
-def test_submodules_import_on_their_own():
-    for path in _modules("keras_bn"):
-        if path.stem != "__main__":
-            importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"))
+@pytest.mark.slow
+@pytest.mark.parametrize("path", _modules("keras_bn", SERVER), ids=_id)
+def test_submodules_import_on_their_own(path):
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removeprefix("serving.").removesuffix(".__init__")
+    if not name.endswith("__main__"):
+        subprocess.run([sys.executable, "-c", f"import {name}"], check=True, capture_output=True, cwd=ROOT)

@@ -22,7 +22,7 @@ def server_of(tmp_path):
 
     def start(command):
         words = command.replace("8501", "0").split()
-        assert words[:3] == ["python", "-m", "serving"]
+        assert words[:3] == ["python", "-m", "keras_bn_serving"]
         log = tmp_path / "server.log"
         environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
         with log.open("w") as output:
@@ -52,7 +52,7 @@ def test_python_of_the_readme_runs_from_layer_to_answer(tmp_path, monkeypatch, c
     for block in before:
         exec(compile(block, "README.md", "exec"), names)
     assert (tmp_path / "served/digits/1/saved_model.pb").exists()
-    (command,) = [block for block in _blocks("sh") if "-m serving" in block]
+    (command,) = [block for block in _blocks("sh") if "-m keras_bn_serving" in block]
     port = server_of(command)
     exec(compile(query.replace("8501", port), "README.md", "exec"), names)
     assert capsys.readouterr().out.rstrip().endswith("(3, 10)")

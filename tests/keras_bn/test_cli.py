@@ -12,7 +12,7 @@ import tensorflow as tf
 from click.testing import CliRunner
 
 import keras_bn
-from keras_bn.cli import main
+from keras_bn_cli import main
 
 ROOT = Path(keras_bn.__file__).parent.parent
 
@@ -50,7 +50,7 @@ def run(*arguments, code=0):
 def test_help_names_every_command_and_imports_no_tensorflow():
     program = (
         "import sys; sys.argv = ['keras-bn', '--help']\n"
-        "from keras_bn.cli import main\n"
+        "from keras_bn_cli import main\n"
         "try:\n    main()\n"
         "finally:\n    print('heavy:', sorted({'tensorflow', 'keras', 'numpy'} & set(sys.modules)))"
     )
@@ -62,7 +62,7 @@ def test_help_names_every_command_and_imports_no_tensorflow():
 
 
 def test_the_installed_command_knows_the_layer_in_a_file(model_file):
-    program = "import sys; sys.argv[0] = 'keras-bn'\nfrom keras_bn.cli import main\nmain(sys.argv[1:])"
+    program = "import sys; sys.argv[0] = 'keras-bn'\nfrom keras_bn_cli import main\nmain(sys.argv[1:])"
     command = [sys.executable, "-c", program, "inspect", str(model_file), "--json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -12,7 +12,8 @@ import pytest
 import tensorflow as tf
 
 import keras_bn
-from keras_bn import _versions, exporting
+from keras_bn import exporting
+from keras_bn.exporting import versions as _versions
 
 
 class FromFunction(keras.layers.Layer):
@@ -162,7 +163,8 @@ def contents(folder):
 KILLED = """
 import os, signal, sys
 import keras, keras_bn
-from keras_bn import _versions, exporting
+from keras_bn.exporting import versions as _versions
+from keras_bn import exporting
 
 def kill(stage):
     if stage == sys.argv[2]:

@@ -6,8 +6,8 @@ import pytest
 import tensorflow as tf
 
 import keras_bn
-from keras_bn import _folding_weights as weights
-from keras_bn._folding_weights import Affine
+from keras_bn.folding import weights
+from keras_bn.folding.weights import Affine
 from models import networks
 
 NORMS = [keras.layers.BatchNormalization, keras_bn.BatchNormalization]
@@ -417,7 +417,8 @@ def test_the_proof_raises_above_the_tolerance():
 
 def test_the_proof_catches_a_layer_that_computes_something_else(monkeypatch):
     monkeypatch.setattr(
-        "keras_bn._absorbing.fold_dense", lambda kernel, bias, affine: (kernel * affine.scale, bias * affine.scale)
+        "keras_bn.folding.absorbing.fold_dense",
+        lambda kernel, bias, affine: (kernel * affine.scale, bias * affine.scale),
     )
     with pytest.raises(ValueError, match="the model is not fit to be folded"):
         keras_bn.fold(chain((4,), keras.layers.Dense(3), keras.layers.BatchNormalization()))

@@ -9,6 +9,7 @@ import h5py
 import numpy as np
 import pytest
 import tensorflow as tf
+from keras_bn_serving.client import Client
 from PIL import Image
 
 from models import data, pretrained, train
@@ -17,7 +18,6 @@ from models.pretrained import __main__ as command
 from models.pretrained import evaluation, making
 from models.settings import Settings
 from models.training import train as run_training
-from serving.client import Client
 from tests.serving.servers import running_server
 
 SETTINGS = Settings(width=2, epochs=1, batch_size=50, training_images=300, seed=3)

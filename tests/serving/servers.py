@@ -24,7 +24,7 @@ class RunningServer(NamedTuple):
 
 def command(*flags: str) -> list[str]:
     """The command line of a server."""
-    return [sys.executable, "-m", "serving", *flags]
+    return [sys.executable, "-m", "keras_bn_serving", *flags]
 
 
 def environment() -> dict[str, str]:

@@ -6,8 +6,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
-
-from serving.arrivals import Arrivals
+from keras_bn_serving.engine.arrivals import Arrivals
 
 
 def run(make: Callable[[Arrivals], Coroutine[Any, Any, Any]]) -> Any:

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
+from keras_bn_serving.config.settings import read_batching
+from keras_bn_serving.engine.arrivals import settle
+from keras_bn_serving.engine.batching import Batcher, BatchingOptions
+from keras_bn_serving.engine.servable import Servable
+from keras_bn_serving.errors import Code, InvalidArgumentError, ServingError, UnavailableError
 
-from serving.arrivals import settle
-from serving.batching import Batcher, BatchingOptions
-from serving.errors import Code, InvalidArgumentError, ServingError, UnavailableError
-from serving.servable import Servable
-from serving.server_files import read_batching
 from tests.serving import saved_models
 
 ANY = tf.TensorSpec([None], tf.float32, name="x")

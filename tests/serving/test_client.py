@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from keras_bn_serving.client import AsyncClient, Client, Retry
+from keras_bn_serving.errors import Code, DeadlineExceededError, InvalidArgumentError, ServingError
 
-from serving.client import AsyncClient, Client, Retry
-from serving.errors import Code, DeadlineExceededError, InvalidArgumentError, ServingError
 from tests.serving.servers import ROOT, RunningServer, environment
 
 
@@ -102,7 +102,7 @@ def test_an_address_of_another_kind_is_refused():
 
 def ask(server: RunningServer, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "serving.client", f"--url={server.url}", *arguments],
+        [sys.executable, "-m", "keras_bn_serving.client", f"--url={server.url}", *arguments],
         cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60,
     )  # fmt: skip
 

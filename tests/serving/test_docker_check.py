@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from serving.docker_check import CheckError, Skipped, files
+from serving.check import CheckError, Skipped, files
 from tests.serving.servers import ROOT
 
 pytest.importorskip("kubernetes_validate", reason="needs the test extra")

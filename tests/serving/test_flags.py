@@ -13,11 +13,11 @@ import pytest
 import tensorflow as tf
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from keras_bn_serving.client import Client
+from keras_bn_serving.errors import Code, ServingError
 from tensorflow_serving.apis import inference_pb2, input_pb2, model_management_pb2, model_service_pb2_grpc
 from tensorflow_serving.apis import prediction_service_pb2_grpc as prediction_stubs
 
-from serving.client import Client
-from serving.errors import Code, ServingError
 from tests.serving import saved_models
 from tests.serving.servers import RunningServer, running_server
 

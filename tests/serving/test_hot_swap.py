@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import tensorflow as tf
+from keras_bn_serving.client import Client
+from keras_bn_serving.errors import ServingError
 from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
 
-from serving.client import Client
-from serving.errors import ServingError
 from tests.serving import saved_models
 from tests.serving.servers import run_to_the_end, running_server
 

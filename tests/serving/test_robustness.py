@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 
 import pytest
 import tensorflow as tf
+from keras_bn_serving.client import Client
 
-from serving.client import Client
 from tests.serving import fuzzing, saved_models
 from tests.serving.servers import RunningServer, running_server
 

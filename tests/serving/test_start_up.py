@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from keras_bn_serving.client import Client
 
-from serving.client import Client
 from tests.serving.servers import ROOT, environment, run_to_the_end, running_server
 
 
@@ -79,7 +79,12 @@ def test_a_config_file_with_a_mistake_is_one_line_that_says_where(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "arguments", [["-m", "serving", "--help"], ["-m", "serving", "--version"], ["-m", "serving.client", "--help"]]
+    "arguments",
+    [
+        ["-m", "keras_bn_serving", "--help"],
+        ["-m", "keras_bn_serving", "--version"],
+        ["-m", "keras_bn_serving.client", "--help"],
+    ],
 )
 def test_help_and_version_do_without_tensorflow(arguments: list[str]):
     script = (

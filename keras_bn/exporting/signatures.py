@@ -1,0 +1,208 @@
+"""What a server is asked with and answers: functions of named tensors, made from a Keras model."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_bn.drift import input_distances, summary
+from keras_bn.model import inference_mode
+
+Tensors = Mapping[str, tf.Tensor]
+TOP = 5
+
+
+class Serving:
+    """The functions of a model that a server shall offer, still to be traced.
+
+    Args:
+        model: what answers, in inference mode.
+        preprocess: makes the model's input of a batch of uint8 pictures, or None.
+        jit_compile: whether XLA compiles what is traced.
+        named_after: gives the names, where `model` was made from the model of that one.
+
+    Attributes:
+        inputs: by name the `tf.TensorSpec` that `serving_default` takes.
+        output_names: of the model's flattened outputs.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        preprocess: Callable[[tf.Tensor], Any] | None = None,
+        jit_compile: bool = False,
+        named_after: "Serving | None" = None,
+    ):
+        self._model, self._preprocess, self._jit_compile = model, preprocess, jit_compile
+        self._structure = input_structure(model)
+        self.inputs: dict[str, tf.TensorSpec] = {}
+        self.output_names: list[str] = []
+        if named_after is not None:
+            self.inputs, self.output_names = named_after.inputs, named_after.output_names
+            return
+        leaves = keras.tree.flatten(self._structure)
+        if preprocess is not None and (len(leaves) != 1 or len(leaves[0].shape) != 4):
+            raise ValueError(
+                "`preprocess` must be None for a model that does not take one batch of pictures, rank 4. "
+                f"Received: preprocess={preprocess!r} for inputs of shapes {[leaf.shape for leaf in leaves]}."
+            )
+        names = _input_names(leaves)
+        self.inputs = {
+            name: tf.TensorSpec((None, *leaf.shape[1:]), tf.uint8 if preprocess else wire_dtype(leaf.dtype), name=name)
+            for name, leaf in zip(names, leaves, strict=True)
+        }
+        # Traced here for the names: what an output is called depends on the operation that makes it.
+        flat = self.concrete(lambda tensors: keras.tree.flatten(self._run(tensors)), self.inputs)
+        self.output_names = _output_names(model, flat)
+
+    def predict(self, tensors: Tensors) -> dict[str, tf.Tensor]:
+        """The model's outputs by name; also eagerly, for comparison."""
+        values = keras.tree.flatten(self._run(tensors))
+        return {n: tf.cast(v, wire_dtype(v.dtype)) for n, v in zip(self.output_names, values, strict=True)}
+
+    def predict_with(self, labels: Sequence[str]) -> Callable[[Tensors], dict[str, tf.Tensor]]:
+        """`predict`, and `top_labels` and `top_scores` of the likeliest classes.
+
+        Args:
+            labels: one for each class, in the order of the model's output.
+        """
+
+        def predict(tensors: Tensors) -> dict[str, tf.Tensor]:
+            outputs = self.predict(tensors)
+            if len(outputs) != 1 or (scores := next(iter(outputs.values()))).shape[1:] != (len(labels),):
+                raise ValueError(
+                    "`labels` must be one for each class of a model with one output of shape (batch, classes). "
+                    f"Received: {len(labels)} labels for outputs of shapes "
+                    f"{[tuple(value.shape) for value in outputs.values()]}."
+                )
+            top = tf.math.top_k(scores, min(TOP, len(labels)))
+            return {
+                **outputs,
+                "top_labels": tf.gather(tf.constant(list(labels)), top.indices),
+                "top_scores": top.values,
+            }
+
+        return predict
+
+    def decoded(self, predict: Callable[[Tensors], Any]) -> tuple[Callable[[Tensors], Any], dict[str, tf.TensorSpec]]:
+        """`predict` for encoded pictures (PNG, JPEG, GIF, BMP) of any size, resized to the model's."""
+        (name, spec), *_ = self.inputs.items()
+        height, width, channels = spec.shape[1:]
+
+        def decode(contents: tf.Tensor) -> tf.Tensor:
+            picture = tf.io.decode_image(contents, channels=channels, expand_animations=False)
+            picture = tf.image.resize(picture, (height, width), antialias=True)
+            return tf.cast(tf.round(tf.clip_by_value(picture, 0.0, 255.0)), tf.uint8)
+
+        def predict_bytes(tensors: Tensors) -> Any:
+            pictures = tf.map_fn(decode, tensors["image_bytes"], fn_output_signature=tf.uint8)
+            return predict({name: tf.ensure_shape(pictures, (None, height, width, channels))})
+
+        return predict_bytes, {"image_bytes": tf.TensorSpec((None,), tf.string, "image_bytes")}
+
+    def drift(self, tensors: Tensors) -> dict[str, tf.Tensor]:
+        """Per normalization layer how far its input is from the statistics it was trained on, as `drift.summary`."""
+        distances = input_distances(self._model, self._model_inputs(tensors))
+        summaries = [summary(one) for one in distances.values()]
+        columns = {key: tf.stack([tf.cast(one[key], tf.float32) for one in summaries]) for key in summaries[0]}
+        return {"layer": tf.constant(list(distances)), **columns}
+
+    def concrete(self, function: Callable[[Tensors], Any], inputs: Mapping[str, tf.TensorSpec]) -> Any:
+        """`function` traced for `inputs` of any batch size."""
+
+        def with_keywords(**tensors: tf.Tensor) -> Any:
+            return function(tensors)
+
+        traced = tf.function(with_keywords, autograph=False, jit_compile=self._jit_compile)
+        return traced.get_concrete_function(**inputs)
+
+    def _run(self, tensors: Tensors) -> Any:
+        with inference_mode(self._model):
+            return self._model(self._model_inputs(tensors), training=False)
+
+    def _model_inputs(self, tensors: Tensors) -> Any:
+        values = [tensors[name] for name in self.inputs]
+        if self._preprocess is not None:
+            values = [self._preprocess(values[0])]
+        return keras.tree.pack_sequence_as(self._structure, values)
+
+
+def wire_dtype(dtype: Any) -> tf.DType:
+    """float32 for the half precisions, which TensorFlow Serving's REST interface can not carry."""
+    return tf.float32 if tf.as_dtype(dtype) in (tf.float16, tf.bfloat16) else tf.as_dtype(dtype)
+
+
+def input_structure(model: keras.Model) -> Any:
+    """The model's inputs as it is called with them, KerasTensors at the leaves."""
+    if isinstance(model, keras.Sequential):
+        return model.inputs[0]
+    if getattr(model, "inputs", None):
+        return model._inputs_struct
+    shapes = list(model._build_shapes_dict.values()) if getattr(model, "_build_shapes_dict", None) else []
+    if len(shapes) != 1:
+        raise ValueError(
+            "`model` must be functional, sequential, or subclassed with one argument to `call` and called once. "
+            f"Received: model={model.name!r} of type {type(model).__name__}, with {len(shapes)} known inputs."
+        )
+    return keras.tree.map_shape_structure(
+        lambda shape: keras.KerasTensor(shape, dtype=model.input_dtype, name="keras_tensor"), shapes[0]
+    )
+
+
+def _input_names(leaves: list[keras.KerasTensor]) -> list[str]:
+    given = [_input_name(leaf) for leaf in leaves]
+    if len(leaves) == 1 and given[0] is None:
+        shape = leaves[0].shape
+        return ["image" if len(shape) == 4 and shape[-1] in (1, 3, 4) else "inputs"]
+    return _unique([name or f"input_{i + 1}" for i, name in enumerate(given)])
+
+
+def _input_name(leaf: keras.KerasTensor) -> str | None:
+    return None if re.fullmatch(r"(input_layer|keras_tensor|input)(_\d+)?", leaf.name) else leaf.name
+
+
+def _output_names(model: keras.Model, flat: Any) -> list[str]:
+    """Names of the flattened outputs: dictionary keys, else what the last operation says, else the layer's own name."""
+    structure = getattr(model, "_outputs_struct", None)
+    if isinstance(structure, dict) and not any(keras.tree.is_nested(value) for value in structure.values()):
+        return [_identifier(key) for key in sorted(structure)]
+    tensors = keras.tree.flatten(flat.structured_outputs)
+    symbolic = getattr(model, "outputs", None)
+    given = [_layer_name(tensor) for tensor in symbolic] if symbolic else [None] * len(tensors)
+    kinds = ["probabilities" if _is_probability(output) else None for output in flat.outputs]
+    if len(tensors) == 1:
+        return [kinds[0] or given[0] or "outputs"]
+    return _unique([g or k or f"output_{i + 1}" for i, (g, k) in enumerate(zip(given, kinds, strict=True))])
+
+
+def _layer_name(tensor: keras.KerasTensor) -> str | None:
+    """The name of the layer that made `tensor` if a person gave it, None if Keras did."""
+    layer = tensor._keras_history.operation
+    automatic = type(layer).__name__.lower()  # Keras calls the second `BatchNormalization` batch_normalization_1.
+    return None if re.sub(r"_\d+$", "", layer.name).replace("_", "") == automatic else _identifier(layer.name)
+
+
+def _is_probability(tensor: tf.Tensor) -> bool:
+    operation = tensor.op
+    while operation.type in ("Identity", "Cast", "Reshape"):
+        operation = operation.inputs[0].op
+    return operation.type in ("Softmax", "Sigmoid")
+
+
+def _identifier(name: str) -> str:
+    return re.sub(r"\W", "_", name)
+
+
+def _unique(names: list[str]) -> list[str]:
+    """Numbers the names that come twice, from 1."""
+    seen: dict[str, int] = {}
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+    counters: dict[str, int] = {}
+    unique = []
+    for name in names:
+        counters[name] = counters.get(name, 0) + 1
+        unique.append(name if seen[name] == 1 else f"{name}_{counters[name]}")
+    return unique

@@ -1,0 +1,202 @@
+"""The layers of a model from outside: found and named, run in inference mode, their inputs measured."""
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_bn.layer import BatchNormalization
+from keras_bn.ops.layouts import as_rows
+from keras_bn.statistics import Moments, aligned_weights, merged, weighted_moments
+
+
+def layers_below(model: keras.Layer) -> list[keras.Layer]:
+    """Every layer below `model` once: nested models, wrapped and shared layers included, `model` itself first."""
+    return list(model._flatten_layers())
+
+
+def batch_norms_below(model: keras.Layer) -> list[keras.layers.BatchNormalization]:
+    """Every batch normalization below `model` once, ours and stock Keras's."""
+    return [layer for layer in layers_below(model) if isinstance(layer, keras.layers.BatchNormalization)]
+
+
+def named_batch_norms(model: keras.Layer) -> dict[str, keras.layers.BatchNormalization]:
+    """Every batch normalization below `model` once, by a unique name: `bn1`, or `backbone/bn1` in a nested model."""
+    named: dict[str, keras.layers.BatchNormalization] = {}
+
+    def visit(layer: keras.Layer, path: str) -> None:
+        if isinstance(layer, keras.layers.BatchNormalization) and layer not in named.values():
+            name, n = path or layer.name, 1
+            while name in named:
+                n += 1
+                name = f"{path}#{n}"
+            named[name] = layer
+        for child in layer._layers:
+            if child is not layer:
+                visit(child, f"{path}/{child.name}" if path else child.name)
+
+    visit(model, "")
+    return named
+
+
+def statistics_of(layer: keras.layers.BatchNormalization) -> tuple[np.ndarray, np.ndarray]:
+    """The layer's moving mean and moving variance in float64."""
+    return layer.moving_mean.numpy().astype("float64"), layer.moving_variance.numpy().astype("float64")
+
+
+def set_statistics(layer: keras.layers.BatchNormalization, mean: Any, variance: Any) -> None:
+    """Gives `layer` these moving statistics, and what its options derive from them."""
+    layer.moving_mean.assign(np.asarray(mean, layer.moving_mean.dtype))
+    layer.moving_variance.assign(np.asarray(variance, layer.moving_variance.dtype))
+    if getattr(layer, "initial_weight", None) is not None:  # What is there now has nothing of the initial values.
+        layer.initial_weight.assign(np.zeros(layer.initial_weight.shape, "float32"))
+    if getattr(layer, "renorm", False):
+        stddev = np.sqrt(np.asarray(variance, "float64") + layer.epsilon)
+        layer.moving_stddev.assign(stddev.astype("float32"))
+        layer.renorm_mean.assign(np.asarray(mean, "float32"))
+        layer.renorm_stddev.assign(stddev.astype("float32"))
+
+
+@contextlib.contextmanager
+def variables_restored(model: keras.Layer, only_on_error: bool = False) -> Iterator[None]:
+    """Puts every variable that an optimizer does not train back, bit for bit: at the end, or only when the body raises.
+
+    "Raises" is anything at all, Ctrl-C included.
+    """
+    variables = [v for v in model.variables if not v.trainable]
+    before = [v.numpy() for v in variables]
+    finished = False
+    try:
+        yield
+        finished = True
+    finally:
+        if not (finished and only_on_error):
+            for variable, value in zip(variables, before, strict=True):
+                variable.assign(value)
+
+
+def copy_variables(old: keras.Layer, new: keras.Layer) -> None:
+    """Gives `new`, made from the configuration of `old`, its variables too."""
+    for source, target in zip(old.variables, new.variables, strict=True):
+        target.assign(source)
+    if hasattr(new, "finalize_state"):  # Normalization computes with numbers it derives from its variables.
+        new.finalize_state()
+
+
+def channel_axes(layer: keras.layers.BatchNormalization) -> list[int]:
+    """The layer's `axis` as a list; ours may have several."""
+    return [layer.axis] if isinstance(layer.axis, int) else list(layer.axis)
+
+
+def input_moments(
+    layer: keras.layers.BatchNormalization, inputs: tf.Tensor, mask: Any = None, sample_weight: Any = None
+) -> Moments:
+    """Moments of `inputs` per channel of `layer`, in float64, eagerly and in a graph.
+
+    count = sum(w), mean = sum(w * x) / count, m2 = sum(w * (x - mean)**2)
+
+    Args:
+        layer: tells the channel axes.
+        inputs: any rank and floating dtype.
+        mask: boolean or weights, aligned with `inputs` as the layer does it.
+        sample_weight: shape `(batch,)`; a sample of weight 2 counts as two.
+
+    Returns:
+        Moments, each of shape `(C,)` (of the rank of `axis` where that is a list). All zero where nothing counts.
+    """
+    rank = len(inputs.shape)
+    channels = [axis % rank for axis in channel_axes(layer)]
+    weights = tf.ones([1] * rank, tf.float64)
+    if mask is not None:
+        weights *= tf.cast(aligned_weights(mask, inputs, sorted(channels)), tf.float64)
+    if sample_weight is not None:
+        weights *= tf.reshape(tf.cast(sample_weight, tf.float64), [-1] + [1] * (rank - 1))
+    weights = tf.ensure_shape(tf.broadcast_to(weights, tf.shape(inputs)), inputs.shape)
+    sizes = [inputs.shape[axis] for axis in sorted(channels)]
+    rows, _ = as_rows(tf.cast(inputs, tf.float64), sorted(channels))
+    moments = weighted_moments(rows, as_rows(weights, sorted(channels))[0])
+    return Moments(*(tf.reshape(part, sizes) for part in moments))
+
+
+def merge(parts: Sequence[Moments]) -> Moments:
+    """Moments of all values of `parts` together."""
+    return merged(Moments(*(tf.stack(values) for values in zip(*parts, strict=True))))
+
+
+def observed_call(layer: keras.Layer, observe: Callable[[tf.Tensor, Any], None]) -> Callable[..., Any]:
+    """The layer's `call`, with `observe(inputs, mask)` before it."""
+    call = layer.call
+    signature = inspect.signature(call)
+
+    def observe_and_call(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        observe(bound.arguments["inputs"], bound.arguments.get("mask"))
+        return call(*args, **kwargs)
+
+    return observe_and_call
+
+
+@contextlib.contextmanager
+def calls_replaced(replacements: dict[keras.Layer, Callable[..., Any]]) -> Iterator[None]:
+    """Runs `replacements[layer]` wherever `layer.call` would run, and takes it back at the end, also after an error.
+
+    Args:
+        replacements: for a layer, the function with the signature of its `call`.
+    """
+    # Straight into `__dict__`: neither Keras nor TensorFlow shall track what is there for a while only.
+    before = {layer: layer.__dict__.get("call") for layer in replacements}
+    try:
+        for layer, replacement in replacements.items():
+            layer.__dict__["call"] = replacement
+        yield
+    finally:
+        for layer, call in before.items():
+            if call is None:
+                layer.__dict__.pop("call", None)
+            else:
+                layer.__dict__["call"] = call
+
+
+@contextlib.contextmanager
+def inference_mode(model: keras.Layer) -> Iterator[None]:
+    """Every layer below `model` runs with `training=False`, also where its author passed `training=True` or nothing."""
+    layers = layers_below(model)
+    ours = [layer for layer in layers if isinstance(layer, BatchNormalization)]
+    chosen = [layer.statistics for layer in ours]
+    try:
+        for layer in ours:
+            layer.statistics = "moving"
+        calls = {layer: _own_call(layer) for layer in layers}
+        with calls_replaced({layer: _without_training(call) for layer, call in calls.items() if _takes_training(call)}):
+            yield
+    finally:
+        for layer, statistics in zip(ours, chosen, strict=True):
+            layer.statistics = statistics
+
+
+def _own_call(layer: keras.Layer) -> Callable[..., Any]:
+    """The layer's `call` without what `use_statistics` has put before that of a stock normalization."""
+    if hasattr(layer.__dict__.get("call"), "statistics"):
+        return type(layer).call.__get__(layer)
+    return layer.call
+
+
+def _takes_training(call: Callable[..., Any]) -> bool:
+    return "training" in inspect.signature(call).parameters
+
+
+def _without_training(call: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(call)
+
+    @functools.wraps(call)
+    def call_for_inference(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        bound.arguments["training"] = False
+        return call(*bound.args, **bound.kwargs)
+
+    return call_for_inference

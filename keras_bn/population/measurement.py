@@ -1,0 +1,293 @@
+"""Passes over the data in which every normalization measures what it is given."""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_bn.model import (
+    calls_replaced,
+    inference_mode,
+    input_moments,
+    merge,
+    observed_call,
+    set_statistics,
+)
+from keras_bn.population.batches import Batches
+from keras_bn.statistics import Moments
+
+METHODS = ("pooled", "algorithm2")
+Layers = dict[str, keras.layers.BatchNormalization]
+
+
+class Population(NamedTuple):
+    """What was measured of a layer's input over all batches.
+
+    Attributes:
+        count: number of values behind each channel, or their sum of weights.
+        mean: shape `(C,)`, float64.
+        variance: shape `(C,)`, float64; biased over all values for `"pooled"`, for `"algorithm2"` the mean of the
+            batches' unbiased variances.
+    """
+
+    count: Any
+    mean: np.ndarray
+    variance: np.ndarray
+
+
+def measure_joint(
+    model: keras.Model, layers: Layers, batches: Batches, method: str, verbose: int | str
+) -> dict[str, Population]:
+    """One pass, each layer fed by predecessors that normalize with the statistics of the batch.
+
+    Alters the moving statistics of `layers`: wrap it in `variables_restored`.
+    """
+    accumulators = _one_pass(model, layers, batches, _Progress(1, batches, verbose), targets=set(layers))
+    return {name: accumulator.population(method) for name, accumulator in accumulators.items()}
+
+
+def measure_sequential(
+    model: keras.Model, layers: Layers, batches: Batches, method: str, verbose: int | str
+) -> dict[str, Population]:
+    """A pass for each layer, in the order they are called, those before it on their population's statistics.
+
+    Leaves the measured statistics in `layers`; wrap it in `variables_restored`.
+    """
+    calls = _calls_in_order(model, layers, batches)
+    if batches.length == 1 and method == "pooled":  # The batch is the population.
+        return measure_joint(model, layers, batches, method, verbose)
+    progress = _Progress(len(set(calls)), batches, verbose)
+    done: dict[str, Population] = {}
+    for name in dict.fromkeys(calls):
+        accumulators = _one_pass(
+            model, layers, batches, progress, targets={name}, known=set(done), calls=calls.count(name)
+        )
+        done[name] = accumulators[name].population(method)
+        set_statistics(layers[name], done[name].mean, done[name].variance)
+    return done
+
+
+def measure_leniently(
+    model: keras.Model, layers: Layers, batches: Batches, verbose: int | str
+) -> tuple[dict[str, "Accumulator"], dict[str, int]]:
+    """As `measure_joint`, but batches with a non-finite value are left out and counted instead of refused.
+
+    Returns:
+        The accumulator of each layer, and by the name of the layer that saw it first the number of non-finite batches.
+    """
+    skipped: dict[str, int] = {}
+    accumulators = _one_pass(
+        model, layers, batches, _Progress(1, batches, verbose), targets=set(layers), skipped=skipped
+    )
+    return accumulators, skipped
+
+
+class Accumulator:
+    """Moments of one layer's input over the batches, pooled and batch by batch.
+
+    Args:
+        epsilon: the layer's.
+    """
+
+    def __init__(self, epsilon: float):
+        self._epsilon = epsilon
+        self._calls: list[Moments] = []
+        self._pooled: Moments | None = None
+        self._means: Moments | None = None
+        self._sum_unbiased: Any = 0.0
+        self._sum_biased: Any = 0.0
+        self._sum_log: Any = 0.0
+
+    def add_call(self, moments: Moments) -> None:
+        """One call of the layer, of several for the same batch where it is shared."""
+        self._calls.append(moments)
+
+    def end_batch(self, counts: bool = True) -> None:
+        """What was added since the last batch is a batch, or is dropped."""
+        calls, self._calls = self._calls, []
+        if not calls or not counts:
+            return
+        batch = merge(calls)
+        count, m2 = np.asarray(batch.count), np.asarray(batch.m2)
+        several = (count > 1).astype("float64")  # Of one value there is no unbiased variance.
+        self._pooled = batch if self._pooled is None else merge([self._pooled, batch])
+        as_value = Moments(tf.constant(several), batch.mean, tf.zeros_like(batch.m2))
+        self._means = as_value if self._means is None else merge([self._means, as_value])
+        self._sum_unbiased = self._sum_unbiased + several * m2 / np.where(several > 0, count - 1, 1)
+        biased = m2 / np.where(several > 0, count, 1)
+        self._sum_biased = self._sum_biased + several * biased
+        self._sum_log = self._sum_log + several * np.log(biased + self._epsilon)
+
+    def population(self, method: str) -> Population:
+        """By the `method` of `recalibrate`."""
+        if self._pooled is None or self._means is None or not np.all(self._pooled.count > 0):
+            raise ValueError("`data` must hold values that count. Received: only masked values or weights of zero.")
+        count = float(np.max(self._pooled.count))
+        if method == "pooled":
+            return Population(count, np.asarray(self._pooled.mean), np.asarray(self._pooled.m2 / self._pooled.count))
+        if not np.all(self._means.count > 0):
+            raise ValueError(
+                '`method="algorithm2"` needs batches with more than one value per channel; use `method="pooled"`. '
+                "Received: batches with one value only."
+            )
+        return Population(count, np.asarray(self._means.mean), self._sum_unbiased / np.asarray(self._means.count))
+
+    def batch_divergence(self, mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
+        """Average over the batches of their Kullback-Leibler divergence from N(mean, variance), as `drift.distance`.
+
+        mean_b(((v_b + (m_b - mean)**2) / r - 1 - log(v_b / r)) / 2), v_b = variance_b + epsilon, r = variance + epsilon
+
+        Args:
+            mean: shape `(C,)`.
+            variance: shape `(C,)`.
+
+        Returns:
+            Shape `(C,)`, nats; with the biased variances of the batches, those of one value left out (NaN if all are).
+        """
+        if self._means is None:
+            return np.full_like(mean, np.nan)
+        count, center, m2 = (np.asarray(part) for part in self._means)
+        n = np.where(count > 0, count, np.nan)
+        r = variance + self._epsilon
+        from_mean = m2 / n + (center - mean) ** 2
+        return ((self._sum_biased / n + self._epsilon + from_mean) / r - 1 - self._sum_log / n + np.log(r)) / 2
+
+
+class _Stop(BaseException):
+    """Ends a forward pass early. Not an error, so no `Exception`, which Keras would wrap.
+
+    Attributes:
+        problem: what to tell the person, or None when all that the pass was for has been measured.
+        non_finite: name of the layer whose input holds a NaN or an infinity.
+    """
+
+    def __init__(self, problem: str | None = None, non_finite: str | None = None):
+        super().__init__(problem)
+        self.problem, self.non_finite = problem, non_finite
+
+
+class _Progress:
+    """Keras's progress bar over all passes; silent where `verbose` is 0."""
+
+    def __init__(self, passes: int, batches: Batches, verbose: int | str):
+        self._passes, self._batches, self._verbose, self._done = passes, batches, verbose, 0
+        self._bar: Any = None
+
+    def batch_done(self) -> None:
+        if self._verbose == 0:
+            return
+        if self._bar is None:
+            length = self._batches.length
+            self._bar = keras.utils.Progbar(None if length is None else self._passes * length, unit_name="batch")
+        self._done += 1
+        self._bar.update(self._done)
+
+
+def _one_pass(
+    model: keras.Model,
+    layers: Layers,
+    batches: Batches,
+    progress: _Progress,
+    targets: set[str],
+    known: Collection[str] = (),
+    calls: int | None = None,
+    skipped: dict[str, int] | None = None,
+) -> dict[str, Accumulator]:
+    """Measures `targets`; all but the `known` layers normalize with the batch's statistics; stops after `calls`.
+
+    Non-finite batches are counted in `skipped`, or refused where that is None.
+    """
+    accumulators: dict[str, Accumulator] = {}
+    for index, (inputs, weight) in enumerate(batches):
+        calls_left = itertools.count(calls or 0, -1)
+        next(calls_left)
+
+        def measure(name: str, x: tf.Tensor, mask: Any, index=index, weight=weight, calls_left=calls_left) -> None:
+            if name in known:
+                return
+            layer = layers[name]
+            moments = _checked_moments(name, layer, x, mask, weight, index)
+            if name in targets:
+                accumulators.setdefault(name, Accumulator(layer.epsilon)).add_call(moments)
+                if calls is not None and next(calls_left) == 0:
+                    raise _Stop
+            set_statistics(layer, moments.mean, np.asarray(tf.math.divide_no_nan(moments.m2, moments.count)))
+
+        stop = _forward(model, layers, inputs, measure)
+        refused = stop is not None and stop.problem is not None
+        if stop is not None and stop.non_finite is not None and skipped is not None:
+            skipped[stop.non_finite] = skipped.get(stop.non_finite, 0) + 1
+        elif stop is not None and stop.problem is not None:
+            raise ValueError(stop.problem)
+        for accumulator in accumulators.values():
+            accumulator.end_batch(counts=not refused)
+        progress.batch_done()
+    if not accumulators and skipped is None:
+        raise ValueError("`data` must hold at least one batch. Received: no batch.")
+    return accumulators
+
+
+def _checked_moments(
+    name: str, layer: keras.layers.BatchNormalization, x: tf.Tensor, mask: Any, weight: Any, index: int
+) -> Moments:
+    if not hasattr(x, "numpy"):
+        raise _Stop(
+            "`model` must call its normalizations where they can be watched, not inside `tf.vectorized_map` or "
+            f"`tf.map_fn`; call the layer on the whole tensor instead. Received: {name!r} called there."
+        )
+    if weight is not None and (np.ndim(weight) != 1 or np.shape(weight)[0] != x.shape[0]):
+        raise _Stop(
+            f"`data` must have sample weights of shape (batch,) = ({x.shape[0]},) at the input of {name!r}. "
+            f"Received: shape {np.shape(weight)} in batch {index}."
+        )
+    moments = input_moments(layer, x, mask, weight)
+    if not (np.all(np.isfinite(moments.mean)) and np.all(np.isfinite(moments.m2))):
+        raise _Stop(
+            f"`data` must be finite. Received: batch {index} (counted from 0) with non-finite values at the input of "
+            f"{name!r}. The model is left as it was; leave that batch out or mend it.",
+            non_finite=name,
+        )
+    return moments
+
+
+def _calls_in_order(model: keras.Model, layers: Layers, batches: Batches) -> list[str]:
+    """Names of the normalizations as they are called for the first batch, those called twice twice."""
+    calls: list[str] = []
+    for inputs, _ in batches:
+        _forward(model, layers, inputs, lambda name, x, mask: calls.append(name))
+        return calls
+    raise ValueError("`data` must hold at least one batch. Received: no batch.")
+
+
+def _forward(
+    model: keras.Model, layers: Layers, inputs: Any, observe: Callable[[str, tf.Tensor, Any], None]
+) -> _Stop | None:
+    """Runs the model eagerly in inference mode, `observe(name, inputs, mask)` before each normalization."""
+
+    def observed(name: str, layer: keras.layers.BatchNormalization) -> Callable[..., Any]:
+        return observed_call(layer, lambda x, mask: observe(name, x, mask))
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_functions_run_eagerly())
+        stack.enter_context(inference_mode(model))
+        stack.enter_context(calls_replaced({layer: observed(name, layer) for name, layer in layers.items()}))
+        try:
+            model(inputs, training=False)
+        except _Stop as stop:
+            return stop
+    return None
+
+
+@contextlib.contextmanager
+def _functions_run_eagerly() -> Iterator[None]:
+    """Also what the model's author put into a `tf.function` runs as Python, where it can be watched."""
+    before = tf.config.functions_run_eagerly()
+    tf.config.run_functions_eagerly(True)
+    try:
+        yield
+    finally:
+        tf.config.run_functions_eagerly(before)

@@ -1,0 +1,72 @@
+"""What `recalibrate` did, per layer: as an object, as a table and for JSON."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from keras_bn.drift import Distance, distance, plain, summary
+from keras_bn.tables import table
+
+
+class RecalibratedLayer(NamedTuple):
+    """One layer before and after.
+
+    Attributes:
+        name: the layer's, with the names of the nested models around it.
+        count: number of values measured per channel, or their sum of weights.
+        mean: the new moving mean, shape `(C,)`, float64.
+        variance: the new moving variance; biased (`"pooled"`) or averaged unbiased (`"algorithm2"`).
+        old_mean: what was there before.
+        old_variance: what was there before.
+        epsilon: the layer's.
+    """
+
+    name: str
+    count: Any
+    mean: np.ndarray
+    variance: np.ndarray
+    old_mean: np.ndarray
+    old_variance: np.ndarray
+    epsilon: float
+
+    @property
+    def distance(self) -> Distance:
+        """Of the new statistics from the old ones, per channel."""
+        return distance(self.mean, self.variance, self.old_mean, self.old_variance, self.epsilon)
+
+
+class Recalibration(NamedTuple):
+    """What `recalibrate` did; prints as a table.
+
+    Attributes:
+        method: `"pooled"` or `"algorithm2"`.
+        order: `"sequential"` or `"joint"`.
+        layers: a `RecalibratedLayer` each.
+        not_called: names of layers that the model did not call for this data; their statistics are as before.
+    """
+
+    method: str
+    order: str
+    layers: list[RecalibratedLayer]
+    not_called: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: the numbers of the table."""
+        return {
+            "method": self.method,
+            "order": self.order,
+            "layers": [
+                {"name": one.name, "channels": int(one.mean.size), "count": one.count, **plain(summary(one.distance))}
+                for one in self.layers
+            ],
+            "not_called": self.not_called,
+        }
+
+    def __str__(self) -> str:
+        rows = [
+            [one["name"], one["channels"], one["count"], one["mean_shift"], one["variance_ratio"], one["kl"]]
+            for one in self.to_dict()["layers"]
+        ]
+        text = table(["layer", "channels", "values", "mean shift", "variance ratio", "KL"], rows)
+        text = f"Moving statistics replaced ({self.method}, {self.order}):\n{text}"
+        return text + "".join(f"\nNot called, left as it was: {name}" for name in self.not_called)

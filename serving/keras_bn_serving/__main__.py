@@ -1,0 +1,136 @@
+"""python -m keras_bn_serving: the embedded server's command."""
+
+import argparse
+import logging
+import os
+import socket
+import sys
+import tempfile
+from importlib import metadata
+
+from keras_bn_serving.config import files as config_files
+from keras_bn_serving.config import flags as command_line
+from keras_bn_serving.config.models import ModelConfig, check_base_path
+from keras_bn_serving.errors import ServingError, UnavailableError
+
+
+def main() -> int:
+    """Runs the server; returns the exit code."""
+    try:
+        options = command_line.parse(sys.argv[1:])
+    except command_line.UsageError as error:
+        return _fail(str(error), 2)
+    if options.version:
+        print(f"Embedded model server, TensorFlow {metadata.version('tensorflow')}")
+        return 0
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    if options.log_requests:
+        logging.getLogger("keras_bn_serving.requests").setLevel(logging.INFO)
+    try:
+        _serve(options)
+    except ServingError as error:
+        return _fail(error.message, 1)
+    return 0
+
+
+def _serve(options: argparse.Namespace) -> None:
+    configs = _read_configs(options)
+    for config in configs:
+        check_base_path(config)
+    rest_socket = _bind(options.address, options.rest_api_port)
+    # gRPC opens its port itself, once the models are loaded; a taken one should not take that long to tell.
+    _bind(options.address, options.port).close()
+    metrics_path = config_files.read_metrics_path(options.monitoring_config_file)
+    _import_tensorflow_quietly()
+    from keras_bn_serving.config.settings import read_batching, read_credentials
+    from keras_bn_serving.engine.batching import BatchingOptions
+    from keras_bn_serving.engine.loading import Loader
+    from keras_bn_serving.engine.servable import LoadOptions
+    from keras_bn_serving.rest.server import RestOptions
+    from keras_bn_serving.run import ServerOptions, serve
+
+    batching: BatchingOptions | None = BatchingOptions()
+    if options.enable_batching is not None:
+        batching = read_batching(options.batching_parameters_file) if options.enable_batching else None
+    host = f"[{options.address}]" if ":" in options.address else options.address
+    unix = (f"unix:{options.grpc_socket_path}",) if options.grpc_socket_path else ()
+    serve(
+        configs,
+        ServerOptions(
+            rest_socket,
+            (f"{host}:{options.port}", *unix),
+            read_credentials(options.ssl_config_file),
+            options.rest_api_timeout_in_ms / 1000,
+            options.file_system_poll_wait_seconds,
+            (lambda: _read_configs(options)) if options.model_config_file else None,
+            options.model_config_file_poll_wait_seconds,
+            options.allow_version_labels_for_unavailable_models,
+            options.drain_timeout_in_ms / 1000,
+            batching,
+            Loader(
+                LoadOptions(
+                    options.tensorflow_intra_op_parallelism,
+                    options.tensorflow_inter_op_parallelism,
+                    options.xla_cpu_compilation_enabled,
+                    options.rest_api_timeout_in_ms / 1000,
+                ),
+                options.enable_model_warmup,
+                options.num_request_iterations_for_warmup,
+                options.max_num_load_retries,
+                options.load_retry_interval_micros / 1e6,
+            ),
+            RestOptions(
+                options.rest_api_enable_cors_support,
+                options.rest_api_list_models,
+                metrics_path,
+                options.rest_api_num_threads,
+                options.log_requests,
+            ),
+        ),
+    )
+
+
+def _read_configs(options: argparse.Namespace) -> list[ModelConfig]:
+    if options.model_config_file:
+        return config_files.read_model_configs(options.model_config_file)
+    return [ModelConfig(options.model_name, os.path.abspath(options.model_base_path))]
+
+
+def _fail(message: str, code: int) -> int:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+        bound.setblocking(False)
+    except OSError as error:
+        raise UnavailableError(f"Cannot listen on {host} port {port}: {error.strerror}.") from error
+    return bound
+
+
+def _import_tensorflow_quietly() -> None:
+    """Imports TensorFlow with its start-up chatter, which no setting silences, kept from stderr unless it fails."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as chatter:
+        os.dup2(chatter.fileno(), 2)
+        try:
+            import tensorflow as tf
+        except BaseException:
+            chatter.seek(0)
+            os.write(stderr, chatter.read())
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+    tf.get_logger().setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

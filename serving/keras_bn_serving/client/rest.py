@@ -1,0 +1,257 @@
+"""What a client sends and reads over REST: each operation yields calls and is sent their replies."""
+
+import base64
+import contextlib
+import json
+import math
+from collections.abc import Generator, Iterator, Mapping
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+import httpx
+import numpy as np
+import orjson
+
+from keras_bn_serving.client.types import ModelVersion, Target
+from keras_bn_serving.errors import Code, DeadlineExceededError, ServingError, UnavailableError
+
+_CODES = {
+    400: Code.INVALID_ARGUMENT,
+    401: Code.UNAUTHENTICATED,
+    403: Code.PERMISSION_DENIED,
+    404: Code.NOT_FOUND,
+    408: Code.DEADLINE_EXCEEDED,
+    409: Code.ALREADY_EXISTS,
+    413: Code.RESOURCE_EXHAUSTED,
+    429: Code.RESOURCE_EXHAUSTED,
+    499: Code.CANCELLED,
+    501: Code.UNIMPLEMENTED,
+    502: Code.UNAVAILABLE,
+    503: Code.UNAVAILABLE,
+    504: Code.DEADLINE_EXCEEDED,
+}
+_BASE_PATH = "/v1/models/"
+Operation = Generator["Call", "Reply", Any]
+
+
+class Call(NamedTuple):
+    """One HTTP request to be sent."""
+
+    method: str
+    path: str
+    body: bytes | None = None
+
+
+class Reply(NamedTuple):
+    """One HTTP response."""
+
+    status: int
+    body: bytes
+
+
+class RestProtocol:
+    """The operations; each yields calls, is sent their replies, and returns its result."""
+
+    def __init__(self) -> None:
+        # JSON carries no element types; they are asked for once a model.
+        self._signatures: dict[str, dict[str, Any]] = {}
+
+    def predict(self, target: Target, inputs: Any, signature_name: str) -> Operation:
+        """Asks for a prediction in column format; returns an array, or several by name."""
+        place = _place(target)
+        body: dict[str, Any] = {"signature_name": signature_name} if signature_name else {}
+        if isinstance(inputs, Mapping):
+            body["inputs"] = {name: _jsonable(value) for name, value in inputs.items()}
+        else:
+            body["inputs"] = _jsonable(inputs)
+        names = yield from self._outputs(place, target, signature_name)
+        reply = yield Call("POST", f"{place}:predict", _dumps(body))
+        outputs = _loads(reply.body)["outputs"]
+        if len(names) != 1 and not (isinstance(outputs, dict) and outputs.keys() == names.keys()):
+            # Another version has come since.
+            del self._signatures[place]
+            names = yield from self._outputs(place, target, signature_name)
+        if len(names) == 1:
+            return _array(outputs, next(iter(names.values()))["dtype"])
+        return {name: _array(value, names[name]["dtype"]) for name, value in outputs.items()}
+
+    def classify(self, target: Target, examples: Any, context: Any, signature_name: str) -> Operation:
+        """Asks for a classification; returns a list of labels with scores for every example."""
+        body = _examples_body(examples, context, signature_name)
+        reply = yield Call("POST", f"{_place(target)}:classify", body)
+        return [[(label, float(score)) for label, score in classes] for classes in _loads(reply.body)["results"]]
+
+    def regress(self, target: Target, examples: Any, context: Any, signature_name: str) -> Operation:
+        """Asks for a regression; returns an array."""
+        body = _examples_body(examples, context, signature_name)
+        reply = yield Call("POST", f"{_place(target)}:regress", body)
+        return np.array(_loads(reply.body)["results"], np.float32)
+
+    def status(self, target: Target) -> Operation:
+        """Asks for a model's versions; returns them newest first."""
+        reply = yield Call("GET", _place(target))
+        return [
+            ModelVersion(
+                int(each["version"]),
+                each["state"],
+                Code[each["status"]["error_code"]],
+                each["status"]["error_message"],
+            )
+            for each in _loads(reply.body)["model_version_status"]
+        ]
+
+    def metadata(self, target: Target) -> Operation:
+        """Asks for a model's signatures; returns them by name."""
+        reply = yield Call("GET", f"{_place(target)}/metadata")
+        return _loads(reply.body)["metadata"]["signature_def"]["signature_def"]
+
+    def _outputs(self, place: str, target: Target, signature_name: str) -> Generator[Call, Reply, dict[str, Any]]:
+        if place not in self._signatures:
+            self._signatures[place] = yield from self.metadata(target)
+        return self._signatures[place].get(signature_name or "serving_default", {}).get("outputs", {})
+
+
+class RestTransport:
+    """Sends calls and waits for them."""
+
+    def __init__(self, url: str):
+        self._url = url
+        self._http = httpx.Client(base_url=url, trust_env=False)
+
+    def send(self, call: Call, seconds: float) -> Reply:
+        with _translated(self._url, call):
+            response = self._http.request(call.method, call.path, content=call.body, timeout=seconds)
+        return check(Reply(response.status_code, response.content))
+
+    def close(self) -> None:
+        self._http.close()
+
+
+class AsyncRestTransport:
+    """Sends calls and lets others go on meanwhile."""
+
+    def __init__(self, url: str):
+        self._url = url
+        self._http = httpx.AsyncClient(base_url=url, trust_env=False)
+
+    async def send(self, call: Call, seconds: float) -> Reply:
+        with _translated(self._url, call):
+            response = await self._http.request(call.method, call.path, content=call.body, timeout=seconds)
+        return check(Reply(response.status_code, response.content))
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+
+@contextlib.contextmanager
+def _translated(url: str, call: Call) -> Iterator[None]:
+    try:
+        yield
+    except httpx.TimeoutException as error:
+        raise DeadlineExceededError(f"{call.method} {url}{call.path}: no answer in time.") from error
+    except httpx.TransportError as error:
+        raise UnavailableError(f"{call.method} {url}{call.path}: {error}") from error
+
+
+def _place(target: Target) -> str:
+    path = _BASE_PATH + quote(target.model_name, safe="")
+    if target.version is not None:
+        return f"{path}/versions/{target.version}"
+    return path if target.label is None else f"{path}/labels/{quote(target.label, safe='')}"
+
+
+def _examples_body(examples: Any, context: Any, signature_name: str) -> bytes:
+    body: dict[str, Any] = {"signature_name": signature_name} if signature_name else {}
+    if context is not None:
+        body["context"] = {name: _jsonable(value) for name, value in context.items()}
+    body["examples"] = [{name: _jsonable(value) for name, value in example.items()} for example in examples]
+    return _dumps(body)
+
+
+def check(reply: Reply) -> Reply:
+    """Returns a reply that is a result.
+
+    Raises:
+        ServingError: With the code and message of a reply that is an error.
+    """
+    if reply.status == 200:
+        return reply
+    try:
+        message = str(_loads(reply.body)["error"])
+    except (ValueError, KeyError, TypeError):
+        message = reply.body[:200].decode(errors="replace") or f"HTTP status {reply.status}"
+    raise ServingError(message, _CODES.get(reply.status, Code.UNKNOWN))
+
+
+def _jsonable(value: Any) -> Any:
+    """Returns `value` as what JSON can hold: numeric arrays as they are, bytes as base64 objects."""
+    if isinstance(value, bytes):
+        return {"b64": base64.b64encode(value).decode()}
+    array = value if isinstance(value, np.ndarray) else None
+    if array is None and isinstance(value, (list, tuple)):
+        return [_jsonable(item) for item in value]
+    if array is None:
+        return _jsonable(np.asarray(value)) if hasattr(value, "__array__") and not np.isscalar(value) else value
+    if array.dtype.kind in "OSU":
+        return _jsonable(array.tolist())
+    if array.dtype == np.float16 or array.dtype.name == "bfloat16":
+        return np.ascontiguousarray(array, np.float32)
+    return np.ascontiguousarray(array)
+
+
+def _dumps(body: dict[str, Any]) -> bytes:
+    if any(_has_nonfinite(value) for value in _arrays(body)):
+        return json.dumps(body, default=lambda value: value.tolist()).encode()
+    return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def _arrays(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return [each for member in value.values() for each in _arrays(member)]
+    if isinstance(value, list):
+        return [each for item in value for each in _arrays(item)]
+    return [value] if isinstance(value, (np.ndarray, float)) else []
+
+
+def _has_nonfinite(value: Any) -> bool:
+    if isinstance(value, float):
+        return not math.isfinite(value)
+    return value.dtype.kind == "f" and not np.isfinite(value).all()
+
+
+def _loads(body: bytes) -> Any:
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError:
+        # NaN, Infinity and bytes that are no UTF-8, which the protocol writes bare, are not JSON.
+        return json.loads(body.decode(errors="surrogateescape"))
+
+
+def _array(value: Any, data_type: str) -> np.ndarray:
+    dtype = _DTYPES.get(data_type)
+    if dtype is not None:
+        return np.array(value, dtype)
+    return _from_strings(value)
+
+
+_INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+_DTYPES: dict[str, Any] = {
+    "DT_FLOAT": np.float32,
+    "DT_DOUBLE": np.float64,
+    "DT_HALF": np.float16,
+    "DT_BOOL": np.bool_,
+    **{f"DT_{name.upper()}": np.dtype(name) for name in _INTEGERS},
+}
+
+
+def _from_strings(value: Any) -> np.ndarray:
+    """Makes an array of bytes objects of strings and base64 objects."""
+
+    def to_bytes(item: Any) -> Any:
+        if isinstance(item, list):
+            return [to_bytes(each) for each in item]
+        if isinstance(item, dict):
+            return base64.b64decode(item["b64"])
+        return item.encode(errors="surrogateescape") if isinstance(item, str) else item
+
+    return np.array(to_bytes(value), object)

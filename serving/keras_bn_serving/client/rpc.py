@@ -1,0 +1,210 @@
+"""What a client sends and reads over gRPC; importing it imports TensorFlow, whose messages the protocol uses."""
+
+import contextlib
+from collections.abc import Generator, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import grpc
+import numpy as np
+import tensorflow as tf
+from google.protobuf import json_format
+from tensorflow.core.example import example_pb2
+from tensorflow_serving.apis import (
+    classification_pb2,
+    get_model_metadata_pb2,
+    get_model_status_pb2,
+    input_pb2,
+    model_pb2,
+    model_service_pb2_grpc,
+    predict_pb2,
+    prediction_service_pb2_grpc,
+    regression_pb2,
+)
+
+from keras_bn_serving.client.types import ModelVersion, Target
+from keras_bn_serving.codec.tensor_proto import from_array, to_array
+from keras_bn_serving.errors import Code, ServingError
+
+_UNLIMITED = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+
+
+class Rpc(NamedTuple):
+    """One call to be made."""
+
+    method: str
+    request: Any
+
+
+Operation = Generator[Rpc, Any, Any]
+
+
+class GrpcProtocol:
+    """The operations; each yields calls, is sent their responses, and returns its result."""
+
+    def __init__(self) -> None:
+        self._input_types: dict[tuple[Target, str], dict[str, Any]] = {}
+
+    def predict(self, target: Target, inputs: Any, signature_name: str) -> Operation:
+        """Asks for a prediction; returns an array, or several by name."""
+        types = yield from self._types(target, signature_name)
+        if not isinstance(inputs, Mapping):
+            if len(types) != 1:
+                raise ValueError(f"`inputs` must be a mapping with the names {sorted(types)}. Received: one array.")
+            inputs = {next(iter(types)): inputs}
+        request = predict_pb2.PredictRequest(
+            model_spec=_spec(target, signature_name),
+            inputs={name: from_array(_to_type(value, types.get(name))) for name, value in inputs.items()},
+        )
+        response = yield Rpc("Predict", request)
+        outputs = {name: to_array(message, name) for name, message in response.outputs.items()}
+        return next(iter(outputs.values())) if len(outputs) == 1 else outputs
+
+    def classify(self, target: Target, examples: Any, context: Any, signature_name: str) -> Operation:
+        """Asks for a classification; returns a list of labels with scores for every example."""
+        request = classification_pb2.ClassificationRequest(
+            model_spec=_spec(target, signature_name), input=_input(examples, context)
+        )
+        response = yield Rpc("Classify", request)
+        return [[(one.label, one.score) for one in each.classes] for each in response.result.classifications]
+
+    def regress(self, target: Target, examples: Any, context: Any, signature_name: str) -> Operation:
+        """Asks for a regression; returns an array."""
+        request = regression_pb2.RegressionRequest(
+            model_spec=_spec(target, signature_name), input=_input(examples, context)
+        )
+        response = yield Rpc("Regress", request)
+        return np.array([each.value for each in response.result.regressions], np.float32)
+
+    def status(self, target: Target) -> Operation:
+        """Asks for a model's versions; returns them newest first."""
+        request = get_model_status_pb2.GetModelStatusRequest(model_spec=_spec(target, ""))
+        response = yield Rpc("GetModelStatus", request)
+        states = get_model_status_pb2.ModelVersionStatus.State
+        return [
+            ModelVersion(each.version, states.Name(each.state), Code(each.status.error_code), each.status.error_message)
+            for each in response.model_version_status
+        ]
+
+    def metadata(self, target: Target) -> Operation:
+        """Asks for a model's signatures; returns them by name, as REST gives them."""
+        request = get_model_metadata_pb2.GetModelMetadataRequest(
+            model_spec=_spec(target, ""), metadata_field=["signature_def"]
+        )
+        response = yield Rpc("GetModelMetadata", request)
+        definitions = get_model_metadata_pb2.SignatureDefMap()
+        response.metadata["signature_def"].Unpack(definitions)
+        return json_format.MessageToDict(
+            definitions, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+        )["signature_def"]
+
+    def _types(self, target: Target, signature_name: str) -> Generator[Rpc, Any, dict[str, Any]]:
+        key = (target, signature_name)
+        if key not in self._input_types:
+            signatures = yield from self.metadata(target)
+            inputs = signatures.get(signature_name or "serving_default", {}).get("inputs", {})
+            self._input_types[key] = {
+                name: tf.as_dtype(info["dtype"].removeprefix("DT_").lower()).as_numpy_dtype
+                for name, info in inputs.items()
+            }
+        return self._input_types[key]
+
+
+class GrpcTransport:
+    """Makes calls and waits for them."""
+
+    def __init__(self, target: str, credentials: grpc.ChannelCredentials | None):
+        self._channel = (
+            grpc.insecure_channel(target, _UNLIMITED)
+            if credentials is None
+            else grpc.secure_channel(target, credentials, _UNLIMITED)
+        )
+        self._stubs = _stubs(self._channel)
+
+    def send(self, call: Rpc, seconds: float) -> Any:
+        with _translated():
+            return _method(self._stubs, call)(call.request, timeout=seconds)
+
+    def close(self) -> None:
+        self._channel.close()
+
+
+class AsyncGrpcTransport:
+    """Makes calls and lets others go on meanwhile."""
+
+    def __init__(self, target: str, credentials: grpc.ChannelCredentials | None):
+        self._channel = (
+            grpc.aio.insecure_channel(target, _UNLIMITED)
+            if credentials is None
+            else grpc.aio.secure_channel(target, credentials, _UNLIMITED)
+        )
+        self._stubs = _stubs(self._channel)
+
+    async def send(self, call: Rpc, seconds: float) -> Any:
+        with _translated():
+            return await _method(self._stubs, call)(call.request, timeout=seconds)
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+
+def _stubs(channel: Any) -> list[Any]:
+    return [
+        prediction_service_pb2_grpc.PredictionServiceStub(channel),
+        model_service_pb2_grpc.ModelServiceStub(channel),
+    ]
+
+
+def _method(stubs: list[Any], call: Rpc) -> Any:
+    return next(getattr(stub, call.method) for stub in stubs if hasattr(stub, call.method))
+
+
+@contextlib.contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise ServingError(error.details() or "", Code(error.code().value[0])) from error
+
+
+def _spec(target: Target, signature_name: str) -> model_pb2.ModelSpec:
+    spec = model_pb2.ModelSpec(name=target.model_name, signature_name=signature_name)
+    if target.version is not None:
+        spec.version.value = target.version
+    if target.label is not None:
+        spec.version_label = target.label
+    return spec
+
+
+def _to_type(value: Any, dtype: Any) -> np.ndarray:
+    """Returns an array of the input's type where that is no more than another width of the same kind of number."""
+    array = value if isinstance(value, np.ndarray) else np.asarray(value, object if dtype is object else None)
+    if array.dtype.kind in "OSU":
+        texts = [each.encode() if isinstance(each, str) else each for each in array.ravel().tolist()]
+        array = np.empty(array.shape, object)
+        array.flat[:] = texts
+        return array
+    return array if dtype is None or not np.can_cast(array.dtype, dtype, "same_kind") else array.astype(dtype)
+
+
+def _input(examples: Any, context: Any) -> input_pb2.Input:
+    message = input_pb2.Input()
+    if context is None:
+        message.example_list.examples.extend(map(_example, examples))
+    else:
+        message.example_list_with_context.context.CopyFrom(_example(context))
+        message.example_list_with_context.examples.extend(map(_example, examples))
+    return message
+
+
+def _example(features: Mapping[str, Any]) -> example_pb2.Example:
+    example = example_pb2.Example()
+    for name, value in features.items():
+        array = np.atleast_1d(np.asarray(value, object if isinstance(value, (str, bytes)) else None))
+        feature = example.features.feature[name]
+        if array.dtype.kind == "f":
+            feature.float_list.value.extend(array.tolist())
+        elif array.dtype.kind in "iub":
+            feature.int64_list.value.extend(array.astype(np.int64).tolist())
+        else:
+            feature.bytes_list.value.extend(each.encode() if isinstance(each, str) else each for each in array.tolist())
+    return example

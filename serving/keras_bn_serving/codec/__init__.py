@@ -1,0 +1,1 @@
+"""JSON and tensor messages, to arrays and back."""

@@ -1,0 +1,183 @@
+"""JSON text to Python values, and back to text for messages, as RapidJSON with TensorFlow Serving's options does it."""
+
+import codecs
+import math
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import rapidjson
+
+from keras_bn_serving.errors import InvalidArgumentError
+
+MAX_NESTING = 100
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+_BRACKETS = b"[]{}"
+_NOT_BRACKETS = bytes(set(range(256)) - set(_BRACKETS))
+_PARSE_ERROR = re.compile(r"Parse error at offset (\d+): (.*)", re.DOTALL)
+_TRAILING_TEXT = "The document root must not be followed by other values."
+# TensorFlow Serving parses iteratively and does not look at encodings, which changes two of the messages.
+_NO_DOCUMENT = re.compile(rb"[ \t\r\n]*(?=[\]},:])")
+_OTHER_MESSAGES = {"Invalid encoding in string.": "Invalid escape character in string."}
+_DUMP_BYTES = 257
+_SMALLEST_DOUBLE = sys.float_info.min
+# Bytes that are no UTF-8 pass through the parser as the last code points of plane 16, which nobody assigns.
+_HIDDEN = {0xDC00 + byte: 0x10FF00 + byte for byte in range(0x80, 0x100)}
+_SHOWN = {hidden: surrogate for surrogate, hidden in _HIDDEN.items()}
+_ESCAPES = {code: f"\\u{code:04X}" for code in range(0x20)} | {
+    ord(char): escape
+    for char, escape in {
+        "\b": "\\b", "\f": "\\f", "\n": "\\n", "\r": "\\r", "\t": "\\t", '"': '\\"', "\\": "\\\\",
+    }.items()
+}  # fmt: skip
+
+
+class JsonObject(list[tuple[str, Any]]):
+    """The members of an object in the order written; of equal names the first counts."""
+
+    def find(self, name: str) -> list[Any]:
+        """Returns the value of `name` as the only element of a list, or an empty list."""
+        return [value for key, value in self if key == name][:1]
+
+
+class _Decoder(rapidjson.Decoder):
+    def start_object(self) -> JsonObject:
+        return JsonObject()
+
+
+_decode = _Decoder(number_mode=rapidjson.NM_NATIVE | rapidjson.NM_NAN)
+
+
+def parse(body: bytes) -> Any:
+    """Parses a document; whatever follows it is ignored, as is a byte order mark before it.
+
+    Objects come as `JsonObject`. Bytes of strings that are no UTF-8 come as Python's `surrogateescape` has them.
+
+    Raises:
+        InvalidArgumentError: With RapidJSON's message and the offset in bytes.
+    """
+    if not body:
+        raise InvalidArgumentError("JSON Parse error: The document is empty")
+    _check_nesting(body)
+    mark = len(codecs.BOM_UTF8) if body.startswith(codecs.BOM_UTF8) else 0
+    text = body[mark:]
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        hidden = text.decode(errors="surrogateescape").translate(_HIDDEN).encode()
+        return _shown(_parse_first(hidden, mark))
+    return _parse_first(text, mark)
+
+
+def dump(value: Any) -> str:
+    """Writes a value for an error message: pretty, arrays on one line, cut once it is past 256 bytes."""
+    pieces: list[str] = []
+    size = 0
+    for piece in _pieces(value, 0):
+        if piece is None:
+            break
+        pieces.append(piece)
+        size += len(piece.encode(errors="surrogateescape"))
+        if size >= _DUMP_BYTES:
+            break
+    return "".join(pieces).encode(errors="surrogateescape")[:_DUMP_BYTES].decode(errors="surrogateescape")
+
+
+def escape(text: str) -> str:
+    """Returns a JSON string literal for `text`."""
+    return f'"{text.translate(_ESCAPES)}"'
+
+
+def flush(number: float) -> float:
+    """Returns 0.0 for a subnormal number: TensorFlow Serving's threads compute with subnormals flushed to zero."""
+    return 0.0 if -_SMALLEST_DOUBLE < number < _SMALLEST_DOUBLE else number
+
+
+def _check_nesting(body: bytes) -> None:
+    if body.count(b"[") + body.count(b"{") <= MAX_NESTING:
+        return
+    brackets = np.frombuffer(_STRING.sub(b"", body).translate(None, _NOT_BRACKETS), np.uint8)
+    opening = (brackets == ord("[")) | (brackets == ord("{"))
+    deepest = int(np.cumsum(np.where(opening, np.int32(1), np.int32(-1)), dtype=np.int32).max(initial=0))
+    if deepest > MAX_NESTING:
+        raise InvalidArgumentError(
+            f"JSON Parse error: arrays and objects may be nested {MAX_NESTING} deep. Received: {deepest} levels."
+        )
+
+
+def _parse_first(text: bytes, mark: int) -> Any:
+    try:
+        return _decode(text)
+    except rapidjson.JSONDecodeError as error:
+        found = _PARSE_ERROR.fullmatch(str(error))
+        if found is None:
+            raise
+        offset, message = int(found[1]), found[2]
+    if message == _TRAILING_TEXT:
+        return _decode(text[:offset])
+    if _NO_DOCUMENT.match(text):
+        message = "The document is empty."
+    hidden = sum(ord(char) in _SHOWN for char in text[:offset].decode(errors="ignore"))
+    raise InvalidArgumentError(
+        f"JSON Parse error: {_OTHER_MESSAGES.get(message, message)} at offset: {offset - 3 * hidden + mark}"
+    )
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.translate(_SHOWN)
+    if isinstance(value, JsonObject):
+        return JsonObject((_shown(name), _shown(member)) for name, member in value)
+    if isinstance(value, list):
+        return [_shown(item) for item in value]
+    return value
+
+
+def _pieces(value: Any, level: int) -> Iterator[str | None]:
+    """Yields the text of `value` piece by piece; `None` where RapidJSON's writer gives up."""
+    if isinstance(value, JsonObject):
+        yield "{"
+        for position, (name, member) in enumerate(value):
+            yield "," if position else ""
+            yield "\n" + "    " * (level + 1) + escape(name) + ": "
+            yield from _pieces(member, level + 1)
+        yield "\n" + "    " * level + "}" if value else "}"
+    elif isinstance(value, list):
+        yield "["
+        for position, item in enumerate(value):
+            yield ", " if position else ""
+            yield from _pieces(item, level + 1)
+        yield "]"
+    elif isinstance(value, str):
+        yield escape(value)
+    elif isinstance(value, float):
+        yield _number(flush(value)) if math.isfinite(value) else None
+    elif isinstance(value, bool):
+        yield "true" if value else "false"
+    elif value is None:
+        yield "null"
+    else:
+        yield str(value)
+
+
+def _number(number: float) -> str:
+    """Writes a double as RapidJSON does: shortest digits, plain from 1e-6 up to 1e21, an exponent without a plus."""
+    mantissa, _, exponent = repr(number).partition("e")
+    sign = "-" if mantissa.startswith("-") else ""
+    whole, _, fraction = mantissa.lstrip("-").partition(".")
+    fraction = "" if fraction == "0" else fraction
+    digits = (whole + fraction).lstrip("0")
+    point = len(whole) + int(exponent or 0) - (len(whole + fraction) - len(digits))
+    digits = digits.rstrip("0") or "0"
+    if digits == "0":
+        return sign + "0.0"
+    if len(digits) <= point <= 21:
+        return f"{sign}{digits.ljust(point, '0')}.0"
+    if 0 < point <= 21:
+        return f"{sign}{digits[:point]}.{digits[point:]}"
+    if -6 < point <= 0:
+        return f"{sign}0.{'0' * -point}{digits}"
+    rest = f".{digits[1:]}" if len(digits) > 1 else ""
+    return f"{sign}{digits[0]}{rest}e{point - 1}"

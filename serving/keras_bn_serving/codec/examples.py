@@ -1,0 +1,85 @@
+"""JSON examples, as classify and regress take them, to tf.train.Example."""
+
+from typing import Any
+
+from tensorflow.core.example import example_pb2, feature_pb2
+from tensorflow_serving.apis import input_pb2
+
+from keras_bn_serving.codec import document as json_document
+from keras_bn_serving.codec.document import JsonObject
+from keras_bn_serving.codec.tensor import decode_base64, decode_object, decode_signature_name, is_base64, type_name
+from keras_bn_serving.errors import InvalidArgumentError
+
+_KINDS = {"bytes_list": "bytes", "float_list": "float", "int64_list": "int64"}
+_INT64 = range(-(2**63), 2**63)
+
+
+def decode_examples(body: bytes) -> tuple[str, input_pb2.Input]:
+    """Reads the body of a classify or regress request.
+
+    Returns:
+        The signature's name, empty where none was given, and the examples.
+
+    Raises:
+        InvalidArgumentError: If the body is not of that form.
+    """
+    document = decode_object(body)
+    signature_name = decode_signature_name(document)
+    message = input_pb2.Input()
+    target: Any = message.example_list
+    for context in document.find("context"):
+        target = message.example_list_with_context
+        _fill_example(context, target.context)
+    found = document.find("examples")
+    if not found:
+        raise _malformed(document, "When method is classify, key 'examples' is expected and was not found")
+    if not isinstance(found[0], list) or isinstance(found[0], JsonObject):
+        raise _malformed(document, "Expecting 'examples' value to be an list/array")
+    if not found[0]:
+        raise _malformed(document, "'examples' value is an empty array")
+    for value in found[0]:
+        _fill_example(value, target.examples.add())
+    return signature_name, message
+
+
+def _fill_example(value: Any, example: example_pb2.Example) -> None:
+    if not isinstance(value, JsonObject):
+        raise InvalidArgumentError(f"Example must be JSON object but got JSON {type_name(value)}")
+    for name, content in value:
+        feature = feature_pb2.Feature()
+        is_list = isinstance(content, list) and not isinstance(content, JsonObject)
+        for item in content if is_list else [content]:
+            _add_value(item, name, feature)
+        example.features.feature[_proto_text(name)].CopyFrom(feature)
+
+
+def _add_value(value: Any, name: str, feature: feature_pb2.Feature) -> None:
+    converted: Any = value
+    if isinstance(value, str):
+        kind, converted = "bytes_list", value.encode(errors="surrogateescape")
+    elif is_base64(value):
+        kind, converted = "bytes_list", decode_base64(value)
+    elif value is None or isinstance(value, list):
+        raise InvalidArgumentError(f"Feature: {name} has element with unexpected JSON type: {type_name(value)}")
+    elif isinstance(value, float):
+        kind = "float_list"
+    else:
+        kind = "int64_list"
+        if value not in _INT64:
+            raise InvalidArgumentError(f"Feature: {name} has uint64 element. Only int64 is supported.")
+    if feature.WhichOneof("kind") not in (None, kind):
+        held = _KINDS[feature.WhichOneof("kind")]
+        raise InvalidArgumentError(f"Unexpected element type in feature: {name} expecting type: {held}")
+    getattr(feature, kind).value.append(converted)
+
+
+def _proto_text(name: str) -> str:
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidArgumentError(f"Feature: {name} has a name that is not UTF-8.") from error
+    return name
+
+
+def _malformed(value: Any, problem: str) -> InvalidArgumentError:
+    return InvalidArgumentError(f"JSON Value: {json_document.dump(value)} {problem}")

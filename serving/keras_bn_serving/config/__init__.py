@@ -1,0 +1,1 @@
+"""What a person sets: flags, configuration files, the models to serve."""

@@ -1,0 +1,80 @@
+"""Configuration in text protos, read with protobuf's own parser."""
+
+import os
+from typing import TypeVar
+
+from google.protobuf import text_format
+from google.protobuf.message import Message
+from tensorflow_serving.config import model_server_config_pb2
+
+from keras_bn_serving.config.models import ModelConfig, VersionPolicy
+from keras_bn_serving.config.text_protos import MonitoringConfig
+from keras_bn_serving.errors import InvalidArgumentError, NotFoundError
+
+_Message = TypeVar("_Message", bound=Message)
+_METRICS_PATH = "/monitoring/prometheus/metrics"
+_PLATFORMS = ("", "tensorflow")
+
+
+def read_model_configs(path: str) -> list[ModelConfig]:
+    """Reads the models to serve from a `ModelServerConfig` in a file.
+
+    Raises:
+        NotFoundError: If the file cannot be read.
+        InvalidArgumentError: If it says something that cannot be served.
+    """
+    return model_configs(read_message(path, model_server_config_pb2.ModelServerConfig()), path)
+
+
+def model_configs(message: model_server_config_pb2.ModelServerConfig, source: str) -> list[ModelConfig]:
+    """Turns a `ModelServerConfig` into what the repository understands."""
+    if message.WhichOneof("config") != "model_config_list":
+        raise InvalidArgumentError(f"{source}: `model_config_list` is required. Received: none.")
+    configs = []
+    for one in message.model_config_list.config:
+        if one.model_platform not in _PLATFORMS:
+            raise InvalidArgumentError(
+                f"{source}: `model_platform` must be 'tensorflow'. Received: {one.model_platform!r}."
+            )
+        choice = one.model_version_policy
+        kind = choice.WhichOneof("policy_choice")
+        policy = VersionPolicy(
+            latest=choice.latest.num_versions or 1,
+            all=kind == "all",
+            specific=tuple(choice.specific.versions) if kind == "specific" else (),
+        )
+        configs.append(ModelConfig(one.name, one.base_path, policy, dict(one.version_labels)))
+    return configs
+
+
+def read_metrics_path(path: str) -> str:
+    """Returns where the metrics are served, from a `MonitoringConfig`; empty where no file is named or they are off.
+
+    Raises:
+        ServingError: If the file cannot be read, or its path is none.
+    """
+    config = read_message(path, MonitoringConfig()).prometheus_config if path else None
+    if config is None or not config.enable:
+        return ""
+    if config.path and not config.path.startswith("/"):
+        raise InvalidArgumentError(f"{path}: `path` must begin with a slash. Received: {config.path!r}.")
+    return config.path or _METRICS_PATH
+
+
+def read_message(path: str, message: _Message) -> _Message:
+    """Reads a text proto from a file into `message`.
+
+    Raises:
+        NotFoundError: If the file cannot be read.
+        InvalidArgumentError: If its text is not of that kind; says where.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+        raise NotFoundError(f"Cannot read {path}: {reason}.") from error
+    try:
+        return text_format.Parse(text, message)
+    except text_format.ParseError as error:
+        raise InvalidArgumentError(f"{path} is not a {message.DESCRIPTOR.name}: {error}") from error

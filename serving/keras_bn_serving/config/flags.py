@@ -1,0 +1,120 @@
+"""The flags of `python -m keras_bn_serving`, named as tensorflow_model_server names them."""
+
+import argparse
+import difflib
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+_TRUE = ("true", "1", "t", "yes", "y")
+_FALSE = ("false", "0", "f", "no", "n")
+_DEFAULT_GRPC_PORT = 8500
+
+
+class UsageError(Exception):
+    """A command line that cannot be understood; the message is one line for the person who typed it."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message[:1].upper() + message[1:])
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Reads the command line.
+
+    Raises:
+        UsageError: For an unknown flag, naming the nearest one, or for a bad value.
+    """
+    parser = _make_parser()
+    options, unknown = parser.parse_known_args(arguments)
+    for argument in unknown:
+        name = argument.split("=")[0]
+        known = [flag for action in parser._actions for flag in action.option_strings]
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f" Did you mean {nearest[0]}?" if nearest else " See --help for all flags."
+        raise UsageError(f"Unknown flag {name}.{hint}")
+    if not options.version and not options.model_base_path and not options.model_config_file:
+        raise UsageError("Name a model by --model_base_path=FOLDER, or several by --model_config_file=FILE.")
+    if options.batching_parameters_file and not options.enable_batching:
+        raise UsageError("--batching_parameters_file needs --enable_batching.")
+    if options.port is None:
+        options.port = _DEFAULT_GRPC_PORT if options.rest_api_port else 0
+    return options
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m keras_bn_serving",
+        description="Serves SavedModels over TensorFlow Serving's protocol, REST and gRPC.",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    add = _adder(parser, "which models")
+    add("--model_name", str, "default", "name of the one model", "NAME")
+    add("--model_base_path", str, "", "folder of its numbered versions", "FOLDER")
+    add("--model_config_file", str, "", "ModelServerConfig as text proto, for several models", "FILE")
+    add("--model_config_file_poll_wait_seconds", _number(float, 0), 0.0, "reread it so often; 0 never", "SECONDS")
+    add("--file_system_poll_wait_seconds", _number(float, 0), 1.0, "look for versions so often; 0 once", "SECONDS")
+    add("--allow_version_labels_for_unavailable_models", _boolean, False, "let labels name unloaded versions", "BOOL")
+    add("--max_num_load_retries", _number(int, 0), 0, "tries after a failed one", "COUNT")
+    add("--load_retry_interval_micros", _number(int, 0), 60_000_000, "time between tries", "MICROS")
+    add("--enable_model_warmup", _boolean, True, "run the warm-up requests that a version brings", "BOOL")
+    add("--num_request_iterations_for_warmup", _number(int, 1), 1, "run each so often", "COUNT")
+
+    add = _adder(parser, "where and how to answer")
+    add("--address", str, "127.0.0.1", "address to listen on; 0.0.0.0 for every one", "HOST")
+    add("--rest_api_port", _number(int, 0, 65535), 8501, "port of the REST API; 0 takes a free one", "PORT")
+    add("--port", _number(int, 0, 65535), None, "port of gRPC; 0 takes a free one; 8500 or, as for REST, free", "PORT")
+    add("--grpc_socket_path", str, "", "answer gRPC on this UNIX socket as well", "PATH")
+    add("--ssl_config_file", str, "", "SSLConfig as text proto, for gRPC", "FILE")
+    add("--rest_api_timeout_in_ms", _number(int, 1), 30_000, "time for one answer", "MS")
+    add("--rest_api_num_threads", _number(int, 1), 1, "threads that read large JSON bodies", "COUNT")
+    add("--rest_api_enable_cors_support", _boolean, False, "let pages of other origins ask", "BOOL")
+    add("--rest_api_list_models", _boolean, False, "list the models at /v1/models", "BOOL")
+    add("--monitoring_config_file", str, "", "MonitoringConfig as text proto: where the metrics are", "FILE")
+    add("--log_requests", _boolean, False, "log a line of JSON for every REST request", "BOOL")
+    add("--drain_timeout_in_ms", _number(int, 0), 30_000, "time for answers under way once told to stop", "MS")
+
+    add = _adder(parser, "how the models run")
+    add("--enable_batching", _boolean, None, "group requests: true by a parameters file, false never, left out: "
+        "those that wait for a free thread, where that changes no answer", "BOOL")  # fmt: skip
+    add("--batching_parameters_file", str, "", "BatchingParameters as text proto", "FILE")
+    add("--tensorflow_intra_op_parallelism", _number(int, 0), 0, "threads within an operation; 0 chooses", "COUNT")
+    add("--tensorflow_inter_op_parallelism", _number(int, 0), 0, "operations side by side; 0 chooses", "COUNT")
+    add("--xla_cpu_compilation_enabled", _boolean, False, "run functions saved with jit_compile=True", "BOOL")
+    return parser
+
+
+def _adder(parser: argparse.ArgumentParser, title: str) -> Callable[[str, Callable[[str], Any], Any, str, str], None]:
+    group = parser.add_argument_group(title)
+
+    def add(name: str, kind: Callable[[str], Any], default: Any, help: str, metavar: str) -> None:
+        switch: dict[str, Any] = {"nargs": "?", "const": True} if kind is _boolean else {}
+        if default in (None, ""):
+            help += "%(default).0s"
+        group.add_argument(name, type=kind, default=default, help=help, metavar=metavar, **switch)
+
+    return add
+
+
+def _number(kind: type, least: float, most: float | None = None) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        span = f"at least {least}" if most is None else f"from {least} to {most}"
+        what = "a whole number" if kind is int else "a number"
+        problem = argparse.ArgumentTypeError(f"must be {what}, {span}. Received: {text!r}.")
+        try:
+            value = kind(text)
+        except ValueError:
+            raise problem from None
+        if not value >= least or (most is not None and value > most):
+            raise problem
+        return value
+
+    return read
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in (*_TRUE, *_FALSE):
+        raise argparse.ArgumentTypeError(f"must be true or false. Received: {text!r}.")
+    return text.lower() in _TRUE

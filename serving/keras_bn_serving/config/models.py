@@ -1,0 +1,87 @@
+"""Which models to serve, and which of their versions: the part of the configuration that may change while serving."""
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from keras_bn_serving.errors import InvalidArgumentError, NotFoundError
+
+_VERSION = re.compile(r"\d+")
+_LARGEST_VERSION = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class VersionPolicy:
+    """Which of the versions that exist should be loaded.
+
+    Attributes:
+        latest: How many of the newest, where neither `all` nor `specific` is set.
+        all: Every one.
+        specific: These.
+    """
+
+    latest: int = 1
+    all: bool = False
+    specific: tuple[int, ...] = ()
+
+    def aspired(self, versions: Iterable[int]) -> list[int]:
+        """Returns the versions to be loaded, newest first."""
+        newest_first = sorted(versions, reverse=True)
+        if self.all:
+            return newest_first
+        if self.specific:
+            return [version for version in newest_first if version in self.specific]
+        return newest_first[: self.latest]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One model to serve.
+
+    Attributes:
+        name: The name in requests.
+        base_path: The folder whose numbered folders are the versions.
+        policy: Which versions to load.
+        labels: Names for versions.
+    """
+
+    name: str
+    base_path: str
+    policy: VersionPolicy = VersionPolicy()
+    labels: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise InvalidArgumentError("`name` of a model must not be empty. Received: name=''.")
+        if not os.path.isabs(self.base_path):
+            raise InvalidArgumentError(
+                f"`base_path` of model {self.name} must be an absolute path. Received: base_path={self.base_path!r}."
+            )
+
+    def find_versions(self) -> dict[int, str]:
+        """Returns the folders of the versions that exist now, by version.
+
+        Raises:
+            OSError: If the base path cannot be read.
+        """
+        versions: dict[int, str] = {}
+        with os.scandir(self.base_path) as entries:
+            for entry in entries:
+                if _VERSION.fullmatch(entry.name) and int(entry.name) <= _LARGEST_VERSION and entry.is_dir():
+                    versions.setdefault(int(entry.name), entry.path)
+        return versions
+
+
+def check_base_path(config: ModelConfig) -> None:
+    """Raises a NotFoundError that says what is missing unless the model has a version to serve."""
+    if not os.path.isdir(config.base_path):
+        problem = "is not a folder" if os.path.exists(config.base_path) else "does not exist"
+        raise NotFoundError(f"Model {config.name}: the base path {config.base_path} {problem}.")
+    if not config.policy.aspired(config.find_versions()):
+        hint = (
+            "it holds a SavedModel itself; move it into a numbered folder, such as 1, below"
+            if os.path.exists(os.path.join(config.base_path, "saved_model.pb"))
+            else "every version needs a folder with a number as its name, such as 1"
+        )
+        raise NotFoundError(f"Model {config.name}: no version found below {config.base_path}: {hint}.")

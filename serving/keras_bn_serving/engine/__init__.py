@@ -1,0 +1,1 @@
+"""Models loaded and run; knows no protocol."""

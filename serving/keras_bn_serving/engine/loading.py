@@ -1,0 +1,102 @@
+"""Makes versions ready to serve: loads them, more than once if asked to, and warms them up."""
+
+import logging
+import os
+import threading
+from dataclasses import dataclass, field
+
+import tensorflow as tf
+from google.protobuf.message import DecodeError
+from tensorflow_serving.apis import prediction_log_pb2
+
+from keras_bn_serving.codec.tensor_proto import to_array
+from keras_bn_serving.engine import examples
+from keras_bn_serving.engine.servable import LoadOptions, Servable
+from keras_bn_serving.errors import Code, InvalidArgumentError, ServingError
+
+_log = logging.getLogger(__name__)
+_WARMUP_FILE = os.path.join("assets.extra", "tf_serving_warmup_requests")
+_MOST_RECORDS = 1000
+
+
+@dataclass(frozen=True)
+class Loader:
+    """Loads a version.
+
+    Attributes:
+        options: How TensorFlow runs it.
+        warm_up: Whether to run the requests that the version brings for that.
+        warm_up_iterations: How often to run each.
+        retries: How often to try again if loading fails.
+        retry_wait_seconds: How long to wait before that.
+        stopping: Set once there is no use in trying again.
+    """
+
+    options: LoadOptions = field(default_factory=LoadOptions)
+    warm_up: bool = True
+    warm_up_iterations: int = 1
+    retries: int = 0
+    retry_wait_seconds: float = 60.0
+    stopping: threading.Event = field(default_factory=threading.Event)
+
+    def __call__(self, name: str, version: int, path: str) -> Servable:
+        """Returns the version, loaded and warm.
+
+        Raises:
+            ServingError: If it cannot be loaded or its warm-up fails.
+        """
+        for left in range(self.retries, -1, -1):
+            try:
+                return self._load(name, path)
+            except ServingError as error:
+                if not left:
+                    raise
+                _log.warning("model %s version %d, %d tries left: %s", name, version, left, error.message)
+                if self.stopping.wait(self.retry_wait_seconds):
+                    raise
+        raise InvalidArgumentError(f"`retries` must be at least 0. Received: retries={self.retries}.")
+
+    def _load(self, name: str, path: str) -> Servable:
+        servable = Servable(path, self.options, name)
+        file = os.path.join(path, _WARMUP_FILE)
+        if self.warm_up and os.path.exists(file):
+            try:
+                _run_all(servable, file, self.warm_up_iterations)
+            except BaseException:
+                servable.close()
+                raise
+        return servable
+
+
+def _run_all(servable: Servable, file: str, iterations: int) -> None:
+    count = 0
+    try:
+        for count, record in enumerate(tf.compat.v1.io.tf_record_iterator(file), start=1):
+            if count > _MOST_RECORDS:
+                raise InvalidArgumentError(f"Number of warmup records exceeds the maximum ({_MOST_RECORDS}) in {file}")
+            log = prediction_log_pb2.PredictionLog.FromString(record)
+            for _ in range(iterations):
+                _run(servable, log)
+    except (tf.errors.OpError, DecodeError) as error:
+        raise ServingError(f"Cannot read record {count + 1} of {file}: {error}", Code.DATA_LOSS) from error
+    except ServingError as error:
+        raise ServingError(f"Warm-up request {count} of {file} failed: {error.message}", error.code) from error
+
+
+def _run(servable: Servable, log: prediction_log_pb2.PredictionLog) -> None:
+    kind = log.WhichOneof("log_type")
+    if kind == "predict_log":
+        request = log.predict_log.request
+        inputs = {name: to_array(value, name) for name, value in request.inputs.items()}
+        servable.run(servable.signature(request.model_spec.signature_name), inputs, request.output_filter)
+    elif kind in ("classify_log", "regress_log"):
+        one = getattr(log, kind).request
+        signature = examples.find_signature(servable, one.model_spec.signature_name)
+        servable.run(signature, examples.serialize(one.input))
+    elif kind == "multi_inference_log":
+        many = log.multi_inference_log.request
+        for task in many.tasks:
+            signature = examples.find_signature(servable, task.model_spec.signature_name)
+            servable.run(signature, examples.serialize(many.input))
+    else:
+        raise InvalidArgumentError(f"Unsupported log_type for warmup: {kind}")

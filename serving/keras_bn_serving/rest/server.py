@@ -1,0 +1,283 @@
+"""TensorFlow Serving's REST protocol: routes, bodies and HTTP statuses on top of the prediction service."""
+
+import asyncio
+import json
+import logging
+import re
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from http import HTTPStatus
+from urllib.parse import unquote_to_bytes
+
+from google.protobuf import json_format
+from tensorflow_serving.apis import get_model_metadata_pb2, get_model_status_pb2
+
+from keras_bn_serving.codec.answer import encode_classifications, encode_error, encode_predict, encode_regressions
+from keras_bn_serving.codec.examples import decode_examples
+from keras_bn_serving.codec.tensor import PredictInput, decode_predict
+from keras_bn_serving.codec.tensor_spec import TensorSpec
+from keras_bn_serving.engine.arrivals import Arrivals
+from keras_bn_serving.engine.metrics import Metrics
+from keras_bn_serving.engine.repository import Lease
+from keras_bn_serving.engine.service import ModelSpec, PredictionService
+from keras_bn_serving.errors import Code, InvalidArgumentError, ServingError
+from keras_bn_serving.rest.extras import Extras
+from keras_bn_serving.rest.http_messages import Request, Response
+
+_log = logging.getLogger(__name__)
+_request_log = logging.getLogger("keras_bn_serving.requests")
+
+HTTP_STATUS = {
+    Code.OK: 200,
+    Code.CANCELLED: 499,
+    Code.UNKNOWN: 500,
+    Code.INVALID_ARGUMENT: 400,
+    Code.DEADLINE_EXCEEDED: 504,
+    Code.NOT_FOUND: 404,
+    Code.ALREADY_EXISTS: 409,
+    Code.PERMISSION_DENIED: 403,
+    Code.RESOURCE_EXHAUSTED: 429,
+    Code.FAILED_PRECONDITION: 400,
+    Code.ABORTED: 409,
+    Code.OUT_OF_RANGE: 400,
+    Code.UNIMPLEMENTED: 501,
+    Code.INTERNAL: 500,
+    Code.UNAVAILABLE: 503,
+    Code.DATA_LOSS: 500,
+    Code.UNAUTHENTICATED: 401,
+}
+_WHERE = r"/v1/models/([^/:]+)(?:(?:/versions/(\d+))|(?:/labels/([^/:]+)))?"
+_RUN = re.compile(_WHERE + r":(classify|regress|predict)", re.IGNORECASE)
+_LOOK = re.compile(
+    r"/v1/models(?:/([^/:]+))?(?:(?:/versions/(\d+))|(?:/labels/([^/:]+)))?(?:/(metadata))?", re.IGNORECASE
+)
+_LARGEST_VERSION = 2**63 - 1
+# Below this a body is read at once, in a millisecond or so; a larger one would keep the other connections waiting.
+_READ_AT_ONCE_BYTES = 256 * 1024
+_CORS = (
+    ("Access-Control-Allow-Origin", "*"),
+    ("Access-Control-Allow-Methods", "GET, POST"),
+    ("Access-Control-Allow-Headers", "Content-Type"),
+)
+_NOT_FOUND_PAGE = b"<HTML><HEAD>\n<TITLE>404 Not Found</TITLE>\n</HEAD><BODY>\n<H1>Not Found</H1>\n</BODY></HTML>\n"
+
+
+class _Overflow(Exception):
+    """A version number that no integer of 64 bits holds; TensorFlow Serving answers it with nothing."""
+
+
+@dataclass(frozen=True)
+class RestOptions:
+    """What the REST server does beside the protocol.
+
+    Attributes:
+        cors: Whether pages of other origins may ask.
+        list_models: Whether `GET /v1/models` lists the models, where TensorFlow Serving refuses it.
+        metrics_path: Where Prometheus finds the metrics; empty for nowhere.
+        num_threads: Threads that read large bodies.
+        log_requests: Whether to write a line of JSON to the log for every request.
+    """
+
+    cors: bool = False
+    list_models: bool = False
+    metrics_path: str = ""
+    num_threads: int = 1
+    log_requests: bool = False
+
+
+class RestServer:
+    """Answers HTTP requests.
+
+    Args:
+        service: What answers.
+        metrics: What counts.
+        waiting_rows: Tells how much waits to be run.
+        options: What to do beside the protocol.
+        timeout_seconds: How long an answer may take.
+        loop: Where `handle` runs.
+    """
+
+    def __init__(
+        self,
+        service: PredictionService,
+        metrics: Metrics,
+        waiting_rows: Callable[[], int],
+        options: RestOptions,
+        timeout_seconds: float,
+        loop: asyncio.AbstractEventLoop,
+    ):
+        self._service = service
+        self._metrics = metrics
+        self._options = options
+        self._timeout_seconds = timeout_seconds
+        self._extras = Extras(service, metrics, waiting_rows, options.metrics_path)
+        self._loop = loop
+        self._arrivals = Arrivals(loop)
+        self._readers = ThreadPoolExecutor(options.num_threads, thread_name_prefix="read")
+
+    async def handle(self, request: Request) -> Response:
+        """Answers one request, whatever happens."""
+        started = time.perf_counter()
+        run = _RUN.fullmatch(request.target) if request.method == "POST" else None
+        try:
+            response, code = await self._route(request, run), Code.OK
+        except ServingError as error:
+            response, code = Response(HTTP_STATUS[error.code], encode_error(error.message)), error.code
+        except _Overflow:
+            response, code = Response(HTTPStatus.BAD_REQUEST, b""), Code.INVALID_ARGUMENT
+        except (TimeoutError, asyncio.TimeoutError):
+            code = Code.DEADLINE_EXCEEDED
+            response = Response(HTTP_STATUS[code], encode_error("The request took too long."))
+        except Exception:
+            _log.exception("%s %s failed", request.method, request.target)
+            code = Code.INTERNAL
+            response = Response(HTTP_STATUS[code], encode_error("Internal error"))
+        seconds = time.perf_counter() - started
+        if run is not None:
+            self._count(run, code, seconds)
+        if self._options.log_requests:
+            _request_log.info(
+                json.dumps(
+                    {
+                        "method": request.method,
+                        "path": request.target,
+                        "status": int(response.status),
+                        "milliseconds": round(seconds * 1000, 3),
+                        "request_bytes": len(request.body),
+                        "response_bytes": len(response.body),
+                    }
+                )
+            )
+        return response._replace(headers=(*response.headers, *_CORS)) if self._options.cors else response
+
+    def refuse(self, status: int, reason: str) -> Response:
+        """Makes the answer for a request that cannot be read."""
+        return Response(status, encode_error(reason))
+
+    def close(self) -> None:
+        """Frees the threads."""
+        self._readers.shutdown()
+
+    async def _route(self, request: Request, run: re.Match[str] | None) -> Response:
+        if request.method == "OPTIONS":
+            if self._options.cors:
+                return Response(HTTPStatus.OK, b"")
+            return Response(HTTPStatus.BAD_REQUEST, b"", "text/html; charset=ISO-8859-1")
+        if not request.target.startswith("/v1/"):
+            ours = self._extras.answer(request)
+            return ours or Response(HTTPStatus.NOT_FOUND, _NOT_FOUND_PAGE, "text/html")
+        # The pattern ignores case, what it is dispatched by does not.
+        if run is not None and run[4] in ("predict", "classify", "regress"):
+            spec = _model_spec(*run.groups()[:3])
+            return await (self._predict if run[4] == "predict" else self._run)(spec, request.body, run[4])
+        if request.method == "GET":
+            found = _LOOK.fullmatch(request.target)
+            if found and found[1] is None and self._options.list_models and not any(found.groups()):
+                return self._extras.models()
+            if found and found[1] is None:
+                raise InvalidArgumentError("Missing model name in request.")
+            if found:
+                spec = _model_spec(*found.groups()[:3])
+                return self._metadata(spec) if found[4] == "metadata" else self._status(spec)
+        raise InvalidArgumentError(f"Malformed request: {request.method} {request.target}")
+
+    async def _predict(self, spec: ModelSpec, body: bytes, method: str) -> Response:
+        taken: list[Lease] = []
+
+        def read() -> PredictInput:
+            return decode_predict(body, self._taking(spec, taken))
+
+        def release(_: object = None) -> None:
+            for lease in taken:
+                lease.release()
+
+        reading = None if len(body) <= _READ_AT_ONCE_BYTES else self._readers.submit(read)
+        try:
+            understood = (
+                read()
+                if reading is None
+                else await asyncio.wait_for(asyncio.wrap_future(reading), self._timeout_seconds)
+            )
+            arrival = self._arrivals.expect()
+            task = self._service.predict(
+                taken[0], understood.signature_name, understood.inputs, arrival.finish, start=self._loop.call_soon
+            )
+        except BaseException:
+            release()
+            if reading is not None:
+                # The reading goes on where the request is given up, and may take its lease only then.
+                reading.add_done_callback(release)
+            raise
+        outputs = await arrival.result(self._timeout_seconds, task.cancel)
+        return Response(HTTPStatus.OK, encode_predict(outputs, understood.row_format))
+
+    async def _run(self, spec: ModelSpec, body: bytes, method: str) -> Response:
+        signature_name, message = decode_examples(body)
+        lease = self._service.lease(spec)
+        try:
+            run = self._service.classify if method == "classify" else self._service.regress
+            arrival = self._arrivals.expect()
+            task = run(lease, signature_name, message, arrival.finish)
+        except BaseException:
+            lease.release()
+            raise
+        result = await arrival.result(self._timeout_seconds, task.cancel)
+        if method == "regress":
+            return Response(HTTPStatus.OK, encode_regressions(result))
+        return Response(HTTPStatus.OK, encode_classifications(result.labels, result.scores))
+
+    def _count(self, run: re.Match[str], code: Code, seconds: float) -> None:
+        # Only names that are served make a series: a stranger's names would fill the memory.
+        name = _unquote(run[1])
+        name = name if name in self._service.repository.names() else ""
+        self._metrics.request(name, run[4].capitalize(), "REST", code.name, seconds)
+
+    def _taking(self, spec: ModelSpec, taken: list[Lease]) -> Callable[[str], Mapping[str, TensorSpec]]:
+        def find_inputs(signature_name: str) -> Mapping[str, TensorSpec]:
+            if not taken:
+                taken.append(self._service.lease(spec))
+            return self._service.input_specs(taken[0], signature_name)
+
+        return find_inputs
+
+    def _status(self, spec: ModelSpec) -> Response:
+        answer = get_model_status_pb2.GetModelStatusResponse()
+        for version, state, error in self._service.status(spec):
+            one = answer.model_version_status.add(version=version, state=int(state))
+            one.status.error_code = 0 if error is None else int(error.code)
+            one.status.error_message = "" if error is None else error.message
+        return Response(HTTPStatus.OK, (_message_to_json(answer) + "\n").encode())
+
+    def _metadata(self, spec: ModelSpec) -> Response:
+        with self._service.lease(spec) as lease:
+            answer = get_model_metadata_pb2.GetModelMetadataResponse()
+            answer.model_spec.name = lease.model_name
+            answer.model_spec.version.value = lease.version
+            definitions = get_model_metadata_pb2.SignatureDefMap(
+                signature_def=dict(lease.servable.meta_graph.signature_def)
+            )
+        text = (
+            f'{{\n"model_spec":{_message_to_json(answer.model_spec)}\n,\n'
+            f'"metadata": {{"signature_def": {_message_to_json(definitions)}\n}}\n}}\n'
+        )
+        return Response(HTTPStatus.OK, text.encode())
+
+
+def _model_spec(name: str, version: str | None, label: str | None) -> ModelSpec:
+    if version is not None and int(version) > _LARGEST_VERSION:
+        raise _Overflow
+    return ModelSpec(
+        _unquote(name), None if version is None else int(version), None if label is None else _unquote(label)
+    )
+
+
+def _unquote(text: str) -> str:
+    return unquote_to_bytes(text).decode(errors="surrogateescape") if "%" in text else text
+
+
+def _message_to_json(message) -> str:
+    return json_format.MessageToJson(
+        message, preserving_proto_field_name=True, indent=1, always_print_fields_with_no_presence=True
+    )

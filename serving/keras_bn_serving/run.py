@@ -1,0 +1,164 @@
+"""The embedded server put together: repository, prediction service and protocols, started and stopped as one."""
+
+import asyncio
+import gc
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import grpc
+import uvloop
+
+from keras_bn_serving.config.models import ModelConfig
+from keras_bn_serving.engine.batching import Batcher, BatchingOptions
+from keras_bn_serving.engine.loading import Loader
+from keras_bn_serving.engine.metrics import Metrics
+from keras_bn_serving.engine.repository import ModelRepository, State
+from keras_bn_serving.engine.service import PredictionService
+from keras_bn_serving.errors import ServingError, UnavailableError
+from keras_bn_serving.rest.http_protocol import HttpConnection, HttpLimits, HttpService
+from keras_bn_serving.rest.server import RestOptions, RestServer
+from keras_bn_serving.rpc.server import make_server
+
+_log = logging.getLogger(__name__)
+_BACKLOG = 1024
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """How the server runs, beside which models it serves.
+
+    Attributes:
+        rest_socket: Bound, not yet listening.
+        grpc_addresses: Where gRPC answers: `host:port` with 0 for a free port, or `unix:path`.
+        grpc_credentials: For encrypted gRPC.
+        timeout_seconds: How long an answer may take.
+        poll_wait_seconds: How long to wait between looks at the models' folders.
+        read_configs: Reads the models again, where they stand in a file.
+        config_poll_wait_seconds: How long to wait between looks at that file; 0 looks once.
+        allow_labels_for_unavailable: Whether a label may name a version that is not loaded.
+        drain_seconds: How long requests under way may take once the server is told to stop.
+        batching: How to group requests; `None` never groups.
+        loader: How versions are loaded.
+        rest: What the REST server offers beside the protocol.
+        limits: What one HTTP connection may cost.
+    """
+
+    rest_socket: socket.socket
+    grpc_addresses: tuple[str, ...] = ()
+    grpc_credentials: grpc.ServerCredentials | None = None
+    timeout_seconds: float = 30.0
+    poll_wait_seconds: float = 1.0
+    read_configs: Callable[[], list[ModelConfig]] | None = None
+    config_poll_wait_seconds: float = 0.0
+    allow_labels_for_unavailable: bool = False
+    drain_seconds: float = 30.0
+    batching: BatchingOptions | None = field(default_factory=BatchingOptions)
+    loader: Loader = field(default_factory=Loader)
+    rest: RestOptions = field(default_factory=RestOptions)
+    limits: HttpLimits = field(default_factory=HttpLimits)
+
+
+def serve(configs: list[ModelConfig], options: ServerOptions) -> None:
+    """Loads the models, serves them until SIGTERM or SIGINT, finishes what is under way.
+
+    Raises:
+        ServingError: If a model cannot be served, or a port is taken.
+    """
+    metrics = Metrics()
+    repository = ModelRepository(options.loader, options.poll_wait_seconds, options.allow_labels_for_unavailable)
+    batcher = Batcher(
+        options.batching,
+        on_run=lambda servable, rows, waited, ran: metrics.ran(servable.name, rows, waited, ran),
+    )
+    service = PredictionService(repository, batcher)
+    stopped = threading.Event()
+    loop = uvloop.new_event_loop()
+    rest = RestServer(service, metrics, batcher.waiting, options.rest, options.timeout_seconds, loop)
+    try:
+        repository.start(configs)
+        grpc_server, ports = _start_grpc(service, metrics, options)
+        _print_summary(repository, options, ports)
+        _follow_configs(configs, repository, options, stopped)
+        # What is loaded stays: looking through TensorFlow's millions of objects for garbage stops every request.
+        gc.collect()
+        gc.freeze()
+        loop.run_until_complete(_serve_until_told(rest, options))
+        grpc_server.stop(options.drain_seconds).wait()
+    finally:
+        stopped.set()
+        options.loader.stopping.set()
+        loop.close()
+        rest.close()
+        batcher.close(options.drain_seconds)
+        repository.close(options.drain_seconds)
+
+
+async def _serve_until_told(rest: RestServer, options: ServerOptions) -> None:
+    loop = asyncio.get_running_loop()
+    told = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, told.set)
+    http = HttpService(rest.handle, rest.refuse, options.limits)
+    server = await loop.create_server(lambda: HttpConnection(http, loop), sock=options.rest_socket, backlog=_BACKLOG)
+    print("Ready", flush=True)
+    await told.wait()
+    _log.info("stopping: no further connections, finishing what is under way")
+    http.closing = True
+    server.close()
+    for connection in list(http.connections):
+        connection.shut_down()
+    deadline = loop.time() + options.drain_seconds
+    while http.connections and loop.time() < deadline:
+        await asyncio.sleep(0.02)
+    if http.connections:
+        _log.warning("%d connections were cut off after %g s", len(http.connections), options.drain_seconds)
+
+
+def _start_grpc(
+    service: PredictionService, metrics: Metrics, options: ServerOptions
+) -> tuple[grpc.Server, Iterable[int]]:
+    try:
+        server, ports = make_server(
+            service, metrics, options.grpc_addresses, options.timeout_seconds, options.grpc_credentials
+        )
+    except RuntimeError as error:
+        raise UnavailableError(f"Cannot listen for gRPC on {' and '.join(options.grpc_addresses)}.") from error
+    server.start()
+    return server, ports
+
+
+def _follow_configs(
+    configs: list[ModelConfig], repository: ModelRepository, options: ServerOptions, stopped: threading.Event
+) -> None:
+    read_configs, wait = options.read_configs, options.config_poll_wait_seconds
+    if read_configs is None or not wait:
+        return
+
+    def follow() -> None:
+        known = configs
+        while not stopped.wait(wait):
+            try:
+                found = read_configs()
+                if found != known:
+                    known = found
+                    repository.reconfigure(found)
+            except ServingError as error:
+                _log.error("the models' configuration has not been taken over: %s", error.message)
+
+    threading.Thread(target=follow, name="model-configs", daemon=True).start()
+
+
+def _print_summary(repository: ModelRepository, options: ServerOptions, ports: Iterable[int]) -> None:
+    for name in repository.names():
+        versions = [str(number) for number, state, _ in repository.status(name) if state is State.AVAILABLE]
+        print(f"Serving {name}, version {', '.join(versions)}")
+    host, port = options.rest_socket.getsockname()[:2]
+    print(f"REST at http://{f'[{host}]' if ':' in host else host}:{port}")
+    scheme = "grpc" if options.grpc_credentials is None else "grpcs"
+    for address, chosen in zip(options.grpc_addresses, ports, strict=True):
+        place = address if address.startswith("unix:") else f"{scheme}://{address.rpartition(':')[0]}:{chosen}"
+        print(f"gRPC at {place}")
