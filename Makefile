@@ -15,6 +15,8 @@ install: $(INSTALLED)  ## Make .venv and install everything into it
 $(INSTALLED): setup.cfg setup.py pyproject.toml $(wildcard keras_bn/ops/csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[serving,models,test,lint]'
+	@ls keras_bn/ops/_operations.* > /dev/null 2>&1 || \
+		echo 'keras_bn goes without its compiled operations, which need a C++ compiler: all works, only slower.'
 	touch $@
 
 data: $(INSTALLED)  ## Fetch Fashion-MNIST, or check what DATA=path names

@@ -23,6 +23,7 @@ setup(
             ],
             extra_link_args=["-pthread"],
             py_limited_api=True,
+            # Where it fails, one line says so, and `keras_bn.compiled()`.
             optional=True,
         )
     ],

@@ -1,42 +1,39 @@
-"""Normalization as stateless functions of tensors, each the fastest that is right for where it runs."""
+"""Normalization as stateless functions of tensors, each done in the way that suits where it runs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
-import keras
 import tensorflow as tf
 
-from keras_bn import statistics
-from keras_bn.ops import inference
-from keras_bn.ops import native as _native
-from keras_bn.ops.fused import SINGLE_VALUE as SINGLE_VALUE
-from keras_bn.ops.fused import (
-    Activation,
-    composed,
-    fused,
-    in_xla_context,
-    is_small,
-    likely_size,
-    small,
-    statistics_dtype,
-)
-from keras_bn.ops.fused import either as either
-from keras_bn.ops.inference import scale_and_shift as scale_and_shift
-from keras_bn.ops.layouts import as_planes, as_rows, has_planes
-from keras_bn.ops.plain import compiled_two_pass, two_pass
-from keras_bn.statistics import Moments
-from keras_bn.statistics import Moving as Moving
+from keras_bn.ops import fused, native, plain, where
+from keras_bn.ops.layouts import channel_count
+from keras_bn.ops.native import SINGLE_VALUE as SINGLE_VALUE
+from keras_bn.ops.native import compiled as compiled
+from keras_bn.ops.plain import scale_and_shift as scale_and_shift
+from keras_bn.statistics import Moments, Moving, statistics_dtype
 
-# TensorFlow's fused operation trains larger batches as fast as one of our own, and up to a fifth faster in bfloat16:
-# both wait for memory (measured: 4096x512 no, 128x28x28x32 yes). So it does planes of shorter rows in bfloat16
-# (measured: 49 yes, 196 no).
-_NATIVE_VALUES = 5 * 2**19
-_NATIVE_ROW = 64
+KERNELS = ("auto", "native", "fused", "plain")
 
 
-def normalize_with_batch(
+class Normalized(NamedTuple):
+    """A batch that was normalized with its own statistics.
+
+    Attributes:
+        y: Of the shape and dtype of the input, differentiable.
+        moments: Of the batch (per group where there are groups), not differentiable.
+        moved: The moving mean and variance one step on, where that was asked for and the operation does it by the way;
+            else None.
+    """
+
+    y: tf.Tensor
+    moments: Moments
+    moved: tuple[tf.Tensor, tf.Tensor] | None
+
+
+def normalize_batch(
     x: tf.Tensor,
     gamma: tf.Tensor | None = None,
     beta: tf.Tensor | None = None,
@@ -46,14 +43,14 @@ def normalize_with_batch(
     weights: tf.Tensor | None = None,
     group_size: int | None = None,
     synchronized: bool = False,
-    activation: Activation = keras.activations.linear,
     kernel: str = "auto",
-) -> tuple[tf.Tensor, Moments]:
+    moving: Moving | None = None,
+) -> Normalized:
     """Normalizes with the statistics of this batch.
 
-    y = activation(gamma * (x - mean) / sqrt(variance + epsilon) + beta)
+    y = gamma * (x - mean) / sqrt(variance + epsilon) + beta
 
-    with the biased variance, from a centred second moment. Half types are accumulated in float32.
+    with the biased variance, from a centred second moment. Half types are accumulated in float32 at least.
 
     Args:
         x: Floating-point tensor of rank 2 or more.
@@ -65,108 +62,37 @@ def normalize_with_batch(
         group_size: Number of examples (along axis 0) that are normalized together; the last group may be smaller.
             Default: all.
         synchronized: Whether the statistics are those of all replicas' batches together.
-        activation: Applied last.
-        kernel: "auto", "fused", "xla" or "stable". Weights, groups and synchronization have one kernel each, and so
-            has a graph that XLA compiles, where there is no fused operation to be had.
+        kernel: "auto", "native", "fused" or "plain": one of `KERNELS`. Weights, groups, synchronization and graphs
+            that XLA compiles have the plain one only.
+        moving: Moving statistics that an operation may move by the way, in the dtype of gamma.
 
     Returns:
-        y, of the shape and dtype of `x`, differentiable twice; and the moments of `x` (per group where there is a
-        `group_size`), not differentiable.
+        y, differentiable twice; and the moments of `x`.
 
     Raises:
-        ValueError: If `kernel` is "fused" and `x` is float64, which the fused operation does not take.
+        ValueError: If `kernel` is "native" or "fused" and `x` is float64, or "native" without compiled operations.
 
     Reference: Ioffe & Szegedy 2015 (arXiv 1502.03167), Algorithm 1.
     """
-    dtype = statistics_dtype(x.dtype)
-    channels = math.prod(x.shape[axis] for axis in axes)
-    fewest = math.prod(size or 1 for axis, size in enumerate(x.shape) if axis not in axes)
+    dtype, channels = statistics_dtype(x.dtype), channel_count(x, axes)
     gamma = tf.ones([channels], dtype) if gamma is None else gamma
     beta = tf.zeros([channels], dtype) if beta is None else beta
-    if _takes_native(x, gamma, beta, axes, kernel, weights, group_size, synchronized):
-        y, moments, count = _native.normalize_batch(x, gamma, beta, axes, epsilon)
-        return activation(y), Moments(count, *tf.unstack(moments))
-    if weights is None and group_size is None and not synchronized:
-        if in_xla_context() or (kernel == "auto" and dtype == tf.float64):
-            kernel = "stable"
-        elif kernel == "auto":
-            kernel = "small" if is_small(x) else "fused"
-        if kernel == "fused" and dtype == tf.float64:
-            raise ValueError(
-                "`kernel` must be 'auto', 'xla' or 'stable' for float64 inputs, which TensorFlow's fused operation "
-                "does not take. Received: kernel='fused'."
-            )
-        if kernel in ("fused", "small"):
-            y, moments = (fused if kernel == "fused" else small)(x, gamma, beta, axes, epsilon)
-            # Only where there may be one value: to find out costs a branch.
-            if not isinstance(moments.count, float) and fewest == 1:
-                _warn_of_single_value(moments.count)
-            return activation(y), _constant(moments)
-        planes = has_planes(x, axes)
-        view, restore = as_planes(x, axes) if planes else as_rows(x, axes)
-        normalize = compiled_two_pass if kernel == "xla" else two_pass
-        y, moments = normalize(view, gamma, beta, epsilon, activation, planes, fewest)
-        return restore(y), moments
-
-    rows, restore = as_rows(x, axes)
-    if weights is not None:
-        weights, _ = as_rows(tf.broadcast_to(tf.cast(weights, dtype), tf.shape(x)), axes)
-        weights = tf.ensure_shape(weights, rows.shape)
-
-    def normalize_part(rows, weights):
-        if weights is None and not synchronized:
-            return two_pass(rows, gamma, beta, epsilon, activation, planes=False, fewest=fewest)
-        y, moments = composed(rows, gamma, beta, epsilon, weights, synchronized)
-        return activation(y), moments
-
-    if group_size is None:
-        y, moments = normalize_part(rows, weights)
-        return restore(y), moments
-    examples = tf.shape(x)[0]
-    parts = _split_groups(rows, examples, group_size)
-    part_weights = [None, None] if weights is None else _split_groups(weights, examples, group_size)
-    normalized = [normalize_part(*part) for part in zip(parts, part_weights, strict=True)]
-    y = tf.concat([tf.reshape(y, [-1, channels]) for y, _ in normalized], 0)
-    fields = zip(*(_with_count_per_channel(part) for _, part in normalized), strict=True)
-    return restore(tf.ensure_shape(y, rows.shape)), Moments(*(tf.concat(field, 0) for field in fields))
-
-
-def normalize_and_move(
-    x: tf.Tensor,
-    gamma: tf.Tensor | None,
-    beta: tf.Tensor | None,
-    moving: Moving,
-    *,
-    axes: Sequence[int],
-    epsilon: float,
-    activation: Activation,
-    kernel: str,
-    **options,
-) -> tuple[tf.Tensor, tf.Tensor | float]:
-    """`normalize_with_batch`, with whose moments both moving statistics are moved: one operation where that is faster.
-
-    moved = moving + rate * (batch - moving)
-
-    Args:
-        moving: In the dtype in which the moments of `x` are.
-        **options: And all others, as for `normalize_with_batch`.
-
-    Returns:
-        y, and the count of the moments.
-    """
-    if not _takes_native(x, gamma, beta, axes, kernel, **options):
-        y, moments = normalize_with_batch(
-            x, gamma, beta, axes=axes, epsilon=epsilon, activation=activation, kernel=kernel, **options
+    if weights is not None or group_size is not None or synchronized or where.in_xla_context():
+        return Normalized(
+            *plain.normalize_batch(x, gamma, beta, axes, epsilon, weights, group_size, synchronized), None
         )
-        moving.assign(*statistics.moved_by(moving.mean, moving.variance, moments, moving.rate, moving.unbiased))
-        return y, moments.count
-    gamma = tf.ones_like(moving.mean) if gamma is None else gamma
-    beta = tf.zeros_like(moving.mean) if beta is None else beta
-    y, _, count = _native.normalize_batch(x, gamma, beta, axes, epsilon, moving)
-    return activation(y), count
+    kernel = _kernel_for(x, kernel)
+    if kernel == "native":
+        return Normalized(*native.normalize_batch(x, gamma, beta, axes, epsilon, moving))
+    normalize = fused.normalize_batch if kernel == "fused" else plain.normalize_batch
+    y, moments = normalize(x, gamma, beta, axes, epsilon)
+    fewest = math.prod(size or 1 for axis, size in enumerate(x.shape) if axis not in axes)
+    if fewest == 1 and not isinstance(moments.count, float):  # To find out costs a branch.
+        where.say_once_if(tf.equal(moments.count, 1.0), SINGLE_VALUE)
+    return Normalized(y, moments, None)
 
 
-def normalize_with(
+def normalize(
     x: tf.Tensor,
     mean: tf.Tensor,
     variance: tf.Tensor,
@@ -175,12 +101,14 @@ def normalize_with(
     *,
     axes: Sequence[int],
     epsilon: float,
+    kernel: str = "auto",
 ) -> tf.Tensor:
     """Normalizes with statistics that are given.
 
     y = gamma * (x - mean) / sqrt(variance + epsilon) + beta
 
-    Far from zero the mean is subtracted before anything is multiplied, so that no digits are lost.
+    The mean is subtracted before anything is multiplied, so that no digits are lost far from zero. A graph holds
+    TensorFlow's own operations, so that it can be exported, unless it loops over data.
 
     Args:
         x: Floating-point tensor of rank 2 or more.
@@ -190,63 +118,30 @@ def normalize_with(
         beta: Shape `(C,)`, or None for zeros.
         axes: The channel axes, not negative, ascending.
         epsilon: Added to the variance; its unit is that of `x` squared.
+        kernel: As for `normalize_batch`; "plain" is TensorFlow's own operations everywhere.
 
     Returns:
-        y, of the shape and dtype of `x`.
+        y, of the shape and dtype of `x`, differentiable.
 
     Reference: Ioffe & Szegedy 2015 (arXiv 1502.03167), Algorithm 2, step 11.
     """
-    known = [tensor for tensor in (x, mean, variance, gamma, beta) if tensor is not None]
-    if not _native.infers(*known, axes=axes):
-        return inference.normalize_plainly(x, mean, variance, gamma, beta, axes[0], axes[-1], epsilon, axes)
-    gamma = tf.ones_like(mean) if gamma is None else gamma
-    beta = tf.zeros_like(mean) if beta is None else beta
-    return _native.normalize(x, mean, variance, gamma, beta, axes, epsilon)
+    exported = not tf.executing_eagerly() and (where.in_xla_context() or not where.in_loop_over_data())
+    way = native if kernel in ("auto", "native") and not exported and native.takes(x) else plain
+    return way.normalize(x, mean, variance, gamma, beta, axes, epsilon)
 
 
-def _takes_native(x, gamma, beta, axes, kernel, weights=None, group_size=None, synchronized=False) -> bool:
-    """Whether an operation of our own normalizes such a batch."""
-    if weights is not None or group_size is not None or synchronized:
-        return False
-    fits = kernel == "auto" and _native.fits(x, axes) and _trains_faster_natively(x, axes)
-    return fits and _native.is_wanted(*(tensor for tensor in (x, gamma, beta) if tensor is not None))
-
-
-def _trains_faster_natively(x, axes) -> bool:
-    """Whether an operation of our own, which takes any input, is faster than TensorFlow's fused one; as measured."""
-    if tf.executing_eagerly() or x.dtype == tf.float16:
-        return True
-    if has_planes(x, axes):
-        pixels = math.prod(size or _NATIVE_ROW for size in x.shape[axes[-1] + 1 :])
-        return is_small(x) or x.dtype == tf.float32 or pixels >= _NATIVE_ROW
-    return likely_size(x) <= _NATIVE_VALUES
-
-
-def _constant(moments: Moments) -> Moments:
-    return moments._replace(mean=tf.stop_gradient(moments.mean), m2=tf.stop_gradient(moments.m2))
-
-
-def _warn_of_single_value(count: tf.Tensor) -> None:
-    """Says so on stderr when a graph sees one value per channel for the first time; Python is not there to warn."""
-
-    def say():
-        return tf.group(tf.raw_ops.Print(input=count, data=[], message=SINGLE_VALUE, first_n=1))
-
-    tf.cond(tf.equal(count, 1.0), say, tf.no_op)
-
-
-def _split_groups(rows: tf.Tensor, examples: tf.Tensor, group_size: int) -> list[tf.Tensor]:
-    """The whole groups, shape `(G, group_size * S, C)`, and the rest, shape `(1, R * S, C)`; each may be empty."""
-    channels = rows.shape[-1]
-    rows_per_example = tf.math.floordiv(tf.shape(rows)[0], tf.maximum(examples, 1))
-    groups = examples // group_size
-    whole = groups * group_size * rows_per_example
-    return [
-        tf.reshape(rows[:whole], tf.stack([groups, group_size * rows_per_example, channels])),
-        tf.reshape(rows[whole:], tf.stack([1, tf.shape(rows)[0] - whole, channels])),
-    ]
-
-
-def _with_count_per_channel(moments: Moments) -> Moments:
-    count = tf.cast(moments.count, moments.mean.dtype)
-    return moments._replace(count=tf.broadcast_to(count, tf.shape(moments.mean)))
+def _kernel_for(x: tf.Tensor, kernel: str) -> str:
+    """The way in which a batch is normalized that XLA does not compile."""
+    if x.dtype == tf.float64 and kernel in ("native", "fused"):
+        raise ValueError(
+            "`kernel` must be 'auto' or 'plain' for float64 inputs, which neither the compiled nor TensorFlow's fused "
+            f"operation takes. Received: kernel={kernel!r}."
+        )
+    if kernel == "native" and not compiled():
+        raise ValueError(
+            "`kernel` must be 'auto', 'fused' or 'plain' where the compiled operations are not in use: "
+            f"{compiled().reason}. Received: kernel='native'."
+        )
+    if kernel != "auto":
+        return kernel
+    return "plain" if x.dtype == tf.float64 else "native" if native.takes(x) else "fused"

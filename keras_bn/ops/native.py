@@ -1,271 +1,144 @@
-"""Operations of our own that normalize in one step each, where `_native.cc` was compiled."""
+"""Our compiled operations, `csrc/ops.cc`: loading them, calling them, and their gradients."""
 
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import os
-import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from tensorflow.python.eager import forwardprop_util, record
-from tensorflow.python.framework import func_graph
 
-from keras_bn.ops.fused import (
-    SINGLE_VALUE,
-    centred,
-    divisor_of,
-    in_xla_context,
-    normalize_batch_plainly,
-    on_cpu,
-    small_gradient,
+from keras_bn.ops import plain, where
+from keras_bn.ops.layouts import along, are_neighbours, as_rows, value_count
+from keras_bn.statistics import Moments, Moving
+
+SINGLE_VALUE = (
+    "keras_bn: a batch with one value per channel was normalized to beta, and its statistics were not averaged. Larger "
+    "batches, or `drop_remainder=True` where the last one is of a single example, avoid it."
 )
-from keras_bn.ops.inference import normalize_plainly
-from keras_bn.ops.layouts import as_rows
-from keras_bn.ops.stand_ins import PREFIX, kernel_definition, stand_in
-from keras_bn.statistics import Moving
-
-# Gradients can be registered once only, and several threads may call a layer for the first time.
-_LOADING = threading.RLock()
-
-_AXES_AND_EPSILON = ("first_axis", "last_axis", "epsilon")
-
-_NORMALIZE_BATCH, _NORMALIZE_BATCH_GRAD = "KerasBn>NormalizeBatch", "KerasBn>NormalizeBatchGrad"
-_NORMALIZE = "KerasBn>Normalize"
 
 
-def is_wanted(*inputs: tf.Tensor) -> bool:
-    """Whether to take them here, where they were compiled.
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """Whether the compiled operations are in use; true where they are.
 
-    In a graph not where XLA compiles it, nor where it may run elsewhere, nor where a forward accumulator follows the
-    inputs: it would find zeros behind two nested gradients of our own.
+    Attributes:
+        available: Whether.
+        reason: Why not, or the empty string.
     """
-    if _operations() is None:
-        return False
-    if tf.executing_eagerly():
-        return True
-    if forwardprop_util.pack_tangents(list(inputs)).tangents:
-        return False
-    devices = tf.config.list_logical_devices("CPU")
-    local = all("/job:" not in device.name or "/job:localhost/" in device.name for device in devices)
-    eager = tf.compat.v1.executing_eagerly_outside_functions()
-    return local and eager and not in_xla_context() and _calls_are_taken()
+
+    available: bool
+    reason: str = ""
+
+    def __bool__(self) -> bool:
+        return self.available
+
+    def __str__(self) -> str:
+        return "compiled operations in use" if self.available else f"no compiled operations: {self.reason}"
 
 
-def fits(x: tf.Tensor, axes: Sequence[int]) -> bool:
-    """Whether they take such an input: float32 or shorter, on a CPU, with channel axes that stand together."""
-    return x.dtype != tf.float64 and axes[-1] - axes[0] + 1 == len(axes) and on_cpu()
+@functools.cache
+def compiled() -> Compiled:
+    """Whether this installation has its compiled operations, and why not: without them everything works, only slower.
+
+    When it is asked first, which a layer does when it is first called, they normalize one small batch and infer one;
+    where the result is not that of TensorFlow's own operations, they are not used, and a warning says so.
+
+    Returns:
+        What is true or false, and prints as a sentence.
+    """
+    if _library is None:
+        return Compiled(False, _reason)
+    ctypes.CDLL(str(_path)).keras_bn_limit_threads(_threads())
+    with tf.init_scope(), tf.device("CPU:0"):
+        try:
+            same = _equals_plain()
+        except tf.errors.OpError as error:
+            reason = f"with TensorFlow {tf.__version__} they do not run: {error}"
+        else:
+            reason = "" if same else f"with TensorFlow {tf.__version__} their results are wrong"
+    if reason:
+        warnings.warn(f"keras_bn goes without its compiled operations: {reason}", stacklevel=2)
+    return Compiled(not reason, reason)
+
+
+def takes(x: tf.Tensor) -> bool:
+    """Whether they normalize such an input where the code runs."""
+    return x.dtype != tf.float64 and where.on_cpu() and where.in_this_process() and compiled().available
 
 
 def normalize_batch(
     x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, axes: Sequence[int], epsilon: float, moving: Moving | None = None
-) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor | float]:
-    """y = gamma * (x - mean) / sqrt(m2 / count + epsilon) + beta; `moving` is moved by the way.
-
-    Returns:
-        y; the mean and m2 of the batch, shape `(2, C)`, not differentiable; and its count.
-    """
+) -> tuple[tf.Tensor, Moments, tuple[tf.Tensor, tf.Tensor] | None]:
+    """y = gamma * (x - mean) / sqrt(m2 / count + epsilon) + beta: see `keras_bn.ops.normalize_batch`."""
+    if not are_neighbours(axes):
+        rows, restore = as_rows(x, axes)
+        y, *rest = normalize_batch(rows, gamma, beta, [1], epsilon, moving)
+        return restore(y), *rest
     known = x.shape.is_fully_defined()
-    options: dict[str, Any] = {"warning": "" if known else SINGLE_VALUE, **_options(axes, epsilon)}
-    if moving is None:
-        options |= {"rate": 0.0, "unbiased": False}
-        y, moments, *_ = _run(_NORMALIZE_BATCH, (x, gamma, beta, gamma, beta), options)
-    else:
-        inputs = x, gamma, beta, moving.mean, moving.variance
-        options |= {"rate": moving.rate, "unbiased": moving.unbiased}
-        y, moments, *_ = _run(_NORMALIZE_BATCH, inputs, options, moving.assign)
-    channels = max(gamma.shape[0], 1)
-    count = x.shape.num_elements() // channels if known else tf.size(x, tf.int64) // channels
-    if tf.executing_eagerly():
-        return y, moments, float(count)
-    return y, tf.stop_gradient(moments), float(count) if known else tf.cast(count, tf.float32)
-
-
-def infers(*inputs: tf.Tensor, axes: Sequence[int]) -> bool:
-    """Whether to normalize such an input, the first, with statistics that are given, here, where it was compiled.
-
-    A graph that is exported had better hold plain operations: elsewhere a call costs more than they do, and not every
-    converter knows it. Such graphs leave the batch open, while those of a loop over data take that from an iterator.
-    """
-    x = inputs[0]
-    if not (fits(x, axes) and is_wanted(*inputs)):
-        return False
-    if tf.executing_eagerly():
-        return not record.could_possibly_record()
-    return x.shape.is_fully_defined() or _iterates(tf.compat.v1.get_default_graph())
+    y, mean, m2, _, *moved = _library.keras_bn_normalize_batch(
+        x,
+        gamma,
+        beta,
+        gamma if moving is None else moving.mean,
+        beta if moving is None else moving.variance,
+        first_axis=axes[0],
+        last_axis=axes[-1],
+        epsilon=epsilon,
+        rate=0.0 if moving is None else moving.rate,
+        unbiased=moving is not None and moving.unbiased,
+        warning="" if known else SINGLE_VALUE,
+    )
+    count = value_count(x, [axis for axis in range(len(x.shape)) if axis not in axes], gamma.dtype)
+    return y, Moments(count, mean, m2), None if moving is None else tuple(moved)
 
 
 def normalize(
     x: tf.Tensor,
     mean: tf.Tensor,
     variance: tf.Tensor,
-    gamma: tf.Tensor,
-    beta: tf.Tensor,
+    gamma: tf.Tensor | None,
+    beta: tf.Tensor | None,
     axes: Sequence[int],
     epsilon: float,
 ) -> tf.Tensor:
-    """y = gamma * (x - mean) / sqrt(variance + epsilon) + beta; in a graph it is differentiable."""
-    (y,) = _run(_NORMALIZE, (x, mean, variance, gamma, beta), _options(axes, epsilon))
-    return y
+    """y = gamma * (x - mean) / sqrt(variance + epsilon) + beta: see `keras_bn.ops.normalize`."""
+    gamma = tf.ones_like(mean) if gamma is None else gamma
+    beta = tf.zeros_like(mean) if beta is None else beta
+    if not are_neighbours(axes):
+        rows, restore = as_rows(x, axes)
+        return restore(normalize(rows, mean, variance, gamma, beta, [1], epsilon))
+    return _library.keras_bn_normalize(
+        x, mean, variance, gamma, beta, first_axis=axes[0], last_axis=axes[-1], epsilon=epsilon
+    )
 
 
-def _iterates(graph: tf.Graph) -> bool:
-    """Whether it is part of a function that takes an iterator over data."""
-    while isinstance(graph, func_graph.FuncGraph):
-        inputs = tf.nest.flatten(graph.structured_input_signature)
-        if any(isinstance(value, tf.data.IteratorSpec) for value in inputs):
-            return True
-        graph = graph.outer_graph
-    return False
-
-
-def _options(axes: Sequence[int], epsilon: float) -> dict[str, int | float]:
-    return dict(zip(_AXES_AND_EPSILON, (axes[0], axes[-1], epsilon), strict=True))
-
-
-def _run(
-    name: str,
-    inputs: Sequence[tf.Tensor],
-    options: dict[str, Any],
-    assign: Callable[[tf.Tensor, tf.Tensor], None] | None = None,
-) -> Sequence[tf.Tensor]:
-    """One of our operations; in a graph what stands in for it, likewise differentiable.
-
-    Args:
-        assign: Called with the last two outputs.
-    """
-    function, plain, gradient = _OPERATIONS[name]
-    if tf.executing_eagerly():
-        outputs = tf.nest.flatten(getattr(_operations(), function)(*inputs, **options))
-    else:
-        outputs = stand_in(plain, name, inputs, **options)(*inputs)
-        # Where TensorFlow keeps the gradients of its own calls: it asks for that of the moments in second derivatives.
-        outputs[0].op._gradient_function = gradient
-    moved = outputs[-2:] if assign else []
-    if assign:
-        assign(*moved)
-    if tf.executing_eagerly():
-        return outputs
-    differentiable = outputs if name == _NORMALIZE_BATCH_GRAD else outputs[:1]
-
-    @tf.custom_gradient
-    def attach(*_):
-        return differentiable, functools.partial(gradient, outputs[0].op)
-
-    # TensorFlow hands a long operation to another thread where short ones are ready with it, and that finds nothing in
-    # its cache: the next layer had better be ready alone, when these two are done.
-    assignments = [user for value in moved for user in value.consumers() if user.type == "AssignVariableOp"]
-    with tf.control_dependencies(assignments):
-        return [*attach(*inputs), *outputs[len(differentiable) :]]
-
-
-def _normalize_batch_grad(dy, x, gamma, moments, first_axis, last_axis, epsilon):
-    mean, m2 = tf.unstack(moments)
-    axes = range(first_axis, last_axis + 1)
-    (dy, _), (rows, restore) = (as_rows(value, axes) for value in (dy, x))
-    rows = tf.cast(rows, gamma.dtype)
-    deviation, _, _ = centred(rows, mean)
-    inverse_std = tf.math.rsqrt(m2 / divisor_of(rows) + epsilon)
-    dx, dgamma, dbeta = small_gradient(tf.cast(dy, gamma.dtype), deviation, gamma, inverse_std)
-    return restore(tf.cast(dx, x.dtype)), dgamma, dbeta
-
-
-def _operations() -> Any:
-    with _LOADING:
-        return _loaded()
-
-
-@functools.cache
-def _loaded() -> Any:
-    libraries = sorted(Path(__file__).parent.glob("_operations*.so"))
-    if not libraries:
-        return None
-    try:
-        operations = tf.load_op_library(str(libraries[-1]))
-        library = ctypes.CDLL(str(libraries[-1]))
-        library.keras_bn_take_calls(kernel_definition())
-        library.keras_bn_limit_threads(_threads())
-    except (tf.errors.OpError, OSError) as error:
-        warnings.warn(f"keras_bn goes without its compiled operations, which do not load: {error}", stacklevel=2)
-        return None
-    for name, (_, _, gradient) in _OPERATIONS.items():
-        tf.RegisterGradient(name)(gradient)
-    return operations
-
-
-@functools.cache
-def _calls_are_taken() -> bool:
-    """Whether this TensorFlow leaves calls as they are, so that ours are run: constants go in, results are not used."""
-
-    def call():
-        one = tf.ones([1])
-        x = tf.constant([[0.0], [2.0]])
-        options: dict[str, Any] = {"epsilon": 0.0, "rate": 0.0, "unbiased": False, "warning": ""}
-        call = stand_in(_not_taken, _NORMALIZE_BATCH, [x, one, one, one, one], first_axis=1, last_axis=1, **options)
-        return call(x, one, 0 * one, one, one)[0]
-
-    with tf.init_scope():
-        try:
-            taken = np.array_equal(tf.function(call, autograph=False)(), [[-1], [1]])
-        except tf.errors.OpError:
-            taken = False
-    if not taken:
-        warnings.warn(
-            f"keras_bn goes without its compiled operations in graphs: their calls are changed by TensorFlow "
-            f"{tf.__version__}.",
-            stacklevel=2,
-        )
-    return taken
-
-
-def _not_taken(x, gamma, beta, moving_mean, moving_variance, **_):
-    return [value * np.nan for value in (x, tf.stack([gamma, gamma]), moving_mean, moving_variance)]
-
-
-def _threads() -> int:
-    """As many as TensorFlow has for one operation: those asked for, or one for each processor."""
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return tf.config.threading.get_intra_op_parallelism_threads() or processors
-
-
+@tf.RegisterGradient("KerasBn>NormalizeBatch")
 def _normalize_batch_gradient(operation, dy, *_):
-    """The moments are not differentiable."""
+    """The moments and the moving statistics are not differentiable."""
     x, gamma, *_ = operation.inputs
+    moments = operation.outputs[1:4]
     # Of an eager call it may be asked in a graph, for a Jacobian.
-    inputs = tf.convert_to_tensor(dy), x, gamma, operation.outputs[1]
-    return *_run(_NORMALIZE_BATCH_GRAD, inputs, _options_of(operation)), None, None
+    dy = tf.convert_to_tensor(dy)
+    return *_library.keras_bn_normalize_batch_grad(dy, x, gamma, *moments, **_options(operation)), None, None
 
 
-def _normalize_batch_second_gradient(operation, *d_outputs):
+@tf.RegisterGradient("KerasBn>NormalizeBatchGrad")
+def _normalize_batch_second_gradient(operation, ddx, ddgamma, ddbeta):
+    """What `_normalize_batch_gradient` hands back to dy, x (by way of the moments, too) and gamma."""
     dy, x, gamma = operation.inputs[:3]
-    return *_second_gradients(dy, x, gamma, d_outputs, **_options_of(operation)), None
-
-
-def _normalize_gradient(operation, dy):
-    inputs = list(operation.inputs)
-    with tf.GradientTape() as tape:
-        tape.watch(inputs)
-        y = normalize_plainly(*inputs, **_options_of(operation))
-    return tape.gradient(y, inputs, output_gradients=dy)
-
-
-def _options_of(operation):
-    prefix = "" if operation.type in _OPERATIONS else PREFIX
-    return {name: operation.get_attr(prefix + name) for name in _AXES_AND_EPSILON}
-
-
-def _second_gradients(dy, x, gamma, d_outputs, first_axis, last_axis, epsilon):
-    """What `small_gradient` hands back to dy, x and gamma for a gradient of each of its results."""
-    axes = range(first_axis, last_axis + 1)
-    (dy, restore), (rows, _), (ddx, _) = (as_rows(tf.cast(value, gamma.dtype), axes) for value in (dy, x, d_outputs[0]))
-    ddgamma, ddbeta = d_outputs[1:]
-    deviation, _, _ = centred(rows)
-    count = divisor_of(rows)
+    options = _options(operation)
+    axes, epsilon = range(options["first_axis"], options["last_axis"] + 1), options["epsilon"]
+    (dy, restore), (rows, _), (ddx, _) = (as_rows(tf.cast(value, gamma.dtype), axes) for value in (dy, x, ddx))
+    count = tf.cast(tf.maximum(tf.shape(rows)[0], 1), gamma.dtype)
+    deviation = rows - plain.central_value(rows, [0])
+    deviation -= tf.reduce_sum(deviation, 0) / count
     inverse_std = tf.math.rsqrt(tf.reduce_sum(tf.square(deviation), 0) / count + epsilon)
     inverse_variance = tf.square(inverse_std)
     factor = inverse_std * gamma
@@ -280,16 +153,71 @@ def _second_gradients(dy, x, gamma, d_outputs, first_axis, last_axis, epsilon):
         factor * (ddx * projected + dy * d_projected) + inverse_std * deviation * d_inverse_std
     )
     d_x = d_deviation - tf.reduce_sum(d_deviation, 0) / count
-    return tf.cast(restore(d_dy), x.dtype), tf.cast(restore(d_x), x.dtype), inverse_std * (inner - both)
+    return (
+        tf.cast(restore(d_dy), x.dtype),
+        tf.cast(restore(d_x), x.dtype),
+        inverse_std * (inner - both),
+        None,
+        None,
+        None,
+    )
 
 
-# Of each: what runs it eagerly, what does the same with TensorFlow's own operations, and its gradient.
-_OPERATIONS: dict[str, tuple[str, Callable[..., Sequence[tf.Tensor]], Callable[..., Sequence[tf.Tensor]]]] = {
-    _NORMALIZE_BATCH: ("keras_bn_normalize_batch", normalize_batch_plainly, _normalize_batch_gradient),
-    _NORMALIZE_BATCH_GRAD: (
-        "keras_bn_normalize_batch_grad",
-        _normalize_batch_grad,
-        _normalize_batch_second_gradient,
-    ),
-    _NORMALIZE: ("keras_bn_normalize", normalize_plainly, _normalize_gradient),
-}
+@tf.RegisterGradient("KerasBn>Normalize")
+def _normalize_gradient(operation, dy):
+    x, mean, variance, gamma, beta = operation.inputs
+    options = _options(operation)
+    dy, zeros = tf.convert_to_tensor(dy), tf.zeros_like(beta)
+    dx = _library.keras_bn_normalize(dy, zeros, variance, gamma, zeros, **options)
+    axes = range(options["first_axis"], options["last_axis"] + 1)
+    others = [axis for axis in range(len(x.shape)) if axis not in axes]
+    dy = tf.cast(dy, mean.dtype)
+    inverse_std = tf.math.rsqrt(variance + options["epsilon"])
+    dbeta = tf.reshape(tf.reduce_sum(dy, others), [-1])
+    products = tf.reduce_sum(dy * (tf.cast(x, mean.dtype) - along(axes, mean, x)), others)
+    dgamma = tf.reshape(products, [-1]) * inverse_std
+    return dx, -gamma * inverse_std * dbeta, -0.5 * gamma * dgamma * tf.square(inverse_std), dgamma, dbeta
+
+
+def _options(operation) -> dict[str, Any]:
+    return {name: operation.get_attr(name) for name in ("first_axis", "last_axis", "epsilon")}
+
+
+def _load() -> tuple[Any, str]:
+    """The generated wrappers of the operations, or None and why there are none."""
+    if not _path.exists():
+        return None, "they were not built, for want of a C++ compiler, when keras_bn was installed"
+    try:
+        return tf.load_op_library(str(_path)), ""
+    except (tf.errors.OpError, OSError) as error:
+        warnings.warn(f"keras_bn goes without its compiled operations, which do not load: {error}", stacklevel=2)
+        return None, f"they do not load: {error}"
+
+
+def _equals_plain() -> bool:
+    """Whether one batch is normalized, differentiated and inferred as TensorFlow's own operations do it."""
+    rng = np.random.default_rng(0)
+    x, dy = (tf.constant(rng.normal(3, 2, (16, 3)), tf.float32) for _ in range(2))
+    mean, variance, gamma, beta = (tf.constant(rng.uniform(1, 2, 3), tf.float32) for _ in range(4))
+
+    @tf.function(autograph=False)
+    def results(train, infer):
+        y, moments, *_ = train(x, gamma, beta, [1], 1e-3)
+        # A tape would record nothing where `compiled` is asked within another one.
+        gradients = tf.gradients(y, [x, gamma, beta], dy)
+        inferred = infer(x, mean, variance, gamma, beta, [1], 1e-3)
+        return tf.concat([tf.reshape(value, [-1]) for value in (y, *moments[1:], *gradients, inferred)], 0)
+
+    ours, theirs = results(normalize_batch, normalize), results(plain.normalize_batch, plain.normalize)
+    return np.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def _threads() -> int:
+    """As many as TensorFlow has for one operation: those asked for, or one for each processor."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return tf.config.threading.get_intra_op_parallelism_threads() or processors
+
+
+_path = Path(__file__).with_name("_operations.abi3.so")
+# When this module is imported, and not when a layer is first called: a saved training step names the operations.
+_library, _reason = _load()

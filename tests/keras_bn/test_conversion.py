@@ -124,7 +124,7 @@ def test_options_stock_keras_does_not_know_are_refused(options):
 
 
 def test_the_choice_of_kernel_does_not_hinder():
-    model = keras.Sequential([keras.Input((4,)), OURS(kernel="stable")])
+    model = keras.Sequential([keras.Input((4,)), OURS(kernel="plain")])
     assert types(keras_bn.revert(model)) == [STOCK]
 
 
