@@ -11,8 +11,11 @@ from tensorflow.core.protobuf import config_pb2
 @contextlib.contextmanager
 def plain_session(version):
     """Yields `run(signature, inputs)`, which feeds as C++ does: Python's own check of shapes is passed by."""
-    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
-        meta_graph = tf.compat.v1.saved_model.load(session, ["serve"], str(version))
+    graph = tf.Graph()
+    # Not entered, which would make its graph the default one.
+    with contextlib.closing(tf.compat.v1.Session(graph=graph)) as session:
+        with graph.as_default():
+            meta_graph = tf.compat.v1.saved_model.load(session, ["serve"], str(version))
         callables = {}
 
         def run(signature, inputs):
@@ -26,7 +29,7 @@ def plain_session(version):
             values = callables[signature](*(np.asarray(inputs[name]) for name in sorted(spec.inputs)))
             return dict(zip(sorted(spec.outputs), values, strict=True))
 
-        run.signatures = dict(meta_graph.signature_def)
+        run.signatures, run.graph = dict(meta_graph.signature_def), graph
         yield run
 
 

@@ -133,9 +133,10 @@ def export(
     examples = None if warmup is None else _examples(warmup, serving.inputs)
     with _versions.temporary_sibling(base) as folder:
         _reached("folder made")
-        signatures = _trace(serving, labels)
+        least = original.least_sizes()
+        signatures = _trace(serving, labels, least)
         if observed is not None:
-            signatures[DRIFT] = original.concrete(original.drift, original.inputs)
+            signatures[DRIFT] = original.concrete(original.drift, original.inputs, least)
         root = tf.Module()
         root.kept = _resources(served_model, observed, preprocess)
         options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
@@ -215,9 +216,11 @@ def _examples(warmup: Any, inputs: Mapping[str, tf.TensorSpec]) -> dict[str, tf.
     return examples
 
 
-def _trace(serving: _signatures.Serving, labels: Sequence[str] | None) -> dict[str, Any]:
+def _trace(
+    serving: _signatures.Serving, labels: Sequence[str] | None, least: Mapping[str, list[int]]
+) -> dict[str, Any]:
     predict = serving.predict if labels is None else serving.predict_with(labels)
-    signatures = {SERVING: serving.concrete(predict, serving.inputs)}
+    signatures = {SERVING: serving.concrete(predict, serving.inputs, least)}
     if serving.takes_pictures:
         signatures[BYTES] = serving.concrete(*serving.decoded(predict))
     return signatures

@@ -126,6 +126,15 @@ class Serving:
             **{name: tf.concat(parts, 1) for name, parts in columns},
         }
 
+    def least_sizes(self) -> dict[str, list[int]]:
+        """By input name the smallest size of each axis, see `inputs.least_sizes`."""
+
+        def trace(specs: Mapping[str, tf.TensorSpec]) -> tf.Graph:
+            with_keywords = tf.function(lambda **tensors: self.predict(tensors), autograph=False)
+            return with_keywords.get_concrete_function(**specs).graph
+
+        return _inputs.least_sizes(trace, self.inputs)
+
     def concrete(
         self,
         function: Callable[[Tensors], Any],
