@@ -10,7 +10,6 @@ from typing import Any
 import click
 
 ABOVE_LIMIT = 3
-CARD = "assets.extra/keras_bn.json"
 
 _KERAS_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _MODEL = click.Path(exists=True, path_type=Path)
@@ -273,6 +272,8 @@ def _inputs_of(version: Path, data: Path, name: str | None, divide_by: float | N
     """The one array, or all of those that the version's inputs are called after."""
     import numpy as np
 
+    from keras_bn.exporting import CARD
+
     loaded = np.load(data, allow_pickle=False)
     if isinstance(loaded, np.ndarray) or name is not None or not (version / CARD).exists():
         return _examples(data, name, divide_by)
@@ -303,6 +304,8 @@ def _print(report: Any, as_json: bool) -> None:
 
 
 def _print_card(version: Path, as_json: bool) -> None:
+    from keras_bn.exporting import CARD
+
     if not (version / CARD).exists():
         raise ValueError(f"MODEL must be a version that keras_bn exported, with {CARD}. Received: {version}.")
     card = json.loads((version / CARD).read_text())
