@@ -92,7 +92,7 @@ LIBRARY_FLOORS = [
     {"__init__"},
 ]
 SERVER_FLOORS = [
-    {"errors"},
+    {"errors", "quiet"},
     {"codec"},
     {"config", "engine"},
     {"rest", "rpc"},
