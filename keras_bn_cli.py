@@ -8,6 +8,7 @@ import json
 import math
 import os
 import sys
+import textwrap
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -472,6 +473,9 @@ def _warnings_in_a_line() -> Iterator[None]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")
         warnings.simplefilter("default", UserWarning)
+        warnings.filterwarnings("ignore", module=r"keras\.|tensorflow\.|h5py")
+        # The layer's point at the line that calls it, which is often one of Keras's.
+        warnings.filterwarnings("default", "keras_bn", UserWarning)
         yield
     for warning in caught:
         _tell(f"Warning: {warning.message}")
@@ -509,7 +513,9 @@ def _custom_objects(modules: Sequence[str]) -> dict[str, Any]:
 
 def _advice(error: Exception) -> str:
     """What Keras says is in the way of loading, and which option is the way out."""
-    text = str(error).split("Full object config")[0].strip()
+    # Keras nests what is wrong in the configurations of all that it is in.
+    text = str(error).split("Exception encountered:")[-1].split("Full object config")[0]
+    text = textwrap.shorten(text, 300)
     if "safe_mode" in text or "Lambda" in text:
         return "it holds Python code (a Lambda layer), which only --trust runs."
     if "Could not locate" in text or "Unknown" in text:

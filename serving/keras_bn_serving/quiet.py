@@ -14,6 +14,8 @@ def import_tensorflow() -> None:
         os.dup2(chatter.fileno(), 2)
         try:
             import tensorflow as tf
+
+            tf.config.list_physical_devices()  # The rest of it comes when a GPU is looked for.
         except BaseException:
             chatter.seek(0)
             os.write(stderr, chatter.read())
