@@ -159,6 +159,8 @@ class _Flattening:
         """Hands everything to TensorFlow, which infers the shapes."""
         flat = graph_pb2.GraphDef(node=self._nodes)
         flat.library.function.extend(self._still_named())
+        # Of an old version a scalar placeholder would be one of any shape.
+        flat.versions.producer = tf.version.GRAPH_DEF_VERSION
         graph = tf.Graph()
         with graph.as_default():
             tf.import_graph_def(flat, name="")

@@ -40,8 +40,8 @@ _RULES = _table({
         "Digamma Elu EncodeBase64 Erf Erfc Erfinv Exp Expm1 Floor Imag Inv Invert IsFinite IsInf IsNan LeakyRelu "
         "Lgamma Log Log1p LogicalNot Ndtri Neg OnesLike PreventGradient Real Reciprocal RegexReplace Relu Relu6 Rint "
         "Round Rsqrt Selu Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Square StaticRegexReplace StopGradient "
-        "StringLength StringLower StringStrip StringToHashBucket StringToHashBucketFast StringToHashBucketStrong StringToNumber "
-        "StringUpper Tan Tanh ZerosLike FakeQuantWithMinMaxArgs FakeQuantWithMinMaxVars"
+        "StringLength StringLower StringStrip StringToHashBucket StringToHashBucketFast StringToHashBucketStrong "
+        "StringToNumber StringUpper Tan Tanh ZerosLike FakeQuantWithMinMaxArgs FakeQuantWithMinMaxVars"
     ),
     layers.of_rows_of_rank(2): "Softmax LogSoftmax RGBToHSV HSVToRGB MatrixDiag FakeQuantWithMinMaxVarsPerChannel",
     layers.of_rows_of_rank(3): "MatrixBandPart",
