@@ -1,14 +1,17 @@
 """Rows are judged independent only where no operation on the way mixes them, and then grouping changes nothing."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from keras_bn_serving.engine import flat_graph
 from keras_bn_serving.engine.independence import prove
 from keras_bn_serving.engine.independence.kinds import NotProvedError
+from keras_bn_serving.engine.servable import Servable
 from tensorflow.core.protobuf import meta_graph_pb2
 
 RAW = tf.raw_ops
@@ -294,3 +297,11 @@ def test_pictures_are_decoded_row_by_row():
         return tf.reduce_mean(tf.cast(tf.ensure_shape(pictures, [None, 28, 28, 1]), tf.float32), [1, 2, 3])
 
     assert why_alone(body, VECTOR, tf.string) == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["MobileNetV2", "ResNet50", "EfficientNetB0", "DenseNet121", "MobileNetV3Small"])
+def test_networks_of_keras_are_proved_as_keras_exports_them(name: str, tmp_path: Path):
+    model = getattr(keras.applications, name)(weights=None, input_shape=(64, 64, 3), classes=10)
+    model.export(tmp_path / "1", verbose=False)
+    assert Servable(tmp_path / "1").signature("").findings.alone == ""

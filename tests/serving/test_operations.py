@@ -1,5 +1,6 @@
 """The operations that a signature may hold and go unchecked answer every shape, of any rank, and end no process."""
 
+import contextlib
 import itertools
 import os
 import subprocess
@@ -44,18 +45,20 @@ def bodies(tf: Any) -> dict[str, Callable[[Any], Any]]:
         )
         found[name] = lambda x, operation=operation, argument=argument: operation(**{argument: x})
     for name in two_inputs.split():
-        found[name] = lambda x, operation=getattr(raw, name): operation(x=x, y=three)
-        found[name + " backwards"] = lambda x, operation=getattr(raw, name): operation(x=three, y=x)
-        found[name + " of itself"] = lambda x, operation=getattr(raw, name): operation(x=x, y=x)
+        operation = getattr(raw, name)
+        found[name] = lambda x, operation=operation: operation(x=x, y=three)
+        found[name + " backwards"] = lambda x, operation=operation: operation(x=three, y=x)
+        found[name + " of itself"] = lambda x, operation=operation: operation(x=x, y=x)
     for name in ("Max", "Mean", "Min", "Prod", "Sum"):
+        operation = getattr(raw, name)
         for axes in ([1], [-1], [0], [1, 2, 3], []):
-            found[f"{name} {axes}"] = lambda x, o=getattr(raw, name), axes=axes: o(input=x, axis=axes)
+            found[f"{name} {axes}"] = lambda x, operation=operation, axes=axes: operation(input=x, axis=axes)
     found |= {
         "AddN": lambda x: raw.AddN(inputs=[x, x]),
         "AddN of others": lambda x: raw.AddN(inputs=[x, three]),
         "All": lambda x: raw.All(input=x > 0.0, axis=[1]),
         "Any": lambda x: raw.Any(input=x > 0.0, axis=[0]),
-        "Assert": lambda x: tf.debugging.Assert(tf.reduce_all(x > 0.0), [x]) or x,
+        "Assert": lambda x: tf.debugging.Assert(tf.reduce_all(x > 0.0), [x]),
         "BiasAdd": lambda x: raw.BiasAdd(value=x, bias=three),
         "BiasAdd of channels first": lambda x: raw.BiasAdd(value=x, bias=three, data_format="NCHW"),
         "Cast": lambda x: tf.cast(x, tf.int32),
@@ -100,15 +103,11 @@ def run(name: str) -> None:
     graph = tf.Graph()
     with graph.as_default():
         x = tf.compat.v1.placeholder(tf.float32, None)
-        with tf.control_dependencies(None):
-            y = bodies(tf)[name](x)
-        fetched = y if hasattr(y, "dtype") else graph.get_operations()[-1]
+        fetched = bodies(tf)[name](x)
     with tf.compat.v1.Session(graph=graph) as session:
         for shape in SHAPES:
-            try:
+            with contextlib.suppress(tf.errors.OpError):
                 session.run(fetched, {x: np.ones(shape, np.float32)})
-            except tf.errors.OpError as error:
-                assert error.message
 
 
 def names() -> list[str]:
@@ -127,7 +126,7 @@ def test_every_operation_that_goes_unchecked_is_tried():
 
 @pytest.mark.parametrize("optimized", ["0", "1"])
 def test_operations_that_go_unchecked_survive_every_shape(optimized: str):
-    code = "import sys; from tests.serving import test_operations as t; [t.run(n) or print(n, flush=True) for n in t.names()]"
+    code = "from tests.serving import test_operations as t; [t.run(n) or print(n, flush=True) for n in t.names()]"
     environment = {**os.environ, "TF_ENABLE_ONEDNN_OPTS": optimized}
     root = Path(__file__).parents[2]
     finished = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
