@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 ABOVE_LIMIT = 3
+CARD = "assets.extra/keras_bn.json"
 
 _KERAS_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _MODEL = click.Path(exists=True, path_type=Path)
@@ -214,13 +215,16 @@ def export(
 def drift(model: Path, data: Path, array_name: Any, divide_by: Any, batch_size: int, limit: Any, as_json: bool) -> None:
     """Tells how far data is from what the normalizations were trained on.
 
-    MODEL is a .keras file or the folder of an exported version. The data is taken as one batch.
+    MODEL is a .keras file or the folder of an exported version. All examples are pooled, whatever the batch size. A
+    version of several inputs takes a .npz file with an array of the name of each.
     """
     with _errors_in_a_line():
-        from keras_bn.drift import drift_of_model, drift_of_version
+        from keras_bn import drift as drift_of
 
-        examples = _examples(data, array_name, divide_by)
-        rows = drift_of_version(model, examples) if model.is_dir() else drift_of_model(_loaded(model), examples)
+        if model.is_dir():
+            rows = drift_of(model, _inputs_of(model, data, array_name, divide_by), batch_size)
+        else:
+            rows = drift_of(_loaded(model), _examples(data, array_name, divide_by), batch_size)
     if as_json:
         click.echo(json.dumps({"layers": rows}, indent=2))
     else:
@@ -265,6 +269,19 @@ def _examples(path: Path, name: str | None, divide_by: float | None) -> Any:
     return values if divide_by is None else (values / divide_by).astype("float32")
 
 
+def _inputs_of(version: Path, data: Path, name: str | None, divide_by: float | None) -> Any:
+    """The one array, or all of those that the version's inputs are called after."""
+    import numpy as np
+
+    loaded = np.load(data, allow_pickle=False)
+    if isinstance(loaded, np.ndarray) or name is not None or not (version / CARD).exists():
+        return _examples(data, name, divide_by)
+    names = json.loads((version / CARD).read_text())["signatures"]["serving_default"]["inputs"].keys()
+    if len(names) == 1 or not names <= set(loaded.files):
+        return _examples(data, name, divide_by)
+    return {each: _examples(data, each, divide_by) for each in names}
+
+
 def _pixels_to_floats(pictures: Any) -> Any:
     import tensorflow as tf
 
@@ -286,8 +303,6 @@ def _print(report: Any, as_json: bool) -> None:
 
 
 def _print_card(version: Path, as_json: bool) -> None:
-    from keras_bn.exporting import CARD
-
     if not (version / CARD).exists():
         raise ValueError(f"MODEL must be a version that keras_bn exported, with {CARD}. Received: {version}.")
     card = json.loads((version / CARD).read_text())
