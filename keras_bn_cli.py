@@ -149,8 +149,8 @@ def fold(
 
         check = None if data is None else _examples(data, array_name, divide_by)[:batch_size]
         folded = fold_model(_loaded(model), check, tolerance)
-        _save(folded, output)
-        _print(folded.folding_report, as_json)
+        _save(folded.model, output)
+        _print(folded.report, as_json)
 
 
 @main.command(short_help="The next version for TensorFlow Serving.")

@@ -1,4 +1,8 @@
-"""The layers of a model from outside: found and named, run in inference mode, their inputs measured."""
+"""A Keras model from outside: checked, its layers found and named, run in inference mode, their inputs measured.
+
+What Keras keeps private of a model and of its layers is asked for here alone, and held by Keras 3.12 to 3.15:
+`_flatten_layers`, `_layers`, `_functional`, `_nodes_by_depth`, `_keras_history`, `_keras_mask`.
+"""
 
 import contextlib
 import functools
@@ -15,9 +19,36 @@ from keras_bn.layouts import as_rows
 from keras_bn.statistics import Moments, aligned_weights, merged, weighted_moments
 
 
+def check_model(model: Any, built: bool = False) -> None:
+    """Refuses what is no Keras model, or with `built` has no weights yet.
+
+    Raises:
+        TypeError: when `model` is no `keras.Model`.
+        ValueError: when it is not built and has to be.
+    """
+    if not isinstance(model, keras.Model):
+        raise TypeError(f"`model` must be a `keras.Model`. Received: model={model!r} of type {type(model).__name__}.")
+    if built and not model.built:
+        raise ValueError(
+            "`model` must be built: give it an `Input`, or call it once on a batch of data. "
+            f"Received: model={model.name!r}, which is not built."
+        )
+
+
+def default_tolerance(model: keras.Layer) -> float:
+    """Of relative errors: 1e-4, or 2e-2 where a layer computes in half precision."""
+    halves = any(layer.compute_dtype in ("float16", "bfloat16") for layer in layers_below(model))
+    return 2e-2 if halves else 1e-4
+
+
 def layers_below(model: keras.Layer) -> list[keras.Layer]:
     """Every layer below `model` once: nested models, wrapped and shared layers included, `model` itself first."""
     return list(model._flatten_layers())
+
+
+def is_plain_batch_norm(layer: Any) -> bool:
+    """Whether it is Keras's batch normalization or ours; a subclass of them may compute something else."""
+    return type(layer) in (keras.layers.BatchNormalization, BatchNormalization)
 
 
 def batch_norms_below(model: keras.Layer) -> list[keras.layers.BatchNormalization]:
@@ -42,6 +73,14 @@ def named_batch_norms(model: keras.Layer) -> dict[str, keras.layers.BatchNormali
 
     visit(model, "")
     return named
+
+
+def affine_weights(layer: keras.layers.BatchNormalization) -> tuple[np.ndarray, np.ndarray]:
+    """The layer's gamma and beta in float64; 1 and 0 where it has none."""
+    shape = layer.moving_mean.shape
+    gamma = layer.gamma.numpy().astype("float64") if layer.scale else np.ones(shape)
+    beta = layer.beta.numpy().astype("float64") if layer.center else np.zeros(shape)
+    return gamma, beta
 
 
 def statistics_of(layer: keras.layers.BatchNormalization) -> tuple[np.ndarray, np.ndarray]:
@@ -78,6 +117,38 @@ def variables_restored(model: keras.Layer, only_on_error: bool = False) -> Itera
         if not (finished and only_on_error):
             for variable, value in zip(variables, before, strict=True):
                 variable.assign(value)
+
+
+def graph_of(layer: Any) -> Any:
+    """The functional model that tells what `layer` computes, or None.
+
+    It is `layer` itself, or what a sequential model keeps; None for what has no such graph, or a `call` of its own.
+    """
+    if not isinstance(layer, keras.Model) or not type(layer).call.__module__.startswith("keras."):
+        return None
+    graph = layer._functional if isinstance(layer, keras.Sequential) else layer
+    return graph if hasattr(graph, "_nodes_by_depth") else None
+
+
+def nodes_of(graph: Any) -> list[Any]:
+    """The calls in a functional model, in an order in which they can run, those that make its inputs left out."""
+    depths = sorted(graph._nodes_by_depth, reverse=True)
+    return [node for depth in depths for node in graph._nodes_by_depth[depth] if not node.is_input]
+
+
+def input_layers(model: Any) -> list[keras.layers.InputLayer]:
+    """Those of a functional or sequential model, in the order of `model.inputs`."""
+    return [tensor._keras_history.operation for tensor in model.inputs]
+
+
+def input_structure(model: Any) -> Any:
+    """What a functional or sequential model takes: symbolic tensors, in its author's structure."""
+    return graph_of(model).input
+
+
+def mask_of(tensor: Any) -> Any:
+    """The mask that a layer attached to its output, None where there is none."""
+    return getattr(tensor, "_keras_mask", None)
 
 
 def copy_variables(old: keras.Layer, new: keras.Layer) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_bn.model import named_batch_norms, set_statistics, statistics_of, variables_restored
+from keras_bn.model import check_model, named_batch_norms, set_statistics, statistics_of, variables_restored
 from keras_bn.population.batches import Batches
 from keras_bn.population.measurement import METHODS, measure_joint, measure_sequential
 from keras_bn.population.report import RecalibratedLayer, Recalibration
@@ -129,8 +129,7 @@ class Recalibrate(keras.callbacks.Callback):
 
 
 def _check_arguments(model: Any, method: str, order: str) -> None:
-    if not isinstance(model, keras.Model):
-        raise TypeError(f"`model` must be a `keras.Model`. Received: model={model!r} of type {type(model).__name__}.")
+    check_model(model)
     if method not in METHODS:
         raise ValueError(f"`method` must be one of {METHODS}. Received: method={method!r}.")
     if order not in ORDERS:
