@@ -8,8 +8,9 @@ import numpy as np
 
 from keras_bn.drift import distance, plain, summary
 from keras_bn.model import affine_weights, check_model, named_batch_norms, statistics_of, variables_restored
+from keras_bn.population.accumulator import Accumulator
 from keras_bn.population.batches import Batches
-from keras_bn.population.measurement import Accumulator, measure_leniently
+from keras_bn.population.measurement import measure_leniently
 from keras_bn.tables import table
 
 # Below these, a channel is called dead.
@@ -48,13 +49,14 @@ def health(
         ValueError: when `data` holds no value that counts.
     """
     check_model(model, built=True)
+    batches = None if data is None else Batches(data, steps, batch_size)
     layers = named_batch_norms(model)
     statistics = {name: statistics_of(layer) for name, layer in layers.items()}
     accumulators: dict[str, Accumulator] = {}
     skipped: dict[str, int] = {}
-    if data is not None:
+    if batches is not None:
         with variables_restored(model):
-            accumulators, skipped = measure_leniently(model, layers, Batches(data, steps, batch_size), verbose)
+            accumulators, skipped = measure_leniently(model, layers, batches.settled(model), verbose)
     rows = []
     for name, layer in layers.items():
         mean, variance = statistics[name]
