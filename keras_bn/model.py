@@ -1,12 +1,14 @@
 """A Keras model from outside: checked, its layers found and named, run in inference mode, their inputs measured.
 
 What Keras keeps private of a model and of its layers is asked for here alone, and held by Keras 3.12 to 3.15:
-`_flatten_layers`, `_layers`, `_functional`, `_nodes_by_depth`, `_keras_history`, `_keras_mask`.
+`_flatten_layers`, `_layers`, `_functional`, `_nodes_by_depth`, `_keras_history`, `_keras_mask`, `_compile_config`, and
+of an optimizer `_trainable_variables`.
 """
 
 import contextlib
 import functools
 import inspect
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -151,12 +153,49 @@ def mask_of(tensor: Any) -> Any:
     return getattr(tensor, "_keras_mask", None)
 
 
-def copy_variables(old: keras.Layer, new: keras.Layer) -> None:
-    """Gives `new`, made from the configuration of `old`, its variables too."""
-    for source, target in zip(old.variables, new.variables, strict=True):
+def copy_state(old: keras.Layer, new: keras.Layer) -> list[tuple[keras.Variable, keras.Variable]]:
+    """Gives `new`, made from the configuration of `old` or with ours and stock normalizations changed, its state too.
+
+    Returns:
+        The variables of one and the other that mean the same.
+    """
+    norms = zip(batch_norms_below(old), batch_norms_below(new), strict=True)
+    changed = [(a, b) for a, b in norms if type(a) is not type(b)]
+    pairs = [
+        (getattr(a, name), getattr(b, name))
+        for a, b in changed
+        for name in ("gamma", "beta")
+        if getattr(a, name, None) is not None
+    ]
+    sides = []
+    for layer, own in ((old, [a for a, _ in changed]), (new, [b for _, b in changed])):
+        of_changed = {id(variable) for norm in own for variable in norm.variables}
+        sides.append([variable for variable in layer.variables if id(variable) not in of_changed])
+    pairs += zip(*sides, strict=True)
+    for source, target in pairs:
         target.assign(source)
-    if hasattr(new, "finalize_state"):  # Normalization computes with numbers it derives from its variables.
-        new.finalize_state()
+    for a, b in changed:
+        set_statistics(b, a.moving_mean.numpy(), a.moving_variance.numpy())
+    for a, b in zip(layers_below(old), layers_below(new), strict=True):
+        if hasattr(a, "save_assets"):  # Vocabularies, which are no variables.
+            with tempfile.TemporaryDirectory() as folder:
+                a.save_assets(folder)
+                b.load_assets(folder)
+        if hasattr(b, "finalize_state"):  # Normalization computes with numbers it derives from its variables.
+            b.finalize_state()
+    return pairs
+
+
+def compile_arguments(model: Any) -> dict[str, Any] | None:
+    """What `model.compile` was given; None where it was not called, or takes arguments of its own."""
+    if not model.compiled or type(model).compile is not keras.Model.compile:
+        return None
+    return dict(model._compile_config.config)
+
+
+def optimized_variables(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
+    """Those that it was built for, in its order."""
+    return list(optimizer._trainable_variables)
 
 
 def channel_axes(layer: keras.layers.BatchNormalization) -> list[int]:
@@ -206,7 +245,7 @@ def observed_call(layer: keras.Layer, observe: Callable[[tf.Tensor, Any], None])
 
     def observe_and_call(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
-        observe(bound.arguments["inputs"], bound.arguments.get("mask"))
+        observe(next(iter(bound.arguments.values())), bound.arguments.get("mask"))
         return call(*args, **kwargs)
 
     return observe_and_call

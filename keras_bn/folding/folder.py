@@ -19,7 +19,7 @@ from keras_bn.folding.absorbing import (
 from keras_bn.folding.graph import Graph, Step, Value
 from keras_bn.folding.report import FoldedNormalization
 from keras_bn.folding.weights import Affine, affine_of, fold_affine
-from keras_bn.model import affine_weights, channel_axes, copy_variables, is_plain_batch_norm, statistics_of
+from keras_bn.model import affine_weights, channel_axes, copy_state, is_plain_batch_norm, statistics_of
 
 _LINEAR = keras.activations.linear
 
@@ -90,7 +90,7 @@ class Folder:
         model = self.graph.rebuild(make)
         for old, new in made.items():
             if old not in self._weights and isinstance(old, keras.Layer):
-                copy_variables(old, new)
+                copy_state(old, new)
             for name, value in self._weights.get(old, {}).items():
                 getattr(new, name).assign(value)
         return model, shared
