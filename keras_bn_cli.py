@@ -349,8 +349,8 @@ def fold(model: _Model, data: _Data | None, output: Path, tolerance: Any, as_jso
     with model.loaded() as loaded:
         check = None if data is None else _first(data.for_model(loaded), data.batch_size)
         folded = _library().fold(loaded, check, tolerance)
-        _save(folded, output)
-    _print(folded.folding_report, as_json)
+        _save(folded.model, output)
+    _print(folded.report, as_json)
 
 
 @main.command(short_help="The next version for TensorFlow Serving.")
