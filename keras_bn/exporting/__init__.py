@@ -15,12 +15,12 @@ from keras_bn.exporting import signatures as _signatures
 from keras_bn.exporting import versions as _versions
 from keras_bn.exporting import warmup as _warmup
 from keras_bn.exporting.card import CARD, describe
-from keras_bn.exporting.checks import ROWS, check_finite, check_graph, check_outputs, check_rows, check_shapes
+from keras_bn.exporting.checks import ROWS, check_graph, check_outputs, check_rows, check_shapes
 from keras_bn.exporting.signatures import BYTES, SERVING
 from keras_bn.folding import FoldingReport
 from keras_bn.folding import fold as fold_model
-from keras_bn.folding.proof import Errors, random_inputs
-from keras_bn.model import batch_norms_below, layers_below
+from keras_bn.folding.proof import KINDS, Errors, random_inputs
+from keras_bn.model import batch_norms_below, check_finite, check_model, default_tolerance, layers_below
 from keras_bn.population.report import Recalibration
 
 # Called with the name of each stage as it is reached.
@@ -138,9 +138,10 @@ def export(
     if warmup is not None:
         _warmup.require()
     if tolerance is None:
-        halves = any(layer.compute_dtype in ("float16", "bfloat16") for layer in layers_below(model))
-        tolerance = 2e-2 if halves else 1e-4
-    served_model = fold_model(model, _fold_check(model, preprocess, warmup), tolerance) if fold else model
+        tolerance = default_tolerance(model)
+    served_model, folding = model, None
+    if fold:
+        served_model, folding = fold_model(model, _fold_check(model, preprocess, warmup), tolerance)
     observed = model if drift and batch_norms_below(model) else None
     original = _signatures.Serving(model, preprocess, jit_compile)
     serving = _signatures.Serving(served_model, preprocess, jit_compile, named_after=original)
@@ -156,7 +157,6 @@ def export(
         options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
         tf.saved_model.save(root, os.fspath(folder), signatures=signatures, options=options)
         _reached("model written")
-        folding = getattr(served_model, "folding_report", None) if fold else None
         card = describe(model, signatures, labels, folding, accuracy, recalibration)
         (folder / CARD).parent.mkdir(exist_ok=True)
         (folder / CARD).write_text(json.dumps(card, indent=2) + "\n")
@@ -172,13 +172,7 @@ def export(
 
 
 def _check_arguments(model: Any, version: Any, labels: Any, preprocess: Any, accuracy: Any) -> None:
-    if not isinstance(model, keras.Model):
-        raise TypeError(f"`model` must be a `keras.Model`. Received: model={model!r} of type {type(model).__name__}.")
-    if not model.built:
-        raise ValueError(
-            "`model` must be built: give it an `Input`, or call it once on a batch of data. "
-            f"Received: model={model.name!r}, which is not built."
-        )
+    check_model(model, built=True)
     if version is not None and (isinstance(version, bool) or not isinstance(version, int)):
         raise TypeError(f"`version` must be an integer from 0, or None for the next. Received: version={version!r}.")
     if version is not None and version < 0:
@@ -268,7 +262,7 @@ def _check(
     loaded = tf.saved_model.load(os.fspath(folder))
     batches = [] if examples is None else [_seven_rows(examples)]
     if not any(spec.dtype == tf.string for spec in original.inputs.values()) or not batches:
-        batches += [random_inputs(original.inputs, pixels, "warmup", batch=ROWS) for pixels in (False, True)]
+        batches += [random_inputs(original.inputs, kind, "warmup", batch=ROWS) for kind in KINDS[:2]]
     errors = check_outputs(loaded.signatures[SERVING], original.predict, batches, tolerance)
     asked = dict.fromkeys(signatures, batches[-1])
     if DRIFT in signatures:

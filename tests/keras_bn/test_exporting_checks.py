@@ -57,7 +57,7 @@ def test_a_model_whose_rows_depend_on_each_other_is_refused(tmp_path):
 def test_statistics_that_are_not_finite_are_refused(tmp_path, fold, value):
     model = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization(name="ill")])
     model.layers[0].moving_variance.assign([1, value, 1, 1])
-    with pytest.raises(ValueError, match=r"must have finite weights.*'.*ill/moving_variance' with NaN or infinity"):
+    with pytest.raises(ValueError, match=r"must have finite weights.*'.*ill/moving_variance' with a value"):
         keras_bn.export(model, tmp_path / "served", fold=fold)
     assert list(tmp_path.iterdir()) == []
 
