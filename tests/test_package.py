@@ -87,7 +87,7 @@ LIBRARY_FLOORS = [
     {"arguments"},
     {"layer"},
     {"model", "modes"},
-    {"drift", "conversion"},
+    {"drift", "cloning", "conversion"},
     {"population"},
     {"health", "folding"},
     {"exporting"},
