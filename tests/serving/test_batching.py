@@ -19,7 +19,6 @@ from keras_bn_serving.engine.grouping import BatchingOptions, count_rows
 from keras_bn_serving.engine.loading import Loader
 from keras_bn_serving.engine.servable import Servable, Signature
 from keras_bn_serving.errors import Code, FailedPreconditionError, InvalidArgumentError, ServingError, UnavailableError
-
 from tensorflow_serving.apis import prediction_log_pb2
 
 from tests.serving import saved_models
