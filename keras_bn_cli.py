@@ -406,23 +406,20 @@ def export(
 def drift(model: _Model, data: _Data, limit: Any, as_json: bool) -> None:
     """Tells how far data is from what the normalizations were trained on.
 
-    MODEL is a model file or the folder of an exported version. The data is taken as one batch.
+    MODEL is a model file or the folder of an exported version. All examples are pooled, whatever the batch size.
     """
-    _library()
-    from keras_bn.drift import drift_of_model, drift_of_version
-    from keras_bn.tables import table
-
     if model.path.is_dir():
         inputs = _card(model.path)["signatures"]["serving_default"]["inputs"]
-        rows = drift_of_version(
-            model.path, data.read({name: tuple(spec["shape"][1:]) for name, spec in inputs.items()})
-        )
+        examples = data.read({name: tuple(spec["shape"][1:]) for name, spec in inputs.items()})
+        rows = _library().drift(model.path, examples, data.batch_size)
     else:
         with model.loaded() as loaded:
-            rows = drift_of_model(loaded, data.for_model(loaded))
+            rows = _library().drift(loaded, data.for_model(loaded), data.batch_size)
     if as_json:
         click.echo(json.dumps({"layers": rows}, indent=2))
     else:
+        from keras_bn.tables import table
+
         click.echo(table(["layer", "mean shift", "variance ratio", "KL"], [list(row.values()) for row in rows]))
     above = [row["layer"] for row in rows if limit is not None and not row["kl"] <= limit]
     if above:
