@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import click
 
 ABOVE_LIMIT = 3
+CARD = "assets.extra/keras_bn.json"
 MODEL_SUFFIXES = (".keras", ".h5", ".hdf5")
 PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -348,8 +349,8 @@ def fold(model: _Model, data: _Data | None, output: Path, tolerance: Any, as_jso
     with model.loaded() as loaded:
         check = None if data is None else _first(data.for_model(loaded), data.batch_size)
         folded = _library().fold(loaded, check, tolerance)
-        _save(folded, output)
-    _print(folded.folding_report, as_json)
+        _save(folded.model, output)
+    _print(folded.report, as_json)
 
 
 @main.command(short_help="The next version for TensorFlow Serving.")
@@ -569,9 +570,9 @@ def _print(report: Any, as_json: bool) -> None:
 
 
 def _card(version: Path) -> Any:
-    card = version / "assets.extra/keras_bn.json"
+    card = version / CARD
     if not card.exists():
-        raise ValueError(f"MODEL must be a version that keras_bn exported, with {card.name}. Received: {version}.")
+        raise ValueError(f"MODEL must be a version that keras_bn exported, with {CARD}. Received: {version}.")
     return json.loads(card.read_text())
 
 

@@ -8,7 +8,8 @@ from keras_bn.folding import fold
 from keras_bn.health import health
 from keras_bn.layer import BatchNormalization
 from keras_bn.modes import freeze, unfreeze, use_statistics
-from keras_bn.population import Recalibrate, recalibrate
+from keras_bn.population import recalibrate
+from keras_bn.population.callback import Recalibrate
 
 __all__ = [
     "BatchNormalization",

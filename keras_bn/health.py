@@ -7,9 +7,10 @@ import keras
 import numpy as np
 
 from keras_bn.drift import distance, plain, summary
-from keras_bn.model import named_batch_norms, statistics_of, variables_restored
+from keras_bn.model import affine_weights, check_model, named_batch_norms, statistics_of, variables_restored
+from keras_bn.population.accumulator import Accumulator
 from keras_bn.population.batches import Batches
-from keras_bn.population.measurement import Accumulator, measure_leniently
+from keras_bn.population.measurement import measure_leniently
 from keras_bn.tables import table
 
 # Below these, a channel is called dead.
@@ -47,19 +48,19 @@ def health(
         TypeError: when `model` or `data` is of the wrong type.
         ValueError: when `data` holds no value that counts.
     """
-    if not isinstance(model, keras.Model):
-        raise TypeError(f"`model` must be a `keras.Model`. Received: model={model!r} of type {type(model).__name__}.")
+    check_model(model, built=True)
+    batches = None if data is None else Batches(data, steps, batch_size)
     layers = named_batch_norms(model)
     statistics = {name: statistics_of(layer) for name, layer in layers.items()}
     accumulators: dict[str, Accumulator] = {}
     skipped: dict[str, int] = {}
-    if data is not None:
+    if batches is not None:
         with variables_restored(model):
-            accumulators, skipped = measure_leniently(model, layers, Batches(data, steps, batch_size), verbose)
+            accumulators, skipped = measure_leniently(model, layers, batches.settled(model), verbose)
     rows = []
     for name, layer in layers.items():
         mean, variance = statistics[name]
-        gamma = layer.gamma.numpy() if layer.scale else np.ones_like(mean)
+        gamma, _ = affine_weights(layer)
         measured: dict[str, float] = {}
         if name in accumulators:
             population = accumulators[name].population("pooled")

@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from keras_bn import arguments, kernels
 from keras_bn.layer import BatchNormalization
+from keras_bn.model import batch_norms_below, layers_below
 
 STATISTICS = ("auto", "batch", "moving")
 
@@ -112,17 +113,13 @@ def batch_normalizations(model_or_layer: keras.Layer) -> list[keras.layers.Batch
             f"`model_or_layer` must be a Keras model or layer. Received: {type(model_or_layer).__name__}, "
             f"{model_or_layer!r}."
         )
-    found = [layer for layer in _all_layers(model_or_layer) if isinstance(layer, keras.layers.BatchNormalization)]
-    if not found:
+    layers = batch_norms_below(model_or_layer)
+    if not layers:
         raise ValueError(
             "`model_or_layer` must be or contain a batch normalization that was made already (a subclassed model "
             f"makes some when it is built). Received: {model_or_layer.name!r}, with none."
         )
-    return found
-
-
-def _all_layers(layer: keras.Layer) -> Iterable[keras.Layer]:
-    return {id(one): one for one in layer._flatten_layers()}.values()
+    return layers
 
 
 def _set_trainable(model_or_layer: keras.Layer, trainable: bool) -> None:
@@ -184,7 +181,7 @@ def _trace_again(layers: Iterable[keras.Layer]) -> list[keras.Model]:
     wanted = {id(layer) for layer in layers}
     # By `type`, since `isinstance` may run code of the objects it looks at.
     models = [candidate for candidate in gc.get_objects() if issubclass(type(candidate), keras.Model)]
-    owners = [model for model in models if any(id(layer) in wanted for layer in model._flatten_layers())]
+    owners = [model for model in models if any(id(layer) in wanted for layer in layers_below(model))]
     for model in owners:
         for kind in ("train", "test", "predict"):
             # Not reset to None: a running `fit` calls them without asking.

@@ -20,8 +20,8 @@ from keras_bn.exporting.checks import ROWS, check_graph, check_outputs, check_ro
 from keras_bn.exporting.signatures import BYTES, SERVING
 from keras_bn.folding import FoldingReport
 from keras_bn.folding import fold as fold_model
-from keras_bn.folding.proof import Errors, random_inputs
-from keras_bn.model import batch_norms_below, layers_below
+from keras_bn.folding.proof import KINDS, Errors, random_inputs
+from keras_bn.model import batch_norms_below, check_model, default_tolerance, layers_below
 from keras_bn.population.report import Recalibration
 
 CARD = "assets.extra/keras_bn.json"
@@ -124,9 +124,10 @@ def export(
     if warmup is not None:
         _warmup.require()
     if tolerance is None:
-        halves = any(layer.compute_dtype in ("float16", "bfloat16") for layer in layers_below(model))
-        tolerance = 2e-2 if halves else 1e-4
-    served_model = fold_model(model, _fold_check(model, preprocess, warmup), tolerance) if fold else model
+        tolerance = default_tolerance(model)
+    served_model, folding = model, None
+    if fold:
+        served_model, folding = fold_model(model, _fold_check(model, preprocess, warmup), tolerance)
     observed = model if drift and batch_norms_below(model) else None
     original = _signatures.Serving(model, preprocess, jit_compile)
     serving = _signatures.Serving(served_model, preprocess, jit_compile, named_after=original)
@@ -142,7 +143,6 @@ def export(
         options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
         tf.saved_model.save(root, os.fspath(folder), signatures=signatures, options=options)
         _reached("model written")
-        folding = getattr(served_model, "folding_report", None) if fold else None
         card = _card(model, signatures, labels, folding, accuracy, recalibration)
         (folder / CARD).parent.mkdir(exist_ok=True)
         (folder / CARD).write_text(json.dumps(card, indent=2) + "\n")
@@ -158,13 +158,7 @@ def export(
 
 
 def _check_arguments(model: Any, version: Any, labels: Any, preprocess: Any, accuracy: Any) -> None:
-    if not isinstance(model, keras.Model):
-        raise TypeError(f"`model` must be a `keras.Model`. Received: model={model!r} of type {type(model).__name__}.")
-    if not model.built:
-        raise ValueError(
-            "`model` must be built: give it an `Input`, or call it once on a batch of data. "
-            f"Received: model={model.name!r}, which is not built."
-        )
+    check_model(model, built=True)
     if version is not None and (isinstance(version, bool) or not isinstance(version, int)):
         raise TypeError(f"`version` must be an integer from 0, or None for the next. Received: version={version!r}.")
     if version is not None and version < 0:
@@ -284,7 +278,7 @@ def _check(
     loaded = tf.saved_model.load(os.fspath(folder))
     batches = [] if examples is None else [_seven_rows(examples)]
     if not any(spec.dtype == tf.string for spec in original.inputs.values()) or not batches:
-        batches += [random_inputs(original.inputs, pixels, "warmup", batch=ROWS) for pixels in (False, True)]
+        batches += [random_inputs(original.inputs, kind, "warmup", batch=ROWS) for kind in KINDS[:2]]
     errors = check_outputs(loaded.signatures[SERVING], original.predict, batches, tolerance)
     asked = dict.fromkeys(signatures, batches[-1])
     if DRIFT in signatures:

@@ -53,7 +53,7 @@ def _serve(options: argparse.Namespace) -> None:
     metrics_path = config_files.read_metrics_path(options.monitoring_config_file)
     import_tensorflow()
     from keras_bn_serving.config.settings import read_batching, read_credentials
-    from keras_bn_serving.engine.batching import BatchingOptions
+    from keras_bn_serving.engine.grouping import BatchingOptions
     from keras_bn_serving.engine.loading import Loader
     from keras_bn_serving.engine.servable import LoadOptions
     from keras_bn_serving.rest.server import RestOptions
@@ -88,6 +88,7 @@ def _serve(options: argparse.Namespace) -> None:
                 options.num_request_iterations_for_warmup,
                 options.max_num_load_retries,
                 options.load_retry_interval_micros / 1e6,
+                batching=batching,
             ),
             RestOptions(
                 options.rest_api_enable_cors_support,
