@@ -44,7 +44,8 @@ def use_statistics(model_or_layer: keras.Layer, statistics: str) -> StatisticsSw
 
     It holds at once for `fit`, `evaluate`, `predict`, `train_on_batch` and direct calls of every model that contains
     one of the layers, also for functions already traced, which are traced again; a `tf.function` of your own has to be
-    made again. It is not saved with the model.
+    made again. The switch is the layers' own and so holds in the whole process: for every thread, and for every model
+    that shares one of them. It is not saved with the model.
 
     Args:
         model_or_layer: A model, a wrapper or a layer; its batch norms (ours and stock Keras's, nested and shared ones)
@@ -71,7 +72,8 @@ def freeze(model_or_layer: keras.Layer) -> None:
     """Stops all batch norms below a model from learning: gamma, beta and the moving statistics stay as they are.
 
     They normalize with the moving statistics from now on, as Keras defines `trainable = False`; it holds at once, also
-    after `compile` and in the middle of `fit`.
+    after `compile` and in the middle of `fit`, in the whole process: for every thread, and for every model that shares
+    one of the layers, whose compiled functions are made anew.
 
     Args:
         model_or_layer: A model, a wrapper or a layer; its batch norms (ours and stock Keras's) are frozen.
@@ -86,8 +88,8 @@ def freeze(model_or_layer: keras.Layer) -> None:
 def unfreeze(model_or_layer: keras.Layer) -> None:
     """Lets all batch norms below a model learn again: the opposite of `freeze`, also of `layer.trainable = False`.
 
-    An optimizer that was built while they were frozen gets room for their gamma and beta; what it remembers of the
-    other variables stays.
+    As `freeze`, it holds in the whole process. An optimizer that was built while they were frozen gets room for their
+    gamma and beta; what it remembers of the other variables stays.
 
     Args:
         model_or_layer: A model, a wrapper or a layer; its batch norms (ours and stock Keras's) are unfrozen.
