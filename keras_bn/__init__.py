@@ -2,6 +2,7 @@
 
 from keras_bn._version import __version__
 from keras_bn.conversion import convert, load_tf_keras_weights, load_torch_weights, revert
+from keras_bn.drift import drift
 from keras_bn.exporting import export
 from keras_bn.folding import fold
 from keras_bn.health import health
@@ -15,6 +16,7 @@ __all__ = [
     "Recalibrate",
     "__version__",
     "convert",
+    "drift",
     "export",
     "fold",
     "freeze",

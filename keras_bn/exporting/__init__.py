@@ -12,10 +12,12 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bn._version import __version__
+from keras_bn.drift import SIGNATURE as DRIFT
 from keras_bn.exporting import signatures as _signatures
 from keras_bn.exporting import versions as _versions
 from keras_bn.exporting import warmup as _warmup
-from keras_bn.exporting.checks import check_graph, check_outputs, check_rows
+from keras_bn.exporting.checks import ROWS, check_graph, check_outputs, check_rows, check_shapes
+from keras_bn.exporting.signatures import BYTES, SERVING
 from keras_bn.folding import FoldingReport
 from keras_bn.folding import fold as fold_model
 from keras_bn.folding.proof import KINDS, Errors, random_inputs
@@ -23,7 +25,6 @@ from keras_bn.model import batch_norms_below, check_model, default_tolerance, la
 from keras_bn.population.report import Recalibration
 
 CARD = "assets.extra/keras_bn.json"
-SERVING, BYTES, DRIFT = "serving_default", "image_bytes", "batch_norm_drift"
 
 # Called with the name of each stage as it is reached.
 STAGE_HOOKS: list[Callable[[str], None]] = []
@@ -133,9 +134,10 @@ def export(
     examples = None if warmup is None else _examples(warmup, serving.inputs)
     with _versions.temporary_sibling(base) as folder:
         _reached("folder made")
-        signatures = _trace(serving, labels, preprocess is not None)
+        least = original.least_sizes()
+        signatures = _trace(serving, labels, least)
         if observed is not None:
-            signatures[DRIFT] = original.concrete(original.drift, original.inputs)
+            signatures[DRIFT] = original.concrete(original.drift, original.inputs, least)
         root = tf.Module()
         root.kept = _resources(served_model, observed, preprocess)
         options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
@@ -208,10 +210,12 @@ def _examples(warmup: Any, inputs: Mapping[str, tf.TensorSpec]) -> dict[str, tf.
     return examples
 
 
-def _trace(serving: _signatures.Serving, labels: Sequence[str] | None, pictures: bool) -> dict[str, Any]:
+def _trace(
+    serving: _signatures.Serving, labels: Sequence[str] | None, least: Mapping[str, list[int]]
+) -> dict[str, Any]:
     predict = serving.predict if labels is None else serving.predict_with(labels)
-    signatures = {SERVING: serving.concrete(predict, serving.inputs)}
-    if pictures and None not in list(next(iter(serving.inputs.values())).shape)[1:]:
+    signatures = {SERVING: serving.concrete(predict, serving.inputs, least)}
+    if serving.takes_pictures:
         signatures[BYTES] = serving.concrete(*serving.decoded(predict))
     return signatures
 
@@ -267,13 +271,27 @@ def _check(
     tolerance: float,
     compiled_is_fine: bool,
 ) -> Errors:
+    """Whether what was written is fit to be served, and computes what the person's own model and `preprocess` do."""
     for name in signatures:
         check_graph(folder, name, compiled_is_fine)
+        check_shapes(folder, name)
     loaded = tf.saved_model.load(os.fspath(folder))
-    served = loaded.signatures[SERVING]
-    batches = [] if examples is None else [examples]
+    batches = [] if examples is None else [_seven_rows(examples)]
     if not any(spec.dtype == tf.string for spec in original.inputs.values()) or not batches:
-        batches += [random_inputs(original.inputs, kind, "warmup") for kind in KINDS[:2]]
-    errors = check_outputs(served, original.predict, batches, tolerance)
-    check_rows(served, batches[-1], tolerance)
+        batches += [random_inputs(original.inputs, kind, "warmup", batch=ROWS) for kind in KINDS[:2]]
+    errors = check_outputs(loaded.signatures[SERVING], original.predict, batches, tolerance)
+    asked = dict.fromkeys(signatures, batches[-1])
+    if DRIFT in signatures:
+        check_outputs(loaded.signatures[DRIFT], original.drift, batches, tolerance)
+    if BYTES in signatures:
+        encoded = _warmup.encoded(batches[-1])
+        asked[BYTES] = {BYTES: encoded}
+        check_outputs(loaded.signatures[BYTES], lambda _: original.predict(batches[-1]), [asked[BYTES]], tolerance)
+    for name, batch in asked.items():
+        check_rows(name, loaded.signatures[name], batch, tolerance)
     return errors
+
+
+def _seven_rows(examples: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    """The examples from the first on, again where there are fewer."""
+    return {name: tf.gather(value, np.arange(ROWS) % len(value)) for name, value in examples.items()}

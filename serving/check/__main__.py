@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from keras_bn_serving.__main__ import _import_tensorflow_quietly
+from keras_bn_serving.quiet import import_tensorflow
 
 from . import MODEL, ROOT, CheckError, Skipped, images
 
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--python_image", metavar="IMAGE", help="base image with Python; by default the Dockerfile's")
     parser.add_argument("--tf_serving_image", metavar="IMAGE", help="TensorFlow Serving; by default the Dockerfile's")
     flags = parser.parse_args(arguments)
-    _import_tensorflow_quietly()
+    import_tensorflow()
     from . import files
 
     report = _Report()

@@ -88,7 +88,7 @@ def test_inspect_prints_json_and_nothing_else(model_file, data_file):
 
 def test_recalibrate_writes_a_new_file_with_the_population_statistics(model_file, data_file, tmp_path):
     new = tmp_path / "exact.keras"
-    output = run("recalibrate", model_file, "--data", tmp_path / "x.npy", "-o", new, "--batch-size", 16).output
+    output = run("recalibrate", model_file, "--data", tmp_path / "x.npy", "-o", new, "--batch-size", 16).stdout
     assert "Moving statistics replaced (pooled, sequential):" in output
     model = keras.models.load_model(new)
     seen = model.layers[0](np.load(tmp_path / "x.npy")).numpy()
@@ -132,9 +132,9 @@ def test_export_takes_pixels_as_they_are(model_file, tmp_path):
     ("arguments", "message"),
     [
         (["inspect", "MODEL", "--data", "DATA"], "--array must be one of ['x_train', 'y_train'], those in"),
-        (["drift", "DIR", "--data", "X"], "SavedModel file does not exist"),
+        (["drift", "DIR", "--data", "X"], "MODEL must be a version that keras_bn exported"),
         (["inspect", "DIR"], "MODEL must be a version that keras_bn exported"),
-        (["fold", "X", "-o", "OUT"], "MODEL must be a .keras or .h5 file."),
+        (["fold", "X", "-o", "OUT"], "MODEL must be a .keras, .h5, .hdf5 file."),
         (["fold", "MODEL", "-o", "OUT", "--tolerance", "1e-15"], "`tolerance` must be above the error"),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 import keras_bn
-from keras_bn import drift
+from tests.reference import Reference, drift_of
 
 LABELS = ["shirt", "shoe", "hat"]
 
@@ -119,20 +119,30 @@ def test_preprocess_is_for_pictures_only(tmp_path):
 
 def test_drift_tells_inverted_pictures_from_those_it_was_trained_on(tmp_path, model):
     path = keras_bn.export(model, tmp_path, preprocess=scaled).path
-    usual = ask(path, "batch_norm_drift", image=pictures(64, seed=1))
-    inverted = ask(path, "batch_norm_drift", image=255 - pictures(64, seed=1))
-    assert usual["layer"].tolist() == [b"early", b"late"]
-    assert usual["kl"].max() < 0.1 < 10 * usual["kl"].max() < inverted["kl"].min()
-    assert inverted["mean_shift"].min() > 1 > usual["mean_shift"].max()
+    usual = keras_bn.drift(path, pictures(64, seed=1))
+    inverted = keras_bn.drift(path, 255 - pictures(64, seed=1))
+    assert [row["layer"] for row in usual] == ["early", "late"]
+    largest = max(row["kl"] for row in usual)
+    assert largest < 0.1 < 10 * largest < min(row["kl"] for row in inverted)
+    assert min(row["mean_shift"] for row in inverted) > 1 > max(row["mean_shift"] for row in usual)
 
 
-def test_served_drift_is_the_distance_from_the_moving_statistics(tmp_path, model):
+def test_the_signature_of_drift_answers_for_each_row(tmp_path, model):
     path = keras_bn.export(model, tmp_path).path
-    x = scaled(pictures(32, seed=2))
-    served = ask(path, "batch_norm_drift", image=x.numpy())
-    for i, one in enumerate(drift.input_distances(model, x).values()):
-        for name, value in drift.summary(one).items():
-            np.testing.assert_allclose(served[name][i], value, rtol=1e-4)
+    x = scaled(pictures(32, seed=2)).numpy()
+    served = ask(path, "batch_norm_drift", image=x)
+    assert {name: value.shape for name, value in served.items()} == {
+        "layer": (32, 2),
+        "channels": (32, 2),
+        **dict.fromkeys(("count", "mean_shift", "variance_ratio"), (32, 10)),
+    }
+    assert (served["layer"][5].tolist(), served["channels"][5].tolist()) == ([b"early", b"late"], [4, 6])
+    assert served["count"][5].tolist() == [36.0] * 4 + [1.0] * 6
+    early = model.get_layer("early")
+    seen = Reference(model.get_layer("conv")(x[5:6]), -1)
+    for name, value in drift_of(seen, early.moving_mean, early.moving_variance).items():
+        if name in served:
+            np.testing.assert_allclose(served[name][5, :4], value, rtol=1e-4, atol=1e-5)
 
 
 def test_drift_can_be_turned_off_and_is_absent_without_normalizations(tmp_path, model):
