@@ -168,3 +168,23 @@ def test_a_mistake_is_one_line_and_exit_code_1(arguments, message, model_file, d
 
 def test_a_misspelled_command_is_exit_code_2():
     assert "No such command 'recalibrated'" in run("recalibrated", code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("missing", "arguments"),
+    [("httpx", ["ask", "1"]), ("httptools", ["serve", "--model_base_path=.", "--rest_api_port=0"])],
+)
+def test_without_the_extra_a_line_says_what_to_install(missing, arguments, tmp_path):
+    (tmp_path / "1").mkdir()
+    program = f"import sys; sys.modules[{missing!r}] = None\nfrom keras_bn_cli import main\nmain({arguments})"
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert missing in line
+    assert line.endswith("python -m pip install 'keras-bn[serving]'")
+
+
+def test_version_says_whether_the_compiled_operations_are_there():
+    version, compiled = run("--version").stdout.splitlines()
+    assert version == f"keras-bn {keras_bn.__version__}"
+    assert compiled == f"{keras_bn.compiled()}"
