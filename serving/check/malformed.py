@@ -12,7 +12,7 @@ from tensorflow_serving.apis import predict_pb2
 
 _MOST_ENTRIES = 3000
 _HUGE = (1000, 20_000, 70_000)
-_STRANGERS = ("text", None, True, {"b64": "AAAA"}, {"a": 1}, {}, [], 1e39, -1, 2**70, 0.5)
+_STRANGERS: tuple[Any, ...] = ("text", None, True, {"b64": "AAAA"}, {"a": 1}, {}, [], 1e39, -1, 2**70, 0.5)
 _BYTES = {1: 4, 2: 8, 3: 4, 4: 1, 5: 2, 6: 1, 9: 8, 10: 1, 14: 2, 17: 2, 19: 2, 22: 4, 23: 8}
 
 
