@@ -46,7 +46,7 @@ def health(
 
     Raises:
         TypeError: when `model` or `data` is of the wrong type.
-        ValueError: when `data` holds no value that counts.
+        ValueError: when `model` is not built, or an argument is not allowed.
     """
     check_model(model, built=True)
     batches = None if data is None else Batches(data, steps, batch_size)
@@ -75,6 +75,7 @@ def health(
                 small_variance=np.flatnonzero(variance < SMALL_VARIANCE * layer.epsilon).tolist(),
                 non_finite=np.flatnonzero(~np.isfinite(mean) | ~np.isfinite(variance)).tolist(),
                 non_finite_batches=skipped.get(name, 0),
+                unmeasured=batches is not None and name not in accumulators,
                 **measured,
             )
         )
@@ -91,6 +92,7 @@ class LayerHealth(NamedTuple):
         small_variance: indices of the channels that hardly vary.
         non_finite: indices of the channels with a NaN or infinite moving statistic.
         non_finite_batches: number of batches with a non-finite value at the input of this layer first.
+        unmeasured: whether there was data, but nothing finite of it that counts came to this layer.
         mean_shift: of the population from the moving mean, root mean square over channels, in standard deviations.
         variance_ratio: population's to moving variance, that of the channel farthest from 1.
         kl: divergence of the population from the moving statistics, nats, mean over channels.
@@ -103,6 +105,7 @@ class LayerHealth(NamedTuple):
     small_variance: list[int]
     non_finite: list[int]
     non_finite_batches: int
+    unmeasured: bool = False
     mean_shift: float = float("nan")
     variance_ratio: float = float("nan")
     kl: float = float("nan")
@@ -134,6 +137,10 @@ class Health(NamedTuple):
                 said.append(f"{one.name}: {len(one.non_finite)} channels have non-finite statistics; recalibrate.")
             if one.non_finite_batches:
                 said.append(f"{one.name}: {one.non_finite_batches} batches of the data are not finite here; mend them.")
+            if one.unmeasured:
+                said.append(
+                    f"{one.name}: nothing of the data that counts and is finite gets here; it was not measured."
+                )
             if one.dead:
                 said.append(
                     f"{one.name}: {len(one.dead)} of {one.channels} channels are dead "

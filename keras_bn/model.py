@@ -37,6 +37,21 @@ def check_model(model: Any, built: bool = False) -> None:
         )
 
 
+def check_one_argument(model: keras.Model) -> None:
+    """Refuses a subclassed model whose `call` needs more than one argument, which no batch of data is.
+
+    Raises:
+        TypeError: when it does.
+    """
+    parameters = list(inspect.signature(type(model).call).parameters.values())[1:]
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if len(needed) > 1:
+        raise TypeError(
+            "`model` must take its inputs as one argument, a list or dictionary where there are several. "
+            f"Received: model={model.name!r} of type {type(model).__name__}, whose `call` needs {needed}."
+        )
+
+
 def default_tolerance(model: keras.Layer) -> float:
     """Of relative errors: 1e-4, or 2e-2 where a layer computes in half precision."""
     halves = any(layer.compute_dtype in ("float16", "bfloat16") for layer in layers_below(model))
@@ -59,11 +74,11 @@ def batch_norms_below(model: keras.Layer) -> list[keras.layers.BatchNormalizatio
 
 
 def named_batch_norms(model: keras.Layer) -> dict[str, keras.layers.BatchNormalization]:
-    """Every batch normalization below `model` once, by a unique name: `bn1`, or `backbone/bn1` in a nested model."""
+    """Every built batch normalization below `model` once, by a unique name: `bn1`, `backbone/bn1` in a nested model."""
     named: dict[str, keras.layers.BatchNormalization] = {}
 
     def visit(layer: keras.Layer, path: str) -> None:
-        if isinstance(layer, keras.layers.BatchNormalization) and layer not in named.values():
+        if isinstance(layer, keras.layers.BatchNormalization) and layer.built and layer not in named.values():
             name, n = path or layer.name, 1
             while name in named:
                 n += 1
@@ -103,22 +118,29 @@ def set_statistics(layer: keras.layers.BatchNormalization, mean: Any, variance: 
         layer.renorm_stddev.assign(stddev.astype("float32"))
 
 
+def _recurrent_states(model: keras.Layer) -> list[keras.Variable]:
+    """Those of stateful layers, which Keras does not count among their variables."""
+    layers = [layer for layer in layers_below(model) if isinstance(layer, keras.layers.RNN) and layer.stateful]
+    return [v for layer in layers for v in keras.tree.flatten(layer.states) if isinstance(v, keras.Variable)]
+
+
 @contextlib.contextmanager
 def variables_restored(model: keras.Layer, only_on_error: bool = False) -> Iterator[None]:
     """Puts every variable that an optimizer does not train back, bit for bit: at the end, or only when the body raises.
 
-    "Raises" is anything at all, Ctrl-C included.
+    "Raises" is anything at all, Ctrl-C included. States of recurrent layers are put back in any case.
     """
-    variables = [v for v in model.variables if not v.trainable]
+    states = _recurrent_states(model)
+    variables = [*states, *(v for v in model.variables if not v.trainable)]
     before = [v.numpy() for v in variables]
     finished = False
     try:
         yield
         finished = True
     finally:
-        if not (finished and only_on_error):
-            for variable, value in zip(variables, before, strict=True):
-                variable.assign(value)
+        kept = len(states) if finished and only_on_error else len(variables)
+        for variable, value in zip(variables[:kept], before[:kept], strict=True):
+            variable.assign(value)
 
 
 def graph_of(layer: Any) -> Any:
@@ -171,11 +193,16 @@ def copy_state(old: keras.Layer, new: keras.Layer) -> list[tuple[keras.Variable,
     for layer, own in ((old, [a for a, _ in changed]), (new, [b for _, b in changed])):
         of_changed = {id(variable) for norm in own for variable in norm.variables}
         sides.append([variable for variable in layer.variables if id(variable) not in of_changed])
+    if sorted(v.name for v in sides[0]) == sorted(v.name for v in sides[1]):
+        # What was quantized after it was built has its variables in another order.
+        sides = [sorted(side, key=lambda variable: variable.name) for side in sides]
     pairs += zip(*sides, strict=True)
     for source, target in pairs:
         target.assign(source)
     for a, b in changed:
         set_statistics(b, a.moving_mean.numpy(), a.moving_variance.numpy())
+    for source, target in zip(_recurrent_states(old), _recurrent_states(new), strict=True):
+        target.assign(source)
     for a, b in zip(layers_below(old), layers_below(new), strict=True):
         if hasattr(a, "save_assets"):  # Vocabularies, which are no variables.
             with tempfile.TemporaryDirectory() as folder:

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_bn.model import inference_mode, input_structure
+from keras_bn.model import inference_mode, input_structure, variables_restored
 
 
 class Errors(NamedTuple):
@@ -125,7 +125,8 @@ def errors_between(model: keras.Model, other: keras.Model, batches: list[Any]) -
     """
     errors, finite = [], False
     for inputs in batches:
-        with inference_mode(model), inference_mode(other):
+        # Restored, since recurrent layers may keep a state.
+        with variables_restored(model), variables_restored(other), inference_mode(model), inference_mode(other):
             expected = model(inputs, training=False)
             errors.append(largest_errors(expected, other(inputs, training=False)))
         finite = finite or any(
@@ -151,7 +152,7 @@ def proved_errors(model: keras.Model, other: keras.Model, check: Any = None) -> 
     structure = input_structure(model)
 
     def run(inputs: Any) -> Any:
-        with inference_mode(model):
+        with variables_restored(model), inference_mode(model):
             # Of fewer values than its kernel has, TensorFlow's convolution returns whatever is in memory; Keras's
             # arithmetic of shapes refuses it.
             model.compute_output_spec(keras.tree.map_structure(_symbolic, inputs, structure))

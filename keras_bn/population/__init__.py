@@ -69,7 +69,7 @@ def recalibrate(
 
     Reference: Ioffe & Szegedy 2015 (arXiv 1502.03167), Algorithm 2; Wu & Johnson 2021 (arXiv 2105.07576), "precise BN".
     """
-    check_model(model)
+    check_model(model, built=True)
     check_options(method, order, verbose)
     _check_one_machine(model)
     layers = named_batch_norms(model)

@@ -62,9 +62,14 @@ class Accumulator:
         self._sum_biased = self._sum_biased + several * biased
         self._sum_log = self._sum_log + several * np.log(biased + self._epsilon)
 
+    @property
+    def has_values(self) -> bool:
+        """Whether each channel has a value that counts."""
+        return self._pooled is not None and bool(np.all(self._pooled.count > 0))
+
     def population(self, method: str) -> Population:
         """By the `method` of `recalibrate`."""
-        if self._pooled is None or self._means is None or not np.all(self._pooled.count > 0):
+        if self._pooled is None or self._means is None or not self.has_values:
             raise ValueError("`data` must hold values that count. Received: only masked values or weights of zero.")
         count = float(np.max(self._pooled.count))
         if method == "pooled":

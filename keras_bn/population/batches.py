@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_bn.model import graph_of
+from keras_bn.model import check_one_argument, graph_of
 
 Batch = tuple[Any, Any]
 
@@ -57,8 +57,10 @@ class Batches:
         """Decides about a list of arrays: batches where `model` has one input, its inputs where it has several.
 
         Raises:
+            TypeError: for a model that takes its inputs as several arguments.
             ValueError: for a list of arrays and a model that does not tell how many inputs it has.
         """
+        check_one_argument(model)
         if self._arrays is not None:
             return self
         if graph_of(model) is None:

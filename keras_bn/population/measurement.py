@@ -70,16 +70,17 @@ def measure_repeated(model: keras.Model, layers: Layers, batches: Batches, verbo
 def measure_leniently(
     model: keras.Model, layers: Layers, batches: Batches, verbose: int | str
 ) -> tuple[dict[str, Accumulator], dict[str, int]]:
-    """As `measure_joint`, but batches with a non-finite value are left out and counted instead of refused.
+    """As `measure_joint`, but a batch that is not finite at a layer is left out from there on, and counted.
 
     Returns:
-        The accumulator of each layer, and by the name of the layer that saw it first the number of non-finite batches.
+        The accumulator of each layer that was given anything finite, and by the name of the layer that saw it first the
+        number of non-finite batches.
     """
     skipped: dict[str, int] = {}
     accumulators = _one_pass(
         model, layers, batches, _Progress(1, batches, verbose), targets=set(layers), skipped=skipped
     )
-    return accumulators, skipped
+    return {name: one for name, one in accumulators.items() if one.has_values}, skipped
 
 
 class _Stop(BaseException):
@@ -144,13 +145,13 @@ def _one_pass(
                 set_statistics(layer, moments.mean, np.asarray(tf.math.divide_no_nan(moments.m2, moments.count)))
 
         stop = _forward(model, layers, inputs, measure)
-        refused = stop is not None and stop.problem is not None
         if stop is not None and stop.non_finite is not None and skipped is not None:
             skipped[stop.non_finite] = skipped.get(stop.non_finite, 0) + 1
         elif stop is not None and stop.problem is not None:
             raise ValueError(stop.problem)
-        for accumulator in accumulators.values():
-            accumulator.end_batch(counts=not refused)
+        for name, accumulator in accumulators.items():
+            # Layers before the one that refuses have seen a whole batch.
+            accumulator.end_batch(counts=stop is None or name != stop.non_finite)
         progress.batch_done()
     if not accumulators and skipped is None:
         raise ValueError("`data` must hold at least one batch. Received: no batch.")

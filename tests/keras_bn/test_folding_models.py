@@ -149,6 +149,36 @@ def test_a_fixed_batch_size_is_kept():
     assert keras_bn.fold(model).model.inputs[0].shape == (7, 4)
 
 
+def test_recurrent_states_are_neither_compared_nor_moved():
+    layers = [keras.layers.LSTM(3, stateful=True), keras.layers.BatchNormalization(), keras.layers.Dense(2)]
+    model = unsettled(keras.Sequential([keras.Input(batch_shape=(4, 5, 3)), *layers]))
+    model(np.ones((4, 5, 3), "float32"))
+    states = model.layers[0].states
+    before = [variable.numpy() for variable in states]
+    assert keras_bn.fold(model).report.absorbed == 1
+    keras_bn.recalibrate(model, np.ones((8, 5, 3), "float32"), batch_size=4, verbose=0)
+    for variable, value in zip(states, before, strict=True):
+        np.testing.assert_array_equal(variable, value)
+
+
+@pytest.mark.parametrize("mode", ["int8", "float8"])
+def test_quantized_layers_keep_their_weights(mode):
+    layers = [keras.layers.Dense(16), keras.layers.BatchNormalization(name="n"), keras.layers.ReLU()]
+    model = unsettled(keras.Sequential([keras.Input((16,)), *layers]))
+    model.layers[0].quantize(mode)
+    folded = keras_bn.fold(model)
+    assert folded.report.normalizations[0].reason.startswith("Dense")
+    assert folded.model.layers[0].quantization_mode == mode
+
+
+def test_a_nested_model_of_two_outputs_ends_a_sequential_one():
+    inputs = keras.Input((4,))
+    outputs = [keras.layers.Dense(2)(inputs), keras.layers.BatchNormalization()(keras.layers.Dense(3)(inputs))]
+    model = unsettled(keras.Sequential([keras.Input((4,)), keras.Model(inputs, outputs)]))
+    folded = keras_bn.fold(model)
+    assert [tensor.shape for tensor in folded.model.outputs] == [(None, 2), (None, 3)]
+
+
 def picky():
     """Takes three distances that sum to 1 and nothing else."""
 

@@ -259,6 +259,31 @@ def test_a_list_of_arrays_for_a_model_that_does_not_tell_its_inputs_is_refused_w
     np.testing.assert_allclose(model.norm.moving_mean, 1.5 * x.mean(0), rtol=1e-5)
 
 
+def test_a_model_of_two_call_arguments_is_refused():
+    class Two(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.norm = keras.layers.BatchNormalization()
+
+        def call(self, a, b):
+            return self.norm(a) + b
+
+    model = Two()
+    model(np.ones((2, 3)), np.ones((2, 3)))
+    with pytest.raises(TypeError, match=r"`model` must take its inputs as one argument.*needs \['a', 'b'\]"):
+        keras_bn.recalibrate(model, np.ones((4, 3), "float32"))
+
+
+def test_a_normalization_whose_call_names_its_input_otherwise_is_measured():
+    class Own(keras.layers.BatchNormalization):
+        def call(self, x, training=None, mask=None):
+            return super().call(x, training, mask)
+
+    x = np.random.default_rng(0).normal(2, 3, (8, 3)).astype("float32")
+    model = recalibrated(x, keras.Sequential([keras.Input((3,)), Own()]))
+    np.testing.assert_allclose(model.layers[0].moving_mean, x.mean(0), rtol=1e-5)
+
+
 def test_inputs_with_targets_and_weights_are_split_together():
     a, b = keras.Input((3,)), keras.Input((3,))
     model = keras.Model([a, b], keras.layers.BatchNormalization()(a + b))
