@@ -48,10 +48,10 @@ def _trains_and_infers_as_the_formula_says() -> None:
     layer = keras_bn.BatchNormalization(momentum=0.5)
     layer.build(x.shape)
 
-    def ours(x: tf.Tensor) -> tf.Tensor:
+    def ours(x):
         return layer(x, training=True)
 
-    def plain(x: tf.Tensor) -> tf.Tensor:
+    def plain(x):
         mean, variance = tf.nn.moments(x, [0, 1, 2])
         return (x - mean) / tf.sqrt(variance + layer.epsilon)
 
