@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from keras_bn import arguments, kernels, statistics
+from keras_bn.warning import warn
 
 _KERNELS = ("auto", "fused", "xla", "stable")
 
@@ -366,7 +366,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
     def _warn_of_single_value(self, count):
         if isinstance(count, float) and count == 1.0 and not self._warned:
             self._warned = True
-            warnings.warn(f"{kernels.SINGLE_VALUE} Layer: {self.name!r}.", stacklevel=2)
+            warn(f"{kernels.SINGLE_VALUE} Layer: {self.name!r}.")
 
     def _counts_updates(self):
         limits = arguments.clipping_limits(self.renorm_clipping).values() if self.renorm else ()
