@@ -85,7 +85,7 @@ def _print_version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
     library = _library()
     click.echo(f"keras-bn {library.__version__}")
     if hasattr(library, "compiled"):
-        click.echo(f"compiled operations: {library.compiled()}")
+        click.echo(library.compiled())
     ctx.exit()
 
 
@@ -407,22 +407,20 @@ def export(
 def drift(model: _Model, data: _Data, limit: Any, as_json: bool) -> None:
     """Tells how far data is from what the normalizations were trained on.
 
-    MODEL is a model file or the folder of an exported version. All examples are pooled, whatever the batch size. A
-    version of several inputs takes a .npz file with an array of the name of each.
+    MODEL is a model file or the folder of an exported version. All examples are pooled, whatever the batch size.
     """
-    drift_of = _library().drift
-    from keras_bn.tables import table
-
     if model.path.is_dir():
         inputs = _card(model.path)["signatures"]["serving_default"]["inputs"]
         examples = data.read({name: tuple(spec["shape"][1:]) for name, spec in inputs.items()})
-        rows = drift_of(model.path, examples, data.batch_size)
+        rows = _library().drift(model.path, examples, data.batch_size)
     else:
         with model.loaded() as loaded:
-            rows = drift_of(loaded, data.for_model(loaded), data.batch_size)
+            rows = _library().drift(loaded, data.for_model(loaded), data.batch_size)
     if as_json:
         click.echo(json.dumps({"layers": rows}, indent=2))
     else:
+        from keras_bn.tables import table
+
         click.echo(table(["layer", "mean shift", "variance ratio", "KL"], [list(row.values()) for row in rows]))
     above = [row["layer"] for row in rows if limit is not None and not row["kl"] <= limit]
     if above:

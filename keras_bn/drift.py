@@ -145,6 +145,9 @@ def row_figures(model: keras.Model, inputs: Any) -> dict[str, RowFigures]:
         By layer name `RowFigures` of float32 tensors of shape `(batch, C)`, C being the product of the sizes where
         `axis` is a list. A layer called several times is measured over all its calls; one that is not called is
         missing.
+
+    Raises:
+        ValueError: when a normalization is called inside a loop or function of TensorFlow's.
     """
     layers = named_batch_norms(model)
     seen: dict[str, list[RowFigures]] = {}
@@ -154,6 +157,13 @@ def row_figures(model: keras.Model, inputs: Any) -> dict[str, RowFigures]:
 
     with inference_mode(model), calls_replaced({layer: measuring(name, layer) for name, layer in layers.items()}):
         model(inputs, training=False)
+    unreachable = [name for name, calls in seen.items() if any(map(_is_elsewhere, calls))]
+    if unreachable:
+        raise ValueError(
+            "`model` must call its normalizations where they can be watched, not inside a loop (an RNN's cell, "
+            "`tf.map_fn`) or a `tf.function`; or export it with `drift=False`. "
+            f"Received: {unreachable} called there."
+        )
     batch = tf.shape(keras.tree.flatten(inputs)[0])[0]
 
     def by_example(values: tf.Tensor) -> tf.Tensor:
@@ -163,6 +173,12 @@ def row_figures(model: keras.Model, inputs: Any) -> dict[str, RowFigures]:
         name: merged(RowFigures(*(tf.concat(list(map(by_example, parts)), 1) for parts in zip(*calls, strict=True))), 1)
         for name, calls in seen.items()
     }
+
+
+def _is_elsewhere(figures: RowFigures) -> bool:
+    if not tf.is_symbolic_tensor(figures.count):
+        return False
+    return tf.executing_eagerly() or figures.count.graph is not tf.compat.v1.get_default_graph()
 
 
 def _leading_figures(layer: keras.layers.BatchNormalization, x: tf.Tensor, mask: Any) -> RowFigures:
@@ -274,8 +290,7 @@ def _asked_of_version(folder: str | os.PathLike[str], inputs: Any) -> tuple[Figu
             f"`model` must be a version with the signature {SIGNATURE} (a normalization, and `drift=True`). "
             f"Received: {os.fspath(folder)} with {sorted(loaded.signatures)}."
         )
-    ask = loaded.signatures[SIGNATURE]
-    specs = ask.structured_input_signature[1]
+    specs = loaded.signatures[SIGNATURE].structured_input_signature[1]
     by_name = inputs if isinstance(inputs, Mapping) else dict(zip(specs, [inputs], strict=False))
     if by_name.keys() != specs.keys():
         raise ValueError(
@@ -284,15 +299,11 @@ def _asked_of_version(folder: str | os.PathLike[str], inputs: Any) -> tuple[Figu
         )
 
     def figures_of(arrays: list[Any]) -> dict[str, RowFigures]:
-        # `ask` is of no use without `loaded`, which has the variables.
-        tensors = {name: _as(array, specs[name].dtype) for name, array in zip(specs, arrays, strict=True)}
+        pairs = zip(specs, arrays, strict=True)
+        tensors = {n: tf.constant(a) if specs[n].dtype == tf.string else tf.cast(a, specs[n].dtype) for n, a in pairs}
         return figures_by_layer(loaded.signatures[SIGNATURE](**tensors))
 
     return figures_of, [np.asarray(by_name[name]) for name in specs]
-
-
-def _as(array: np.ndarray, dtype: tf.DType) -> tf.Tensor:
-    return tf.constant(array) if dtype == tf.string else tf.cast(array, dtype)
 
 
 def figures_by_layer(answer: Mapping[str, tf.Tensor]) -> dict[str, RowFigures]:

@@ -44,7 +44,8 @@ def use_statistics(model_or_layer: keras.Layer, statistics: str) -> StatisticsSw
 
     It holds at once for `fit`, `evaluate`, `predict`, `train_on_batch` and direct calls of every model that contains
     one of the layers, also for functions already traced, which are traced again; a `tf.function` of your own has to be
-    made again. It is not saved with the model.
+    made again. The switch is the layers' own and so holds in the whole process: for every thread, and for every model
+    that shares one of them. It is not saved with the model.
 
     Args:
         model_or_layer: A model, a wrapper or a layer; its batch norms (ours and stock Keras's, nested and shared ones)
@@ -71,8 +72,9 @@ def freeze(model_or_layer: keras.Layer) -> None:
     """Stops all batch norms below a model from learning: gamma, beta and the moving statistics stay as they are.
 
     They normalize with the moving statistics from now on, as Keras defines `trainable = False`; it holds at once, also
-    after `compile` and in the middle of `fit`. The optimizer keeps what it remembers of them; one that was not used yet
-    gets its room for them now, for the day that they are unfrozen.
+    after `compile` and in the middle of `fit`, in the whole process: for every thread, and for every model that shares
+    one of the layers, whose compiled functions are made anew. The optimizer keeps what it remembers of them; one that
+    was not used yet gets its room for them now, for the day that they are unfrozen.
 
     Args:
         model_or_layer: A model, a wrapper or a layer; its batch norms (ours and stock Keras's) are frozen.
@@ -91,9 +93,9 @@ def freeze(model_or_layer: keras.Layer) -> None:
 def unfreeze(model_or_layer: keras.Layer) -> None:
     """Lets all batch norms below a model learn again: the opposite of `freeze`, also of `layer.trainable = False`.
 
-    What the optimizer remembers stays, of gamma and beta as of all other variables, where `freeze` came after
-    `compile`. An optimizer that was made while they were frozen has no room for them, and Keras knows no way to give it
-    some.
+    As `freeze`, it holds in the whole process. What the optimizer remembers stays, of gamma and beta as of all other
+    variables, where `freeze` came after `compile`. An optimizer that was made while they were frozen has no room for
+    them, and Keras knows no way to give it some.
 
     Args:
         model_or_layer: A model, a wrapper or a layer; its batch norms (ours and stock Keras's) are unfrozen.

@@ -87,9 +87,9 @@ LIBRARY_FLOORS = [
     {"arguments"},
     {"layer"},
     {"model", "modes"},
-    {"drift", "conversion"},
+    {"drift", "cloning"},
     {"population"},
-    {"health", "folding"},
+    {"health", "folding", "conversion"},
     {"exporting"},
     {"__init__"},
 ]

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
@@ -16,6 +17,20 @@ ROWS = 7
 # TensorFlow has them, a server has no Python to run them in.
 _PYTHON_OPS = {"PyFunc", "PyFuncStateless", "EagerPyFunc"}
 _WRITES = ("Assign", "ResourceApply", "ResourceScatter", "ResourceSparseApply", "ResourceStridedSliceAssign")
+
+
+def check_finite(model: keras.Model) -> None:
+    """Of NaN nothing can be compared: it would pass every other check.
+
+    Raises:
+        ValueError: where a weight or a moving statistic is NaN or infinite.
+    """
+    for variable in model.variables:
+        if tf.as_dtype(variable.dtype).is_floating and not np.all(np.isfinite(tf.cast(variable.value, tf.float64))):
+            raise ValueError(
+                "`model` must have finite weights and moving statistics; `keras_bn.health` tells more, and "
+                f"`keras_bn.recalibrate` mends statistics. Received: {variable.path!r} with NaN or infinity."
+            )
 
 
 def check_graph(folder: Path, signature: str, compiled_is_fine: bool) -> None:

@@ -131,6 +131,26 @@ def test_where_nothing_counts_nothing_is_known():
     assert np.isnan(keras_bn.drift(model, np.zeros((2, 6, 3), "float32"))[0]["kl"])
 
 
+class NormalizingCell(keras.layers.Layer):
+    state_size = output_size = 4
+
+    def build(self, shape):
+        self.norm = keras.layers.BatchNormalization(name="inside")
+        self.norm.build(shape)
+
+    def call(self, x, states):
+        y = self.norm(x) + states[0]
+        return y, [y]
+
+
+def test_a_normalization_inside_a_loop_is_named_and_the_way_out(tmp_path):
+    x = keras.Input((5, 4))
+    model = keras.Model(x, keras.layers.RNN(NormalizingCell())(x))
+    with pytest.raises(ValueError, match=r"not inside a loop .* with `drift=False`. Received: \['.*inside'\] called"):
+        keras_bn.export(model, tmp_path, fold=False)
+    assert keras_bn.export(model, tmp_path, fold=False, drift=False).signatures == ["serving_default"]
+
+
 def test_time_steps_inside_the_batch_axis_are_pooled_by_example(tmp_path):
     norm = keras.layers.BatchNormalization(name="norm")
     x = keras.Input((5, 4), name="x")

@@ -52,6 +52,24 @@ def test_a_model_whose_rows_depend_on_each_other_is_refused(tmp_path):
     )
 
 
+@pytest.mark.parametrize("fold", [True, False])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_statistics_that_are_not_finite_are_refused(tmp_path, fold, value):
+    model = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization(name="ill")])
+    model.layers[0].moving_variance.assign([1, value, 1, 1])
+    with pytest.raises(ValueError, match=r"must have finite weights.*'.*ill/moving_variance' with NaN or infinity"):
+        keras_bn.export(model, tmp_path / "served", fold=fold)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_signature_is_checked_for_rows_that_depend_on_each_other(tmp_path):
+    x = keras.Input((4,))
+    turned = keras.layers.Lambda(lambda t: tf.reshape(tf.transpose(tf.reshape(t, (-1, 2, 2)), (1, 0, 2)), (-1, 2)))
+    norm = keras.layers.BatchNormalization()
+    back = keras.layers.Lambda(lambda t: tf.reshape(tf.transpose(tf.reshape(t, (2, -1, 2)), (1, 0, 2)), (-1, 4)))
+    refused(tmp_path, keras.Model(x, back(norm(turned(x)))), r"each example by itself.*of signature 'batch_norm_drift'")
+
+
 def test_a_model_that_writes_a_variable_is_refused(tmp_path):
     class Counting(keras.layers.Layer):
         def build(self, shape):

@@ -109,6 +109,50 @@ def test_a_keras_layer_with_weights_may_preprocess(tmp_path, model):
     np.testing.assert_allclose(answer["probabilities"], model(normalization(pictures())), atol=1e-5)
 
 
+FAMILIES = {
+    "resnet50": (keras.applications.resnet50, "ResNet50"),
+    "vgg16": (keras.applications.vgg16, "VGG16"),
+    "mobilenet_v2": (keras.applications.mobilenet_v2, "MobileNetV2"),
+    "densenet": (keras.applications.densenet, "DenseNet121"),
+    "inception_v3": (keras.applications.inception_v3, "InceptionV3"),
+    "resnet_v2": (keras.applications.resnet_v2, "ResNet50V2"),
+}
+
+
+def applications_model(family):
+    """The family's first layers, which are enough to see what reaches them: random weights, small pictures."""
+    module, name = FAMILIES[family]
+    keras.utils.set_random_seed(0)
+    whole = getattr(module, name)(weights=None, include_top=False, input_shape=(75, 75, 3))
+    first = keras.Model(whole.inputs, whole.layers[12].output)
+    return module, keras.Sequential([keras.Input((75, 75, 3)), first, keras.layers.GlobalAveragePooling2D()])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_preprocessing_of_keras_applications_serves_what_keras_gives_for_the_same_pictures(family, tmp_path):
+    module, model = applications_model(family)
+    images = np.random.default_rng(0).integers(0, 256, (3, 75, 75, 3), "uint8")
+    path = keras_bn.export(model, tmp_path, fold=False, preprocess=module.preprocess_input).path
+    expected = model(module.preprocess_input(images.astype("float32")), training=False).numpy()
+    for signature, inputs in (
+        ("serving_default", {"image": images}),
+        ("image_bytes", {"image_bytes": [tf.io.encode_png(one).numpy() for one in images]}),
+    ):
+        (answer,) = ask(path, signature, **inputs).values()
+        np.testing.assert_allclose(answer, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_arithmetic_on_pixels_does_not_wrap_around(tmp_path, model):
+    path = keras_bn.export(model, tmp_path, preprocess=lambda x: (x - 128) / 128).path
+    expected = model((pictures().astype("float32") - 128) / 128)
+    np.testing.assert_allclose(ask(path, image=pictures())["probabilities"], expected, atol=1e-6)
+
+
+def test_a_preprocess_that_computes_something_else_when_traced_is_refused(tmp_path, model):
+    with pytest.raises(ValueError, match="must compute the same when it is called and when it is served"):
+        keras_bn.export(model, tmp_path, preprocess=lambda x: x / 255 if tf.executing_eagerly() else x)
+
+
 def test_preprocess_is_for_pictures_only(tmp_path):
     flat = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
     with pytest.raises(ValueError, match=r"`preprocess` must be None for a model that does not take.*\(None, 4\)"):

@@ -16,6 +16,7 @@ from PIL import Image
 
 import keras_bn
 from models import data, demo, networks, pictures
+from tests.sessions import assert_served_in_batches
 
 
 def free_port():
@@ -95,6 +96,13 @@ def test_the_demo_shows_accuracy_before_and_after_recalibration_and_the_drift(sh
     assert drifts.shape == (5, 6)
     usual, inverted = drifts[0, 2], drifts[0, 5]
     assert inverted > 10 * usual
+
+
+def test_requests_of_1_to_64_rows_may_run_together_on_every_signature_of_the_export(shown, fashion_mnist):
+    _, folder = shown
+    images = {"image": fashion_mnist.x_test[:64]}
+    served = folder / "served" / "fashion_cnn" / "1"
+    assert_served_in_batches(served, {"serving_default": images, "batch_norm_drift": images})
 
 
 def test_the_server_is_stopped_when_something_goes_wrong_meanwhile(tmp_path):

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -15,8 +16,10 @@ from keras_bn_serving.config.settings import read_batching
 from keras_bn_serving.engine.arrivals import settle
 from keras_bn_serving.engine.batching import Batcher
 from keras_bn_serving.engine.grouping import BatchingOptions, count_rows
+from keras_bn_serving.engine.loading import Loader
 from keras_bn_serving.engine.servable import Servable, Signature
 from keras_bn_serving.errors import Code, FailedPreconditionError, InvalidArgumentError, ServingError, UnavailableError
+from tensorflow_serving.apis import prediction_log_pb2
 
 from tests.serving import saved_models
 
@@ -227,6 +230,26 @@ def test_what_is_no_batch_is_refused_in_tensorflow_servings_words_and_order(inpu
 def test_without_grouping_every_request_runs_alone(servable: Servable, make_batcher: Make):
     futures = run_all(make_batcher(None), servable, "", [[1], [2], [3]])
     assert [future.result(60)["size"].tolist() for future in futures] == [[1], [1], [1]]
+
+
+@pytest.mark.parametrize(("body", "words"), [
+    (lambda x: {"y": tf.reduce_sum(x)}, "Batched output tensor has 0 dimensions"),
+    (lambda x: {"y": tf.concat([x, x], 0)}, "Batched output tensor's 0th dimension does not equal the sum of the 0th "
+     "dimension sizes of the input tensors"),
+])  # fmt: skip
+def test_with_batching_a_warm_up_request_of_a_signature_that_is_none_of_batches_fails_the_load(
+    tmp_path: Path, body: Callable[[Any], Any], words: str
+):
+    path = saved_models.export(tmp_path / "1", {"serving_default": (body, [ANY])})
+    log = prediction_log_pb2.PredictionLog()
+    log.predict_log.request.inputs["x"].CopyFrom(tf.make_tensor_proto([1.0, 2.0]))
+    (path / "assets.extra").mkdir()
+    with tf.io.TFRecordWriter(str(path / "assets.extra" / "tf_serving_warmup_requests")) as file:
+        file.write(log.SerializeToString())
+    Loader()("m", 1, str(path)).close()
+    with pytest.raises(ServingError, match=re.escape(words)) as caught:
+        Loader(batching=strict())("m", 1, str(path))
+    assert caught.value.code is Code.FAILED_PRECONDITION
 
 
 def test_many_threads_get_their_own_answers(servable: Servable, make_batcher: Make):

@@ -158,6 +158,10 @@ RULES: list[tuple[str, list[int | None], Body, Body]] = [
      lambda x: checked(x, tf.reduce_mean(x) > -9.0)),
     ("check of the shape", [None, None], lambda x: checked(x, tf.reduce_all(tf.shape(x)[1:] == [6])),
      lambda x: checked(x, tf.shape(x)[0] > 1)),
+    ("check that there is a row", CUBE, lambda x: checked(x, tf.reduce_all(tf.shape(x) >= [1, 4, 6])),
+     lambda x: checked(x, tf.reduce_all(tf.shape(x) >= [2, 4, 6]))),
+    ("check from the other side", CUBE, lambda x: checked(x, tf.shape(x)[0] > 0),
+     lambda x: checked(x, tf.equal(1, tf.shape(x)[0]))),
     ("guarded check", TABLE, lambda x: checked_by_tensorflow(x, 0.0 * x), lambda x: checked_by_tensorflow(
         x, tf.reduce_sum(x) * 0.0)),
     ("map", CUBE, mapped(lambda row: tf.reverse(row, [0]) / tf.reduce_sum(row)), running_sum),

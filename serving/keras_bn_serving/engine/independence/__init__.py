@@ -96,6 +96,7 @@ _SIZE_RULES = _table({
     sizes.listed: "ConcatV2 Pack",
     sizes.picked: "GatherV2 StridedSlice",
     sizes.product: "Mul Prod",
+    sizes.comparison: "Equal Greater GreaterEqual Less LessEqual NotEqual",
 })  # fmt: skip
 
 

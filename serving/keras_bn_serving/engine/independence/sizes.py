@@ -95,6 +95,24 @@ def product(operation: tf.Operation, kinds: Sequence[Kind]) -> Kind:
     return Sizes((whole,))
 
 
+def comparison(operation: tf.Operation, kinds: Sequence[Kind]) -> Kind:
+    """GreaterEqual, Equal, ... that come out alike for any number of rows from one on: no group has fewer."""
+    sides = [entries(tensor, kind) for tensor, kind in zip(operation.inputs, kinds, strict=True)]
+    left, right = ([] if side is None else list(side) for side in sides)
+    if not left or not right:
+        return refuse(operation, "compares the number of rows with what is not known")
+    count = max(len(left), len(right))
+    for one, other in zip(left * (count // len(left)), right * (count // len(right)), strict=True):
+        # Multiples of the same number keep their order.
+        if isinstance(one, Multiple) == isinstance(other, Multiple):
+            continue
+        many, number = (one, other) if isinstance(one, Multiple) else (other, one)
+        reached = operation.type in (("GreaterEqual", "Less") if many is one else ("LessEqual", "Greater"))
+        if not isinstance(many, Multiple) or not isinstance(number, int) or number >= many.factor + reached:
+            return refuse(operation, "depends on the number of rows")
+    return Fixed()
+
+
 def _shape_of(operation: tf.Operation, tensor: tf.Tensor, kind: Kind) -> Kind:
     if is_fixed(kind) or isinstance(kind, Sizes):
         return Fixed()
