@@ -59,37 +59,39 @@ def random_inputs(structure: Any, kind: str, argument: str, batch: int = 3, seed
     return keras.tree.map_structure(draw, structure)
 
 
-def accepted_inputs(run: Callable[[Any], Any], structure: Any, argument: str) -> list[Any]:
+def accepted_inputs(run: Callable[[Any], Any], structure: Any, argument: str, batch: int = 3) -> list[Any]:
     """Batches of random numbers, those of each kind that `run` takes, with free sizes as large as it needs them.
 
     Args:
         run: what takes them. It accepts a batch if it raises nothing and all its outputs have values.
-        structure, argument: as for `random_inputs`.
+        structure, argument, batch: as for `random_inputs`.
 
     Raises:
         ValueError: when it takes none; says why, and what to give.
     """
-    free = max(sum(size is None for size in leaf.shape[1:]) for leaf in keras.tree.flatten(structure))
+    leaves = keras.tree.flatten(structure)
+    free = max(sum(size is None for size in leaf.shape[1:]) for leaf in leaves)
     sizes = [_FREE_SIZE]
     while free and (2 * sizes[-1]) ** free <= _MOST_POSITIONS:
         sizes.append(2 * sizes[-1])
+    kinds = KINDS if any(tf.as_dtype(leaf.dtype).is_floating for leaf in leaves) else KINDS[:1]
     refusals = []
     for size in sizes:
         accepted = []
-        for kind in KINDS:
-            batch = random_inputs(structure, kind, argument, size=size)
+        for kind in kinds:
+            inputs = random_inputs(structure, kind, argument, batch, size=size)
             try:
-                outputs = keras.tree.flatten(run(batch))
+                outputs = keras.tree.flatten(run(inputs))
             except Exception as error:  # Any: a model may raise what it likes.
                 refusals.append(f"{type(error).__name__}: {error}".strip().splitlines()[0][:300])
                 continue
             if all(int(tf.size(output)) for output in outputs):
-                accepted.append(batch)
+                accepted.append(inputs)
             else:
                 refusals.append("outputs without values")
         if accepted:
             return accepted
-    shapes = ", ".join(str(tuple(leaf.shape)) for leaf in keras.tree.flatten(structure))
+    shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves)
     raise ValueError(
         f"`{argument}` must be given, a batch of what the model takes: it takes none of the random ones that were tried"
         f"{f' (free sizes from {sizes[0]} to {sizes[-1]})' if free else ''}. "

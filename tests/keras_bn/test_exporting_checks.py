@@ -233,3 +233,22 @@ def test_kill_9_at_any_stage_leaves_whole_versions_only(tmp_path, stage, version
         {"1", "2"} if renamed and not version else {"1"}
     )
     assert (contents(old) == before) == (not (renamed and version))
+
+
+def test_free_sizes_of_the_check_grow_until_the_model_takes_them(tmp_path):
+    layers = [keras.layers.Conv2D(2, 3, strides=2) for _ in range(7)]
+    model = keras.Sequential([keras.Input((None, None, 3)), *layers, keras.layers.BatchNormalization()])
+    assert keras_bn.export(model, tmp_path / "deep").errors.relative < 1e-4
+
+
+def test_examples_replace_the_random_numbers_of_the_check(tmp_path):
+    def checked(x):
+        with tf.control_dependencies([tf.debugging.assert_near(tf.reduce_sum(x, -1), 1.0)]):
+            return tf.identity(x)
+
+    layers = [keras.layers.Lambda(checked), keras.layers.Dense(2), keras.layers.BatchNormalization()]
+    model = keras.Sequential([keras.Input((3,)), *layers])
+    examples = np.full((2, 3), 1 / 3, "float32")
+    assert keras_bn.export(model, tmp_path / "shares", warmup=examples).errors.relative < 1e-4
+    with pytest.raises(ValueError, match=r"`check` must be given, a batch of what the model takes"):
+        keras_bn.export(model, tmp_path / "shares")
