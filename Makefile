@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+OLDEST_TESTS ?= tests
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help install data demo test test-all lint docker-check bench clean
+.PHONY: help install data demo test test-all test-oldest torch wheel wheel-check lint docker-check bench clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -15,9 +16,8 @@ install: $(INSTALLED)  ## Make .venv and install everything into it
 $(INSTALLED): setup.cfg setup.py pyproject.toml $(wildcard keras_bn/ops/csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[serving,models,test,lint]'
-	@ls keras_bn/ops/_operations.* > /dev/null 2>&1 || \
-		echo 'keras_bn goes without its compiled operations, which need a C++ compiler: all works, only slower.'
 	touch $@
+	@$(BIN)/keras-bn --version
 
 data: $(INSTALLED)  ## Fetch Fashion-MNIST, or check what DATA=path names
 	$(BIN)/python -m models.data $(if $(DATA),--data '$(DATA)')
@@ -25,21 +25,41 @@ data: $(INSTALLED)  ## Fetch Fashion-MNIST, or check what DATA=path names
 demo: $(INSTALLED)  ## Train, export, serve and ask: all of it, once
 	$(BIN)/python -m models.demo $(if $(DATA),--data '$(DATA)')
 
-test: $(INSTALLED)  ## Run all tests but the slow ones
+torch: $(INSTALLED)
+	@$(BIN)/python -c 'import torch' 2>/dev/null || \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[torch]' 2>/dev/null || \
+		echo "No CPU build of PyTorch is to be had here: tests/conformance/test_torch.py will not compare with it."
+
+test: torch  ## Run all tests but the slow ones
 	-$(BIN)/python -m models.data
 	$(BIN)/python -m pytest -n 2 -m 'not slow'
 
-test-all: $(INSTALLED)  ## Run all tests
+test-all: torch  ## Run all tests
 	-$(BIN)/python -m models.data
 	$(BIN)/python -m pytest -n 2
+
+test-oldest:  ## Run the tests of the library with the oldest packages that setup.cfg allows
+	mkdir -p build
+	$(PYTHON) -m tests.lower_bounds > build/oldest.txt
+	test -x .venv-oldest/bin/python || $$($(PYTHON) -m tests.pythons 3.10) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check --constraint build/oldest.txt \
+		--editable '.[serving,models,test]'
+	.venv-oldest/bin/python -m pytest -n 2 -m 'not slow' $(OLDEST_TESTS)
+
+wheel: $(INSTALLED)  ## Build sdist and wheel into dist/
+	$(BIN)/python -m tests.wheel dist
+
+wheel-check: wheel  ## Install that wheel for each Python from 3.10 to 3.13 that is here, and use it as the README does
+	$(BIN)/python -m tests.wheel dist --check
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docker-check: $(INSTALLED)  ## Check what Docker and Kubernetes run; build and ask the images where buildah is
-	$(BIN)/python -m serving.check $(if $(PYTHON_IMAGE),--python_image '$(PYTHON_IMAGE)') \
+docker-check: $(INSTALLED)  ## Check what Docker and Kubernetes run; TF_SERVING_BINARY=/path/to/tensorflow_model_server asks it too
+	$(BIN)/python -m serving.check $(if $(TF_SERVING_BINARY),--tf_serving_binary '$(TF_SERVING_BINARY)') \
+		$(if $(PYTHON_IMAGE),--python_image '$(PYTHON_IMAGE)') \
 		$(if $(TF_SERVING_IMAGE),--tf_serving_image '$(TF_SERVING_IMAGE)')
 
 bench: $(INSTALLED)  ## Measure everything beside its peers (an hour); see benchmarks/RESULTS.md
@@ -51,4 +71,4 @@ bench: $(INSTALLED)  ## Measure everything beside its peers (an hour); see bench
 	$(BIN)/python -m benchmarks.serving
 
 clean:  ## Remove what the other targets made, but the data
-	rm -rf $(VENV) .demo build dist *.egg-info
+	rm -rf $(VENV) .venv-oldest .demo build dist *.egg-info

@@ -1,10 +1,25 @@
 """What setup.cfg cannot say: the compiled operations, which an installation without a C++ compiler goes without."""
 
+import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+
+class BuildOrGoWithout(build_ext):
+    """Says in one line what an installation goes without where the compiler cannot."""
+
+    def build_extension(self, extension):
+        try:
+            super().build_extension(extension)
+        except Exception as error:  # Each compiler has its own.
+            reason = " ".join(str(error).split())
+            print(f"keras_bn goes without its compiled operations, only slower on a CPU: {reason}", file=sys.stderr)
+
 
 setup(
+    cmdclass={"build_ext": BuildOrGoWithout},
     ext_modules=[
         Extension(
             "keras_bn.ops._operations",
@@ -23,7 +38,6 @@ setup(
             ],
             extra_link_args=["-pthread"],
             py_limited_api=True,
-            # Where it fails, one line says so, and `keras_bn.compiled()`.
             optional=True,
         )
     ],

@@ -83,7 +83,7 @@ def build(network: str, name: str):
     }.get(name, keras_bn.BatchNormalization)
     keras.utils.set_random_seed(0)
     model = getattr(networks, network)(normalization=normalization)
-    return keras_bn.fold(model) if name == "folded" else model
+    return keras_bn.fold(model).model if name == "folded" else model
 
 
 def training_step(model):

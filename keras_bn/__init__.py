@@ -2,13 +2,15 @@
 
 from keras_bn._version import __version__
 from keras_bn.conversion import convert, load_tf_keras_weights, load_torch_weights, revert
+from keras_bn.drift import drift
 from keras_bn.exporting import export
 from keras_bn.folding import fold
 from keras_bn.health import health
 from keras_bn.layer import BatchNormalization
 from keras_bn.modes import freeze, unfreeze, use_statistics
 from keras_bn.ops import compiled
-from keras_bn.population import Recalibrate, recalibrate
+from keras_bn.population import recalibrate
+from keras_bn.population.callback import Recalibrate
 
 __all__ = [
     "BatchNormalization",
@@ -16,6 +18,7 @@ __all__ = [
     "__version__",
     "compiled",
     "convert",
+    "drift",
     "export",
     "fold",
     "freeze",

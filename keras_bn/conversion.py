@@ -1,19 +1,16 @@
 """Stock Keras normalizations to ours and back, and weights from PyTorch and legacy tf_keras."""
 
 import inspect
-import json
-import shutil
-import tempfile
-import zipfile
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import keras
 import numpy as np
 
+from keras_bn.cloning import clone
+from keras_bn.folding.proof import proved_errors
 from keras_bn.layer import BatchNormalization
-from keras_bn.model import batch_norms_below, layers_below, set_statistics
+from keras_bn.model import check_model, default_tolerance, graph_of, set_statistics
 
 _STOCK = {"module": "keras.layers", "class_name": "BatchNormalization", "registered_name": None}
 _OURS = {
@@ -23,41 +20,86 @@ _OURS = {
 }
 # Says how to compute, not what.
 _HARMLESS = {"kernel"}
+_TRAINING_OPTIONS = (
+    "momentum",
+    "renorm",
+    "renorm_clipping",
+    "renorm_momentum",
+    "synchronized",
+    "virtual_batch_size",
+    "unbiased_variance",
+    "zero_debias",
+    "kernel",
+    "beta_regularizer",
+    "gamma_regularizer",
+    "beta_constraint",
+    "gamma_constraint",
+)
 
 
-def convert(model: keras.Model) -> keras.Model:
+def convert(model: keras.Model, check: Any = None, **options: Any) -> Any:
     """A copy of `model` in which every stock Keras batch normalization is a `keras_bn.BatchNormalization`.
 
-    Nested models and wrappers are gone into; weights, compilation and the state of the optimizer are taken along.
+    Nested models and wrappers are gone into; weights, compilation and the state of the optimizer are taken along. A
+    functional or sequential model whose class has an `__init__` of its own becomes a plain one, without the methods of
+    that class; compilation is taken along unless `compile` is the author's own. The copy is proved: both run on
+    `check`, or on random inputs where it is not given and the model tells what it takes, in inference mode; until it is
+    through, do not use the model in another thread.
 
     Args:
-        model: built, and such that Keras can save and load it.
+        model: built, of layers that can be made from their configuration.
+        check: inputs, as `model` takes them, to prove the copy on. Has to be given where random numbers are not fit for
+            the model.
+        **options: how the new layers train: arguments of `keras_bn.BatchNormalization` such as `synchronized=True`,
+            `virtual_batch_size=32` or `momentum=None`.
 
     Returns:
         The new model. `model` is left as it is.
 
     Raises:
         TypeError: when `model` is no Keras model.
-        ValueError: when `model` is not built, or makes normalizations in its own code, where no configuration reaches.
+        ValueError: when `model` is not built, has a layer that cannot be made anew, makes normalizations in its own
+            code, where no configuration reaches, or takes no random inputs; or when an option is none of training.
+
+    Example:
+
+    ```python
+    keras_bn.convert(model, synchronized=True)
+    ```
     """
-    return _rewritten(model, keras.layers.BatchNormalization, _to_ours)
+    check_model(model, built=True)
+    unknown = sorted(set(options) - set(_TRAINING_OPTIONS))
+    if unknown:
+        raise ValueError(f"`options` must be of {', '.join(_TRAINING_OPTIONS)}. Received: {', '.join(unknown)}.")
+    BatchNormalization(**options)  # Says at once what is wrong with them.
+
+    def rewrite(config: dict[str, Any], alone: bool) -> list[keras.Layer]:
+        if config.get("module") == _STOCK["module"]:
+            config.update(_OURS)
+            config["config"].update(options)
+        return []
+
+    return _proved(model, clone(model, keras.layers.BatchNormalization, rewrite), check)
 
 
-def revert(model: keras.Model) -> keras.Model:
+def revert(model: keras.Model, check: Any = None) -> Any:
     """A copy of `model` in which every `keras_bn.BatchNormalization` is a stock Keras one; the opposite of `convert`.
 
+    An `activation` becomes a layer of its own after the normalization.
+
     Args:
-        model: built, and such that Keras can save and load it.
+        model: as for `convert`.
+        check: as for `convert`.
 
     Returns:
         The new model. `model` is left as it is.
 
     Raises:
         TypeError: when `model` is no Keras model.
-        ValueError: when `model` is not built, makes normalizations in its own code, or a layer has an option that
-            stock Keras does not know.
+        ValueError: as for `convert`, or when a layer has an option that stock Keras does not know.
     """
-    return _rewritten(model, BatchNormalization, _to_stock)
+    check_model(model, built=True)
+    return _proved(model, clone(model, BatchNormalization, _to_stock), check)
 
 
 def load_torch_weights(
@@ -110,56 +152,27 @@ def load_tf_keras_weights(layer: keras.layers.BatchNormalization, legacy_layer: 
     _load(layer, gamma, beta, mean, variance, legacy_layer.epsilon)
 
 
-def _rewritten(model: keras.Model, old_class: Any, rewrite: Callable[[dict[str, Any]], None]) -> keras.Model:
-    if not isinstance(model, keras.Model):
-        raise TypeError(f"`model` must be a `keras.Model`. Received: model={model!r} of type {type(model).__name__}.")
-    if not model.built:
+def _proved(model: keras.Model, new: Any, check: Any) -> Any:
+    if check is None and graph_of(model) is None:
+        return new
+    errors, tolerance = proved_errors(model, new, check), default_tolerance(model)
+    if not errors.relative <= tolerance:
         raise ValueError(
-            "`model` must be built: give it an `Input`, or call it once on a batch of data. "
-            f"Received: model={model.name!r}, which is not built."
+            "`model` must have layers that are what their configuration says; the copy of it computes something else. "
+            f"Received: model={model.name!r}, relative error {errors.relative:.3g} (allowed: {tolerance:g})."
         )
-    custom = {type(layer).__name__: type(layer) for layer in layers_below(model) if not _is_builtin(layer)}
-    with tempfile.TemporaryDirectory() as folder:
-        before, after = Path(folder) / "before.keras", Path(folder) / "after.keras"
-        model.save(before)
-        with zipfile.ZipFile(before) as source, zipfile.ZipFile(after, "w") as target:
-            for entry in source.infolist():
-                with source.open(entry) as reader, target.open(entry.filename, "w", force_zip64=True) as writer:
-                    if entry.filename == "config.json":
-                        writer.write(json.dumps(_rewrite_all(json.load(reader), rewrite)).encode())
-                    else:
-                        shutil.copyfileobj(reader, writer)
-        # Not `safe_mode`: nothing here comes from elsewhere, and the model's own functions are wanted.
-        rewritten: Any = keras.models.load_model(after, custom_objects=custom, safe_mode=False)
-    left = [layer.name for layer in batch_norms_below(rewritten) if type(layer) is old_class]
-    if left:
-        raise ValueError(
-            "`model` must have its normalizations in its configuration; one that makes them in its own code has to be "
-            f"changed there. Received: model={model.name!r} of type {type(model).__name__}, which makes {left}."
-        )
-    return rewritten
+    return new
 
 
-def _rewrite_all(config: Any, rewrite: Callable[[dict[str, Any]], None]) -> Any:
-    if isinstance(config, dict):
-        if config.get("class_name") == "BatchNormalization" and "config" in config:
-            rewrite(config)
-        for value in config.values():
-            _rewrite_all(value, rewrite)
-    elif isinstance(config, list):
-        for value in config:
-            _rewrite_all(value, rewrite)
-    return config
-
-
-def _to_ours(config: dict[str, Any]) -> None:
-    if config.get("module") == _STOCK["module"]:
-        config.update(_OURS)
-
-
-def _to_stock(config: dict[str, Any]) -> None:
+def _to_stock(config: dict[str, Any], alone: bool) -> list[keras.Layer]:
     if config.get("registered_name") != _OURS["registered_name"]:
-        return
+        return []
+    following = []
+    if alone and "activation" in config["config"]:
+        settings = config["config"]
+        activation = keras.activations.get(settings.pop("activation"))
+        name = f"{settings['name']}_activation"
+        following = [keras.layers.Activation(activation, name=name, dtype=settings["dtype"])]
     settings = config["config"]
     known = {*inspect.signature(keras.layers.BatchNormalization.__init__).parameters, "name", "trainable", "dtype"}
     unknown = {name: value for name, value in settings.items() if name not in known | _HARMLESS}
@@ -176,10 +189,7 @@ def _to_stock(config: dict[str, Any]) -> None:
         )
     config["config"] = {name: value for name, value in settings.items() if name in known}
     config.update(_STOCK)
-
-
-def _is_builtin(layer: keras.Layer) -> bool:
-    return type(layer).__module__.split(".")[0] == "keras" or isinstance(layer, BatchNormalization)
+    return following
 
 
 def _load(layer: Any, gamma: Any, beta: Any, mean: Any, variance: Any, epsilon: float) -> None:

@@ -1,21 +1,18 @@
 """How far what a normalization sees is from what its statistics say it should see."""
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import keras
+import numpy as np
 import tensorflow as tf
 
-from keras_bn.model import (
-    calls_replaced,
-    inference_mode,
-    input_moments,
-    merge,
-    named_batch_norms,
-    observed_call,
-)
-from keras_bn.statistics import Moments
+from keras_bn.model import calls_replaced, channel_axes, inference_mode, named_batch_norms, observed_call
+from keras_bn.statistics import aligned_weights
+
+SIGNATURE = "batch_norm_drift"
 
 
 class Distance(NamedTuple):
@@ -30,6 +27,72 @@ class Distance(NamedTuple):
     mean_shift: Any
     variance_ratio: Any
     kl: Any
+
+
+class RowFigures(NamedTuple):
+    """What each example of a batch contributes to the distance of the batch, per channel.
+
+    Attributes:
+        count: Values behind the two others, shape `(batch, C)`; 0 where all are masked.
+        mean_shift: As in `Distance`, of the values of this example alone.
+        variance_ratio: Likewise; of a single value a channel it is epsilon / (reference variance + epsilon).
+    """
+
+    count: Any
+    mean_shift: Any
+    variance_ratio: Any
+
+
+def drift(model: Any, inputs: Any, batch_size: int = 32) -> list[dict[str, Any]]:
+    """How far `inputs` are, at each normalization, from the population its statistics describe.
+
+    All examples are pooled, exactly: the answer does not depend on `batch_size` beyond rounding. See `distance` for
+    the equations; a layer's three numbers are those of `summary`. A layer called several times is measured over all
+    its calls.
+
+    Args:
+        model: a built Keras model, or the folder of a version that `keras_bn.export` wrote.
+        inputs: examples, the first axis along them: an array; or a dictionary of arrays by input name (for a model
+            also whatever structure it is called with).
+        batch_size: examples computed at a time.
+
+    Returns:
+        For each normalization a dictionary with its name, `layer`, and the numbers `mean_shift` (standard deviations),
+        `variance_ratio` and `kl` (nats).
+
+    Raises:
+        TypeError: when `model` is neither a model nor a path.
+        ValueError: when it has no normalization, or a version was exported with `drift=False`, or `inputs` do not fit.
+
+    Example:
+
+    ```python
+    keras_bn.drift("served/fashion/1", images)  # [{"layer": "bn1", "mean_shift": 0.02, ...}, ...]
+    ```
+    """
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"`batch_size` must be a positive integer. Received: batch_size={batch_size!r}.")
+    if isinstance(model, keras.Model):
+        figures_of, arrays = _asked_of_model(model, inputs)
+    elif isinstance(model, str | os.PathLike):
+        figures_of, arrays = _asked_of_version(model, inputs)
+    else:
+        raise TypeError(
+            "`model` must be a `keras.Model` or the folder of an exported version. "
+            f"Received: model={model!r} of type {type(model).__name__}."
+        )
+    lengths = {len(array) for array in arrays}
+    if len(lengths) != 1 or 0 in lengths:
+        raise ValueError(
+            "`inputs` must have one example at least, and as many for each input. "
+            f"Received: {[len(array) for array in arrays]} examples."
+        )
+    parts: dict[str, list[RowFigures]] = {}
+    for first in range(0, lengths.pop(), batch_size):
+        for name, figures in figures_of([array[first : first + batch_size] for array in arrays]).items():
+            in_float64 = RowFigures(*map(_in_float64, figures))
+            parts.setdefault(name, []).append(merged(in_float64, axis=0))
+    return [{"layer": name, **plain(summary(pooled(_stacked(part))))} for name, part in parts.items()]
 
 
 def distance(mean: Any, variance: Any, reference_mean: Any, reference_variance: Any, epsilon: float) -> Distance:
@@ -50,41 +113,141 @@ def distance(mean: Any, variance: Any, reference_mean: Any, reference_variance: 
         A `Distance` of float64 tensors of shape `(C,)`.
     """
     m, v, m0, v0 = map(_in_float64, (mean, variance, reference_mean, reference_variance))
-    shift = (m - m0) / tf.sqrt(v0 + epsilon)
-    ratio = (v + epsilon) / (v0 + epsilon)
-    return Distance(shift, ratio, (ratio + shift**2 - 1 - tf.math.log(ratio)) / 2)
+    return _distance((m - m0) / tf.sqrt(v0 + epsilon), (v + epsilon) / (v0 + epsilon))
+
+
+def _distance(mean_shift: tf.Tensor, variance_ratio: tf.Tensor) -> Distance:
+    return Distance(mean_shift, variance_ratio, (variance_ratio + mean_shift**2 - 1 - tf.math.log(variance_ratio)) / 2)
 
 
 def _in_float64(x: Any) -> tf.Tensor:
     """Straight from Python numbers too, which `tf.cast` takes to float32 first."""
-    return tf.cast(x, tf.float64) if hasattr(x, "dtype") else tf.constant(x, tf.float64)
+    return tf.constant(np.asarray(x, "float64"))
 
 
-def input_distances(model: keras.Model, inputs: Any) -> dict[str, Distance]:
-    """Compares what reaches each normalization for a batch, in inference mode, with its moving statistics.
+def row_figures(model: keras.Model, inputs: Any) -> dict[str, RowFigures]:
+    """What each example of a batch contributes to its distance from the moving statistics, in inference mode.
+
+    With z = (x - moving_mean) / sqrt(moving_variance + epsilon), over the values of one example that count:
+    mean_shift = mean(z)
+    variance_ratio = variance(z) + epsilon / (moving_variance + epsilon), the variance biased
+
+    In float32, whatever the model computes in: in these units the digits of float32 suffice. `merged` makes the
+    figures of several examples of it, exactly those of all their values.
+
+    Where a normalization sees k rows for each example, one after another (`TimeDistributed`), they are merged.
 
     Args:
         model: any Keras model.
         inputs: one batch, as `model` takes it; also symbolic, inside a `tf.function`.
 
     Returns:
-        By layer name a `Distance` of float64 tensors of shape `(C,)`, with the biased variance of the batch. A layer
-        called several times is measured over all its calls; one that is not called is missing.
+        By layer name `RowFigures` of float32 tensors of shape `(batch, C)`, C being the product of the sizes where
+        `axis` is a list. A layer called several times is measured over all its calls; one that is not called is
+        missing.
+
+    Raises:
+        ValueError: when a normalization is called inside a loop or function of TensorFlow's.
     """
     layers = named_batch_norms(model)
-    seen: dict[str, list[Moments]] = {}
+    seen: dict[str, list[RowFigures]] = {}
 
     def measuring(name: str, layer: keras.layers.BatchNormalization) -> Callable[..., Any]:
-        return observed_call(layer, lambda x, mask: seen.setdefault(name, []).append(input_moments(layer, x, mask)))
+        return observed_call(layer, lambda x, mask: seen.setdefault(name, []).append(_leading_figures(layer, x, mask)))
 
     with inference_mode(model), calls_replaced({layer: measuring(name, layer) for name, layer in layers.items()}):
         model(inputs, training=False)
-    return {name: _from_own_statistics(layers[name], merge(parts)) for name, parts in seen.items()}
+    unreachable = [name for name, calls in seen.items() if any(map(_is_elsewhere, calls))]
+    if unreachable:
+        raise ValueError(
+            "`model` must call its normalizations where they can be watched, not inside a loop (an RNN's cell, "
+            "`tf.map_fn`) or a `tf.function`; or export it with `drift=False`. "
+            f"Received: {unreachable} called there."
+        )
+    batch = tf.shape(keras.tree.flatten(inputs)[0])[0]
+
+    def by_example(values: tf.Tensor) -> tf.Tensor:
+        return tf.reshape(values, [batch, -1, values.shape[-1]])
+
+    return {
+        name: merged(RowFigures(*(tf.concat(list(map(by_example, parts)), 1) for parts in zip(*calls, strict=True))), 1)
+        for name, calls in seen.items()
+    }
 
 
-def _from_own_statistics(layer: keras.layers.BatchNormalization, moments: Moments) -> Distance:
-    variance = tf.math.divide_no_nan(moments.m2, moments.count)
-    return distance(moments.mean, variance, layer.moving_mean, layer.moving_variance, layer.epsilon)
+def _is_elsewhere(figures: RowFigures) -> bool:
+    if not tf.is_symbolic_tensor(figures.count):
+        return False
+    return tf.executing_eagerly() or figures.count.graph is not tf.compat.v1.get_default_graph()
+
+
+def _leading_figures(layer: keras.layers.BatchNormalization, x: tf.Tensor, mask: Any) -> RowFigures:
+    """The figures of each entry along the first axis of `x`, shape `(len(x), C)`."""
+    rank = len(x.shape)
+    channels = sorted(axis % rank for axis in channel_axes(layer))
+    others = [axis for axis in range(1, rank) if axis not in channels]
+    broadcast = [x.shape[axis] if axis in channels else 1 for axis in range(rank)]
+    dtype = x.dtype if x.dtype == tf.float64 else tf.float32
+    mean, variance = (
+        tf.reshape(tf.cast(moving, dtype), broadcast) for moving in (layer.moving_mean, layer.moving_variance)
+    )
+    reference = variance + layer.epsilon
+    z = tf.cast((tf.cast(x, dtype) - mean) * tf.math.rsqrt(reference), tf.float32)
+    if mask is None:
+        size = math.prod([tf.cast(tf.shape(z)[axis], tf.float32) for axis in others], start=tf.constant(1.0))
+        shift = _mean(z, others)
+        ratio = _mean(tf.square(z - shift), others)
+        count = tf.fill(tf.shape(shift), size)
+    else:
+        weights = tf.cast(aligned_weights(mask, x, channels), tf.float32)
+        weights = tf.broadcast_to(weights, tf.shape(z))
+        z = tf.where(weights > 0, z, 0)  # What does not count may be NaN.
+        count = tf.reduce_sum(weights, others, keepdims=True)
+        shift = tf.math.divide_no_nan(tf.reduce_sum(weights * z, others, keepdims=True), count)
+        ratio = tf.math.divide_no_nan(tf.reduce_sum(weights * tf.square(z - shift), others, keepdims=True), count)
+    ratio += tf.cast(layer.epsilon / reference, tf.float32)
+    width = int(np.prod([x.shape[axis] for axis in channels]))
+    return RowFigures(*(tf.reshape(value, [-1, width]) for value in (count, shift, ratio)))
+
+
+def _mean(z: tf.Tensor, axes: list[int]) -> tf.Tensor:
+    """Axis by axis: one sum over a large picture would lose digits that sums of sums keep."""
+    for axis in reversed(axes):
+        z = tf.reduce_mean(z, axis, keepdims=True)
+    return z
+
+
+def merged(figures: RowFigures, axis: int) -> RowFigures:
+    """The figures of all values behind the entries along `axis` together: Chan's formula in units of the reference.
+
+    count = sum(count_i), mean_shift = sum(count_i mean_shift_i) / count
+    variance_ratio = sum(count_i (variance_ratio_i + (mean_shift_i - mean_shift)**2)) / count
+
+    Reference: Chan, Golub & LeVeque 1979, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances".
+    """
+    count = tf.reduce_sum(figures.count, axis, keepdims=True)
+    shift = tf.math.divide_no_nan(tf.reduce_sum(figures.count * figures.mean_shift, axis, keepdims=True), count)
+    spread = figures.variance_ratio + tf.square(figures.mean_shift - shift)
+    ratio = tf.math.divide_no_nan(tf.reduce_sum(figures.count * spread, axis, keepdims=True), count)
+    return RowFigures(*(tf.squeeze(value, axis) for value in (count, shift, ratio)))
+
+
+def _stacked(parts: list[RowFigures]) -> RowFigures:
+    return RowFigures(*(tf.stack(values) for values in zip(*parts, strict=True)))
+
+
+def pooled(figures: RowFigures) -> Distance:
+    """The distance of a batch from its examples' figures, which are what `batch_norm_drift` serves.
+
+    Args:
+        figures: shape `(batch, C)`; computed in float64.
+
+    Returns:
+        A `Distance` of float64 tensors of shape `(C,)`; NaN where no value counts.
+    """
+    count, shift, ratio = merged(RowFigures(*map(_in_float64, figures)), axis=0)
+    nothing = tf.where(count > 0, tf.zeros_like(count), np.nan)
+    return _distance(shift + nothing, ratio + nothing)
 
 
 def summary(one: Distance) -> Mapping[str, Any]:
@@ -109,43 +272,43 @@ def plain(numbers: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in numbers.items()}
 
 
-def drift_of_model(model: keras.Model, inputs: Any) -> list[dict[str, Any]]:
-    """The `summary` of each normalization for one batch, as rows for a table or JSON.
+FiguresOf = Callable[[list[Any]], dict[str, RowFigures]]
 
-    Args:
-        model: any Keras model with a batch normalization.
-        inputs: one batch, as `model` takes it.
 
-    Raises:
-        ValueError: when the model calls no batch normalization.
-    """
-    distances = input_distances(model, inputs)
-    if not distances:
+def _asked_of_model(model: keras.Model, inputs: Any) -> tuple[FiguresOf, list[Any]]:
+    if not named_batch_norms(model):
         raise ValueError(f"`model` must have a batch normalization. Received: model={model.name!r}, which has none.")
-    return [{"layer": name, **plain(summary(one))} for name, one in distances.items()]
+    if not all(hasattr(leaf, "shape") for leaf in keras.tree.flatten(inputs)):
+        inputs = np.asarray(inputs)
+    return lambda arrays: row_figures(model, keras.tree.pack_sequence_as(inputs, arrays)), keras.tree.flatten(inputs)
 
 
-def drift_of_version(folder: str | os.PathLike[str], inputs: Any) -> list[dict[str, Any]]:
-    """The same asked of an exported version, by its signature `batch_norm_drift`.
-
-    Args:
-        folder: of the version.
-        inputs: one batch, as its one input takes it.
-
-    Raises:
-        ValueError: when it was exported without that signature.
-    """
-    signatures = tf.saved_model.load(os.fspath(folder)).signatures
-    if "batch_norm_drift" not in signatures:
+def _asked_of_version(folder: str | os.PathLike[str], inputs: Any) -> tuple[FiguresOf, list[Any]]:
+    loaded = tf.saved_model.load(os.fspath(folder))
+    if SIGNATURE not in loaded.signatures:
         raise ValueError(
-            "`folder` must be a version with the signature batch_norm_drift (a normalization, and `drift=True`). "
-            f"Received: {os.fspath(folder)} with {sorted(signatures)}."
+            f"`model` must be a version with the signature {SIGNATURE} (a normalization, and `drift=True`). "
+            f"Received: {os.fspath(folder)} with {sorted(loaded.signatures)}."
         )
-    ask = signatures["batch_norm_drift"]
-    ((name, spec),) = ask.structured_input_signature[1].items()
-    answer = {key: value.numpy() for key, value in ask(**{name: tf.cast(inputs, spec.dtype)}).items()}
-    numbers = ("mean_shift", "variance_ratio", "kl")
-    return [
-        {"layer": layer.decode(), **{key: float(answer[key][i]) for key in numbers}}
-        for i, layer in enumerate(answer["layer"])
-    ]
+    specs = loaded.signatures[SIGNATURE].structured_input_signature[1]
+    by_name = inputs if isinstance(inputs, Mapping) else dict(zip(specs, [inputs], strict=False))
+    if by_name.keys() != specs.keys():
+        raise ValueError(
+            f"`inputs` must be a dictionary of arrays with the names {sorted(specs)}, or an array where there is one. "
+            f"Received: {sorted(inputs) if isinstance(inputs, Mapping) else type(inputs).__name__}."
+        )
+
+    def figures_of(arrays: list[Any]) -> dict[str, RowFigures]:
+        pairs = zip(specs, arrays, strict=True)
+        tensors = {n: tf.constant(a) if specs[n].dtype == tf.string else tf.cast(a, specs[n].dtype) for n, a in pairs}
+        return figures_by_layer(loaded.signatures[SIGNATURE](**tensors))
+
+    return figures_of, [np.asarray(by_name[name]) for name in specs]
+
+
+def figures_by_layer(answer: Mapping[str, tf.Tensor]) -> dict[str, RowFigures]:
+    """Takes apart what the signature `batch_norm_drift` answers, see `keras_bn.export`."""
+    names = [name.decode() for name in answer["layer"][0].numpy()]
+    sizes = answer["channels"][0].numpy()
+    parts = [tf.split(answer[field], sizes, axis=1) for field in RowFigures._fields]
+    return {name: RowFigures(*part) for name, part in zip(names, zip(*parts, strict=True), strict=True)}

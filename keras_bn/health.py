@@ -7,9 +7,10 @@ import keras
 import numpy as np
 
 from keras_bn.drift import distance, plain, summary
-from keras_bn.model import named_batch_norms, statistics_of, variables_restored
+from keras_bn.model import affine_weights, check_model, named_batch_norms, statistics_of, variables_restored
+from keras_bn.population.accumulator import Accumulator
 from keras_bn.population.batches import Batches
-from keras_bn.population.measurement import Accumulator, measure_leniently
+from keras_bn.population.measurement import measure_leniently
 from keras_bn.tables import table
 
 # Below these, a channel is called dead.
@@ -45,21 +46,21 @@ def health(
 
     Raises:
         TypeError: when `model` or `data` is of the wrong type.
-        ValueError: when `data` holds no value that counts.
+        ValueError: when `model` is not built, or an argument is not allowed.
     """
-    if not isinstance(model, keras.Model):
-        raise TypeError(f"`model` must be a `keras.Model`. Received: model={model!r} of type {type(model).__name__}.")
+    check_model(model, built=True)
+    batches = None if data is None else Batches(data, steps, batch_size)
     layers = named_batch_norms(model)
     statistics = {name: statistics_of(layer) for name, layer in layers.items()}
     accumulators: dict[str, Accumulator] = {}
     skipped: dict[str, int] = {}
-    if data is not None:
+    if batches is not None:
         with variables_restored(model):
-            accumulators, skipped = measure_leniently(model, layers, Batches(data, steps, batch_size), verbose)
+            accumulators, skipped = measure_leniently(model, layers, batches.settled(model), verbose)
     rows = []
     for name, layer in layers.items():
         mean, variance = statistics[name]
-        gamma = layer.gamma.numpy() if layer.scale else np.ones_like(mean)
+        gamma, _ = affine_weights(layer)
         measured: dict[str, float] = {}
         if name in accumulators:
             population = accumulators[name].population("pooled")
@@ -74,6 +75,7 @@ def health(
                 small_variance=np.flatnonzero(variance < SMALL_VARIANCE * layer.epsilon).tolist(),
                 non_finite=np.flatnonzero(~np.isfinite(mean) | ~np.isfinite(variance)).tolist(),
                 non_finite_batches=skipped.get(name, 0),
+                unmeasured=batches is not None and name not in accumulators,
                 **measured,
             )
         )
@@ -90,6 +92,7 @@ class LayerHealth(NamedTuple):
         small_variance: indices of the channels that hardly vary.
         non_finite: indices of the channels with a NaN or infinite moving statistic.
         non_finite_batches: number of batches with a non-finite value at the input of this layer first.
+        unmeasured: whether there was data, but nothing finite of it that counts came to this layer.
         mean_shift: of the population from the moving mean, root mean square over channels, in standard deviations.
         variance_ratio: population's to moving variance, that of the channel farthest from 1.
         kl: divergence of the population from the moving statistics, nats, mean over channels.
@@ -102,6 +105,7 @@ class LayerHealth(NamedTuple):
     small_variance: list[int]
     non_finite: list[int]
     non_finite_batches: int
+    unmeasured: bool = False
     mean_shift: float = float("nan")
     variance_ratio: float = float("nan")
     kl: float = float("nan")
@@ -133,6 +137,10 @@ class Health(NamedTuple):
                 said.append(f"{one.name}: {len(one.non_finite)} channels have non-finite statistics; recalibrate.")
             if one.non_finite_batches:
                 said.append(f"{one.name}: {one.non_finite_batches} batches of the data are not finite here; mend them.")
+            if one.unmeasured:
+                said.append(
+                    f"{one.name}: nothing of the data that counts and is finite gets here; it was not measured."
+                )
             if one.dead:
                 said.append(
                     f"{one.name}: {len(one.dead)} of {one.channels} channels are dead "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import keras
@@ -11,6 +10,7 @@ import tensorflow as tf
 from keras_bn import arguments, ops, updates
 from keras_bn.ops.where import either
 from keras_bn.statistics import aligned_weights, statistics_dtype
+from keras_bn.warning import warn
 
 
 @keras.saving.register_keras_serializable(package="keras_bn")
@@ -312,7 +312,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
     def _warn_of_single_value(self, count):
         if isinstance(count, float) and count == 1.0 and not self._warned:
             self._warned = True
-            warnings.warn(f"{ops.SINGLE_VALUE} Layer: {self.name!r}.", stacklevel=2)
+            warn(f"{ops.SINGLE_VALUE} Layer: {self.name!r}.")
 
 
 def _cloned(initializer):

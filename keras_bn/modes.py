@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from keras_bn import arguments, ops
 from keras_bn.layer import BatchNormalization
+from keras_bn.model import batch_norms_below, layers_below, optimized_variables
 from keras_bn.statistics import statistics_dtype
 
 STATISTICS = ("auto", "batch", "moving")
@@ -44,7 +45,8 @@ def use_statistics(model_or_layer: keras.Layer, statistics: str) -> StatisticsSw
 
     It holds at once for `fit`, `evaluate`, `predict`, `train_on_batch` and direct calls of every model that contains
     one of the layers, also for functions already traced, which are traced again; a `tf.function` of your own has to be
-    made again. It is not saved with the model.
+    made again. The switch is the layers' own and so holds in the whole process: for every thread, and for every model
+    that shares one of them. It is not saved with the model.
 
     Args:
         model_or_layer: A model, a wrapper or a layer; its batch norms (ours and stock Keras's, nested and shared ones)
@@ -71,7 +73,9 @@ def freeze(model_or_layer: keras.Layer) -> None:
     """Stops all batch norms below a model from learning: gamma, beta and the moving statistics stay as they are.
 
     They normalize with the moving statistics from now on, as Keras defines `trainable = False`; it holds at once, also
-    after `compile` and in the middle of `fit`.
+    after `compile` and in the middle of `fit`, in the whole process: for every thread, and for every model that shares
+    one of the layers, whose compiled functions are made anew. The optimizer keeps what it remembers of them; one that
+    was not used yet gets its room for them now, for the day that they are unfrozen.
 
     Args:
         model_or_layer: A model, a wrapper or a layer; its batch norms (ours and stock Keras's) are frozen.
@@ -80,23 +84,32 @@ def freeze(model_or_layer: keras.Layer) -> None:
         ValueError: If there is no batch norm below `model_or_layer`.
         TypeError: If `model_or_layer` is not a Keras layer.
     """
-    _set_trainable(model_or_layer, False)
+    layers = batch_normalizations(model_or_layer)
+    _build_optimizers(_owners(layers))
+    for layer in layers:
+        layer.trainable = False
+    _trace_again(layers)
 
 
 def unfreeze(model_or_layer: keras.Layer) -> None:
     """Lets all batch norms below a model learn again: the opposite of `freeze`, also of `layer.trainable = False`.
 
-    An optimizer that was built while they were frozen gets room for their gamma and beta; what it remembers of the
-    other variables stays.
+    As `freeze`, it holds in the whole process. What the optimizer remembers stays, of gamma and beta as of all other
+    variables, where `freeze` came after `compile`. An optimizer that was made while they were frozen has no room for
+    them, and Keras knows no way to give it some.
 
     Args:
         model_or_layer: A model, a wrapper or a layer; its batch norms (ours and stock Keras's) are unfrozen.
 
     Raises:
-        ValueError: If there is no batch norm below `model_or_layer`.
+        ValueError: If there is no batch norm below `model_or_layer`, or an optimizer has no room for it.
         TypeError: If `model_or_layer` is not a Keras layer.
     """
-    _set_trainable(model_or_layer, True)
+    layers = batch_normalizations(model_or_layer)
+    _check_room(_owners(layers), layers)
+    for layer in layers:
+        layer.trainable = True
+    _trace_again(layers)
 
 
 def batch_normalizations(model_or_layer: keras.Layer) -> list[keras.layers.BatchNormalization]:
@@ -111,26 +124,40 @@ def batch_normalizations(model_or_layer: keras.Layer) -> list[keras.layers.Batch
             f"`model_or_layer` must be a Keras model or layer. Received: {type(model_or_layer).__name__}, "
             f"{model_or_layer!r}."
         )
-    found = [layer for layer in _all_layers(model_or_layer) if isinstance(layer, keras.layers.BatchNormalization)]
-    if not found:
+    layers = batch_norms_below(model_or_layer)
+    if not layers:
         raise ValueError(
             "`model_or_layer` must be or contain a batch normalization that was made already (a subclassed model "
             f"makes some when it is built). Received: {model_or_layer.name!r}, with none."
         )
-    return found
+    return layers
 
 
-def _all_layers(layer: keras.Layer) -> Iterable[keras.Layer]:
-    return {id(one): one for one in layer._flatten_layers()}.values()
+def _build_optimizers(models: Iterable[keras.Model]) -> None:
+    for model in models:
+        optimizer = getattr(model, "optimizer", None)
+        if optimizer is not None and model.built and not optimizer.built:
+            with model.distribute_strategy.scope():
+                optimizer.build(model.trainable_variables)
 
 
-def _set_trainable(model_or_layer: keras.Layer, trainable: bool) -> None:
-    layers = batch_normalizations(model_or_layer)
-    for layer in layers:
-        layer.trainable = trainable
-    for model in _trace_again(layers):
-        if trainable and getattr(model, "optimizer", None) is not None and model.optimizer.built:
-            _make_room(model.optimizer, model.trainable_variables)
+def _check_room(models: Iterable[keras.Model], layers: list[keras.layers.BatchNormalization]) -> None:
+    affine = [
+        v for layer in layers for v in (getattr(layer, "gamma", None), getattr(layer, "beta", None)) if v is not None
+    ]
+    for model in models:
+        optimizer = getattr(model, "optimizer", None)
+        if optimizer is None or not optimizer.built:
+            continue
+        known = {id(variable) for variable in optimized_variables(optimizer)}
+        below = {id(variable) for variable in model.variables}
+        missing = [v.path for v in affine if id(v) in below and id(v) not in known]
+        if missing:
+            raise ValueError(
+                "`model_or_layer` must have been frozen after `compile`, so that the optimizer has room for its "
+                "weights; compile the model again, with a new optimizer, and then unfreeze. "
+                f"Received: model {model.name!r}, whose optimizer was made without {missing}."
+            )
 
 
 def _statistics_of(layer: keras.layers.BatchNormalization) -> str:
@@ -174,8 +201,8 @@ def _stock_call(layer: keras.layers.BatchNormalization, statistics: str) -> Call
     return call
 
 
-def _trace_again(layers: Iterable[keras.Layer]) -> list[keras.Model]:
-    """Makes anew the compiled functions of every live model that contains one of `layers`; returns those models.
+def _owners(layers: Iterable[keras.Layer]) -> list[keras.Model]:
+    """Every live model that contains one of `layers`.
 
     Nothing leads from a layer to the models it is part of, and a model may train another one's layers, so all live
     models are looked at.
@@ -183,26 +210,13 @@ def _trace_again(layers: Iterable[keras.Layer]) -> list[keras.Model]:
     wanted = {id(layer) for layer in layers}
     # By `type`, since `isinstance` may run code of the objects it looks at.
     models = [candidate for candidate in gc.get_objects() if issubclass(type(candidate), keras.Model)]
-    owners = [model for model in models if any(id(layer) in wanted for layer in model._flatten_layers())]
-    for model in owners:
+    return [model for model in models if any(id(layer) in wanted for layer in layers_below(model))]
+
+
+def _trace_again(layers: Iterable[keras.Layer]) -> None:
+    """Makes anew the compiled functions of every live model that contains one of `layers`."""
+    for model in _owners(layers):
         for kind in ("train", "test", "predict"):
             # Not reset to None: a running `fit` calls them without asking.
             if getattr(model, f"{kind}_function", None) is not None:
                 getattr(model, f"make_{kind}_function")(force=True)
-    return owners
-
-
-def _make_room(optimizer: keras.optimizers.Optimizer, variables: list[keras.Variable]) -> None:
-    """Rebuilds an optimizer in place for more variables, with all that it remembers of those it knew."""
-    known = {id(variable) for variable in optimizer._trainable_variables}
-    if all(id(variable) in known for variable in variables):
-        return
-    before = {variable.name: variable.numpy() for variable in optimizer.variables}
-    new = type(optimizer).from_config(optimizer.get_config())
-    with keras.name_scope(new.name):
-        new.build(variables)
-    for variable in new.variables:
-        if variable.name in before:
-            variable.assign(before[variable.name])
-    vars(optimizer).clear()
-    vars(optimizer).update(vars(new))

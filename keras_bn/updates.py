@@ -111,7 +111,7 @@ def counts_updates(layer) -> bool:
     return layer.momentum is None or any(arguments.is_schedule(value) for value in (layer.momentum, *limits))
 
 
-def clipping_limits(clipping: Mapping[str, Any] | str) -> Mapping[str, Any]:
+def clipping_limits(clipping: Any) -> Mapping[str, Any]:
     """The limits of `renorm_correction`: those of the paper for "warmup"."""
     return renorm_warmup() if clipping == "warmup" else clipping
 
@@ -123,7 +123,7 @@ def value_of(variable: keras.Variable, dtype: tf.DType) -> tf.Tensor:
     return value if len(value.shape) == 1 else tf.reshape(value, [-1])
 
 
-def when(condition: tf.Tensor | bool | None, action: Callable[[], None]) -> None:
+def when(condition: tf.Tensor | bool | None, action: Callable[[], Any]) -> None:
     """Acts where the condition holds; a branch in the graph where it is not known yet."""
     if not isinstance(condition, bool) and tf.is_symbolic_tensor(condition):
         tf.cond(tf.cast(condition, tf.bool), lambda: (action(), tf.no_op())[1], tf.no_op)

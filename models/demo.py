@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 from keras_bn_serving.client import Client
@@ -106,8 +106,8 @@ def _demo(settings: Settings, images: data.ImageData, folder: Path, least_accura
     print(f"Accuracy of the answers              {answered:.4f} (at least {least_accuracy:g})")
     print(f"Largest difference to model.predict  {difference:.1e} (at most {LARGEST_DIFFERENCE:g})")
     print(f"Sixteen of them as a picture         {picture}")
-    print("\nDrift from the training images, as the signature batch_norm_drift tells it (mean shift in standard")
-    print("deviations; ratio of variances; KL divergence in nats):\n")
+    print(f"\nDrift of {IMAGES_IN_A_REQUEST} images, pooled from what the signature batch_norm_drift tells of each")
+    print("(mean shift in standard deviations of the training images; ratio of variances; KL divergence in nats):\n")
     print(_drift_table(drifts))
     print("\nThe server is stopped. To ask the same question, start it again and post the first test image:\n")
     for line in _commands(exported.path.parent, question):
@@ -133,7 +133,7 @@ def check(accuracy: float, difference: float, least_accuracy: float) -> None:
         raise DemoError(f"an answer differs from model.predict by {difference:.1e}, more than {LARGEST_DIFFERENCE:g}")
 
 
-def check_drift(usual: Mapping[str, np.ndarray], strange: Mapping[str, np.ndarray]) -> None:
+def check_drift(usual: Sequence[Mapping[str, Any]], strange: Sequence[Mapping[str, Any]]) -> None:
     """Whether the drift tells strange images from usual ones.
 
     Args:
@@ -143,7 +143,7 @@ def check_drift(usual: Mapping[str, np.ndarray], strange: Mapping[str, np.ndarra
     Raises:
         DemoError: It does not: the largest KL divergence of the strange ones is not above that of the usual ones.
     """
-    low, high = float(np.max(usual["kl"])), float(np.max(strange["kl"]))
+    low, high = (float(np.max([row["kl"] for row in rows])) for rows in (usual, strange))
     if not high > low:
         raise DemoError(f"the drift of inverted images is {high:.2g}, not above that of test images, {low:.2g}")
 
@@ -200,31 +200,26 @@ def classify(url: str, images: np.ndarray) -> np.ndarray:
     return np.concatenate(answers)
 
 
-def drift(url: str, images: np.ndarray) -> dict[str, np.ndarray]:
-    """Ask the server how far a batch is from what the network was trained on.
+def drift(url: str, images: np.ndarray) -> list[dict[str, Any]]:
+    """Ask the server how far images are, all of them together, from what the network was trained on.
 
     Args:
         url: Address of the server.
         images: As in `classify`.
 
     Returns:
-        `layer`, `mean_shift`, `variance_ratio` and `kl`, each of shape `(normalizations,)`.
+        For each normalization `layer`, `mean_shift`, `variance_ratio` and `kl`.
     """
     with Client(url) as client:
-        return client.predict(MODEL_NAME, {"image": images}, signature_name="batch_norm_drift")
+        return client.drift(MODEL_NAME, images)
 
 
-def _drift_table(drifts: Mapping[str, Mapping[str, np.ndarray]]) -> str:
-    names = list(drifts)
-    lines = [" " * 16 + "".join(f"{name:>30}" for name in names)]
-    for number, layer in enumerate(drifts[names[0]]["layer"]):
-        cells = [[float(drifts[name][key][number]) for key in ("mean_shift", "variance_ratio", "kl")] for name in names]
-        lines.append(f"{_text(layer):<16}" + "".join(f"{a:>10.3f}{b:>10.3f}{c:>10.3f}" for a, b, c in cells))
+def _drift_table(drifts: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    lines = [" " * 16 + "".join(f"{name:>30}" for name in drifts)]
+    for rows in zip(*drifts.values(), strict=True):
+        cells = [f"{row['mean_shift']:>10.3f}{row['variance_ratio']:>10.3f}{row['kl']:>10.3f}" for row in rows]
+        lines.append(f"{rows[0]['layer']:<16}" + "".join(cells))
     return "\n".join(lines)
-
-
-def _text(value: str | bytes) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def _commands(model_base_path: Path, question: Path) -> list[str]:

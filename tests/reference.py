@@ -20,6 +20,14 @@ def assert_close(got, want, dtype, scale=1.0):
     np.testing.assert_allclose(np.asarray(got, "float64"), np.asarray(want, "float64"), rtol=tolerance, atol=tolerance)
 
 
+def drift_of(seen, moving_mean, moving_variance):
+    """How far all values of a `Reference` are from a population, per channel: see `keras_bn.drift.distance`."""
+    mean, variance = np.asarray(moving_mean, "float64"), np.asarray(moving_variance, "float64")
+    shift = (seen.batch_mean - mean) / np.sqrt(variance + seen.epsilon)
+    ratio = (seen.biased_variance + seen.epsilon) / (variance + seen.epsilon)
+    return {"mean_shift": shift, "variance_ratio": ratio, "kl": (ratio + shift**2 - 1 - np.log(ratio)) / 2}
+
+
 class Reference:
     """y = gamma (x - mean) / sqrt(variance + epsilon) + beta, and all that follows from it.
 

@@ -6,12 +6,14 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 
 import keras_bn
+from tests import wheel
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -79,19 +81,19 @@ def test_server_imports_neither_library_nor_networks_nor_keras(path):
 
 # From the ground up: what stands in a line may import what stands in the same line or before it.
 LIBRARY_FLOORS = [
-    {"_version", "tables"},
+    {"_version", "tables", "warning"},
     {"ops", "statistics"},
     {"arguments", "updates"},
     {"layer"},
     {"model", "modes"},
-    {"drift", "conversion"},
+    {"drift", "cloning"},
     {"population"},
-    {"health", "folding"},
+    {"health", "folding", "conversion"},
     {"exporting"},
     {"__init__"},
 ]
 SERVER_FLOORS = [
-    {"errors"},
+    {"errors", "quiet"},
     {"codec"},
     {"config", "engine"},
     {"rest", "rpc"},
@@ -124,27 +126,17 @@ def test_protocols_and_client_do_not_know_each_other():
                 assert _room(name, SERVER) not in others, f"{_id(path)} imports {name}"
 
 
-def _built_wheel(folder, **environment):
-    """The wheel of a copy: a build leaves files behind that the next one takes."""
-    source = folder / "source"
-    source.mkdir()
-    for name in ("setup.cfg", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    shutil.copy(ROOT / "keras_bn_cli.py", source)
-    for package in ("keras_bn", SERVER):
-        shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--outdir", folder, source],
-        check=True,
-        capture_output=True,
-        env=os.environ | environment,
-    )
-    (wheel,) = folder.glob("*.whl")
-    return zipfile.ZipFile(wheel)
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A folder with the sdist, and the wheel that was built from it."""
+    folder = tmp_path_factory.mktemp("built")
+    wheel.build(folder)
+    return folder
 
 
-def test_wheel_holds_library_command_and_server(tmp_path):
-    names = _built_wheel(tmp_path).namelist()
+def test_wheel_holds_library_command_and_server(built):
+    (path,) = built.glob("*.whl")
+    names = zipfile.ZipFile(path).namelist()
     ours = [name for name in names if ".dist-info/" not in name]
     assert {name.split("/")[0] for name in ours} == {"keras_bn", "keras_bn_cli.py", "keras_bn_serving"}
     assert "keras_bn/py.typed" in names
@@ -156,10 +148,24 @@ def test_wheel_holds_library_command_and_server(tmp_path):
         assert "keras_bn/ops/_operations.abi3.so" in names
 
 
-def test_package_built_without_a_compiler_works(tmp_path):
+def test_sdist_holds_what_the_compiled_operations_are_made_of_and_the_server(built):
+    (path,) = built.glob("*.tar.gz")
+    with tarfile.open(path) as sdist:
+        names = {name.split("/", 1)[-1] for name in sdist.getnames()}
+    sources = {_id(path) for suffix in ("cc", "h") for path in (ROOT / "keras_bn").rglob(f"*.{suffix}")}
+    assert sources != set()
+    assert sources | {_id(path) for path in _modules("keras_bn", SERVER)} <= names
+    assert f"{SERVER}/rest/page/index.html" in names
+
+
+def test_package_built_without_a_compiler_says_so_in_a_line_and_works(tmp_path):
+    said = wheel.build(tmp_path, CC="/no/compiler", CXX="/no/compiler")
+    (line,) = [line for line in said.splitlines() if "compiled operations" in line]
+    assert line.startswith("keras_bn goes without its compiled operations, only slower on a CPU: ")
     installed = tmp_path / "installed"
-    _built_wheel(tmp_path, CC="/no/compiler", CXX="/no/compiler").extractall(installed)
-    assert not list((installed / "keras_bn").glob("*.so"))
+    (path,) = tmp_path.glob("*.whl")
+    zipfile.ZipFile(path).extractall(installed)
+    assert not list((installed / "keras_bn").rglob("*.so"))
     program = """if True:
         import numpy as np, tensorflow as tf, keras_bn
         print(keras_bn.__file__)
@@ -180,6 +186,12 @@ def test_package_built_without_a_compiler_works(tmp_path):
     path, *results = ran.stdout.splitlines()
     assert path.startswith(str(tmp_path))
     assert results == ["True True"] * 2
+
+
+@pytest.mark.slow
+def test_the_wheel_alone_does_what_the_readme_says(built):
+    said = wheel.check(wheel.repair(built), sys.executable)
+    assert "the wheel does what the README says." in said
 
 
 @pytest.mark.slow

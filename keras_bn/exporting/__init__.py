@@ -1,6 +1,5 @@
 """export(): a trained model becomes a numbered SavedModel that a server can load and a person can query."""
 
-import datetime
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -11,19 +10,18 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_bn._version import __version__
+from keras_bn.drift import SIGNATURE as DRIFT
 from keras_bn.exporting import signatures as _signatures
 from keras_bn.exporting import versions as _versions
 from keras_bn.exporting import warmup as _warmup
-from keras_bn.exporting.checks import check_graph, check_outputs, check_rows
+from keras_bn.exporting.card import CARD, describe
+from keras_bn.exporting.checks import ROWS, check_graph, check_outputs, check_rows, check_shapes
+from keras_bn.exporting.signatures import BYTES, SERVING
 from keras_bn.folding import FoldingReport
 from keras_bn.folding import fold as fold_model
-from keras_bn.folding.proof import Errors, random_inputs
-from keras_bn.model import batch_norms_below, layers_below
+from keras_bn.folding.proof import Errors, accepted_inputs
+from keras_bn.model import batch_norms_below, check_finite, check_model, default_tolerance, layers_below
 from keras_bn.population.report import Recalibration
-
-CARD = "assets.extra/keras_bn.json"
-SERVING, BYTES, DRIFT = "serving_default", "image_bytes", "batch_norm_drift"
 
 # Called with the name of each stage as it is reached.
 STAGE_HOOKS: list[Callable[[str], None]] = []
@@ -73,17 +71,29 @@ def export(
     The version is written into a sibling folder, loaded afresh and checked, and renamed into place when it is whole, so
     a server that polls never sees half a version, and a crash or a failed check leaves what was there. It runs in
     inference mode, whatever the model's author wrote, and takes any batch size. It is checked that it computes what the
-    model computes, each row by itself, writes no variable, and holds stock TensorFlow operations only.
+    model computes, writes no variable, and holds stock TensorFlow operations only.
+
+    Each row is answered by itself, whatever else is in the batch, and every input and output of every signature has the
+    rows first, so that TensorFlow Serving may run requests of strangers together (`--enable_batching`). That is checked
+    too: 7 rows together, and the same apart. Inputs of another rank or size, of no row, or of unequal rows get an
+    `INVALID_ARGUMENT` that names the input and both shapes before anything is computed, which in TensorFlow would end
+    the server for some of them. For sizes that are free, the smallest that the model can compute with are found by
+    tracing it.
 
     Signatures:
 
     - `serving_default`. Inputs are called as in `keras.Input(name=...)`, a single nameless picture `image`; outputs
       that end in a softmax or sigmoid `probabilities`, others as their layer if it was given a name, else `outputs`.
-    - `image_bytes`, with `preprocess` and pictures of fixed size: the same for encoded pictures (PNG, JPEG, as
-      `{"b64": ...}` in JSON), resized to the model's size.
-    - `batch_norm_drift`, for models with a normalization: for the batch posted, per normalization, how far its input is
-      from the population's statistics (`layer`, `mean_shift`, `variance_ratio`, `kl`; see `keras_bn.drift.summary`). To
-      be asked in the column format (`inputs`), as it answers by layer and not by row.
+    - `image_bytes`, with `preprocess` and pictures of fixed size: the same for encoded pictures (PNG, JPEG, BMP, the
+      first frame of a GIF; as `{"b64": ...}` in JSON), resized to the model's size. Pictures of more than 2**25 pixels
+      (33 million, 100 MB once decoded) are refused before they are decoded.
+    - `batch_norm_drift`, for models with a normalization: what `keras_bn.drift` needs to know of each row. `layer` and
+      `channels` name the normalizations and their widths; `count`, `mean_shift` and `variance_ratio`, for all channels
+      of all of them side by side, are how many values the row has there, and how far they are from the population's
+      statistics. A client pools its rows, exactly: `keras_bn.drift`, the command `keras-bn drift`, `Client.drift`. It
+      runs the model unfolded. A row's answer takes 12 bytes for each channel (ResNet50: 26,560 channels, 319 kB; ten
+      digits each in JSON, so gRPC is the better way there); while a layer is measured it takes two or three times the
+      memory of its input (ResNet50: 3.2 MB a row at most), or six where there is a mask.
 
     Beside them, in `assets.extra`: the card `keras_bn.json`, and with `warmup` the requests a server warms up with.
 
@@ -93,10 +103,14 @@ def export(
         version: integer from 0, or None for one more than the highest there (1 in an empty folder).
         fold: whether normalizations are absorbed into other weights, see `keras_bn.fold`.
         labels: names of the classes; adds `top_labels` and `top_scores`, of the likeliest five, to the outputs.
-        preprocess: makes the model's input of a batch of pictures, uint8 of shape (batch, height, width, channels);
-            TensorFlow operations or a Keras layer. With it, pixels are posted as they are.
-        warmup: examples of what `serving_default` takes: an array, or a dictionary by input name. Also used to check.
-        jit_compile: whether XLA compiles the signatures; a server has to be started to allow that.
+        preprocess: makes the model's input of a batch of pictures, float32 in [0, 255] of shape (batch, height, width,
+            channels): such as `keras.applications.resnet50.preprocess_input`, other TensorFlow operations, or a Keras
+            layer. With it, pixels are posted as they are, uint8. What is served is compared with this function and the
+            model, called one after the other.
+        warmup: examples of what `serving_default` takes: an array, or a dictionary by input name. They are what is
+            checked; without, random numbers are, of sizes that the model takes.
+        jit_compile: whether XLA compiles the model in the signatures; a server has to be started to allow that. Inputs
+            are checked before it and pictures decoded, as XLA can do neither.
         overwrite: whether a given version that is there is replaced.
         drift: whether there is a `batch_norm_drift`; it keeps its own copy of the weights.
         accuracy: for the card, in [0, 1].
@@ -108,7 +122,8 @@ def export(
 
     Raises:
         TypeError: when an argument is of the wrong type.
-        ValueError: when an argument does not fit the model, the version is there already, or a check fails.
+        ValueError: when an argument does not fit the model, weights or statistics are not finite, the version is there
+            already, or a check fails.
         ImportError: when `warmup` is given and `tensorflow-serving-api` is not installed.
 
     Example:
@@ -118,30 +133,32 @@ def export(
     ```
     """
     _check_arguments(model, version, labels, preprocess, accuracy)
+    check_finite(model)
     base = Path(model_base_path)
     _versions.check_free(base, version, overwrite)
     if warmup is not None:
         _warmup.require()
     if tolerance is None:
-        halves = any(layer.compute_dtype in ("float16", "bfloat16") for layer in layers_below(model))
-        tolerance = 2e-2 if halves else 1e-4
-    served_model = fold_model(model, _fold_check(model, preprocess, warmup), tolerance) if fold else model
+        tolerance = default_tolerance(model)
+    served_model, folding = model, None
+    if fold:
+        served_model, folding = fold_model(model, _fold_check(model, preprocess, warmup), tolerance)
     observed = model if drift and batch_norms_below(model) else None
     original = _signatures.Serving(model, preprocess, jit_compile)
     serving = _signatures.Serving(served_model, preprocess, jit_compile, named_after=original)
     examples = None if warmup is None else _examples(warmup, serving.inputs)
     with _versions.temporary_sibling(base) as folder:
         _reached("folder made")
-        signatures = _trace(serving, labels, preprocess is not None)
+        least = original.least_sizes()
+        signatures = _trace(serving, labels, least)
         if observed is not None:
-            signatures[DRIFT] = original.concrete(original.drift, original.inputs)
+            signatures[DRIFT] = original.concrete(original.drift, original.inputs, least)
         root = tf.Module()
         root.kept = _resources(served_model, observed, preprocess)
         options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
         tf.saved_model.save(root, os.fspath(folder), signatures=signatures, options=options)
         _reached("model written")
-        folding = getattr(served_model, "folding_report", None) if fold else None
-        card = _card(model, signatures, labels, folding, accuracy, recalibration)
+        card = describe(model, signatures, labels, folding, accuracy, recalibration)
         (folder / CARD).parent.mkdir(exist_ok=True)
         (folder / CARD).write_text(json.dumps(card, indent=2) + "\n")
         if examples is not None:
@@ -156,13 +173,7 @@ def export(
 
 
 def _check_arguments(model: Any, version: Any, labels: Any, preprocess: Any, accuracy: Any) -> None:
-    if not isinstance(model, keras.Model):
-        raise TypeError(f"`model` must be a `keras.Model`. Received: model={model!r} of type {type(model).__name__}.")
-    if not model.built:
-        raise ValueError(
-            "`model` must be built: give it an `Input`, or call it once on a batch of data. "
-            f"Received: model={model.name!r}, which is not built."
-        )
+    check_model(model, built=True)
     if version is not None and (isinstance(version, bool) or not isinstance(version, int)):
         raise TypeError(f"`version` must be an integer from 0, or None for the next. Received: version={version!r}.")
     if version is not None and version < 0:
@@ -185,7 +196,7 @@ def _fold_check(model: keras.Model, preprocess: Callable[[tf.Tensor], Any] | Non
     if warmup is None or not getattr(model, "inputs", None):
         return None
     if preprocess is not None:
-        return preprocess(tf.convert_to_tensor(next(iter(keras.tree.flatten(warmup)))))
+        return preprocess(tf.cast(next(iter(keras.tree.flatten(warmup))), tf.float32))
     serving = _signatures.Serving(model)
     examples = _examples(warmup, serving.inputs)
     return keras.tree.pack_sequence_as(_signatures.input_structure(model), [examples[name] for name in serving.inputs])
@@ -214,10 +225,12 @@ def _examples(warmup: Any, inputs: Mapping[str, tf.TensorSpec]) -> dict[str, tf.
     return examples
 
 
-def _trace(serving: _signatures.Serving, labels: Sequence[str] | None, pictures: bool) -> dict[str, Any]:
+def _trace(
+    serving: _signatures.Serving, labels: Sequence[str] | None, least: Mapping[str, list[int]]
+) -> dict[str, Any]:
     predict = serving.predict if labels is None else serving.predict_with(labels)
-    signatures = {SERVING: serving.concrete(predict, serving.inputs)}
-    if pictures and None not in list(next(iter(serving.inputs.values())).shape)[1:]:
+    signatures = {SERVING: serving.concrete(predict, serving.inputs, least)}
+    if serving.takes_pictures:
         signatures[BYTES] = serving.concrete(*serving.decoded(predict))
     return signatures
 
@@ -235,36 +248,6 @@ def _resources(*owners: Any) -> list[Any]:
     return [*variables.values(), *tables]
 
 
-def _card(
-    model: keras.Model,
-    signatures: Mapping[str, Any],
-    labels: Sequence[str] | None,
-    folding: FoldingReport | None,
-    accuracy: float | None,
-    recalibration: Recalibration | None,
-) -> dict[str, Any]:
-    def described(tensors: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: {"dtype": t.dtype.name, "shape": t.shape.as_list()} for name, t in sorted(tensors.items())}
-
-    return {
-        "model": model.name,
-        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "versions": {"keras_bn": __version__, "keras": keras.__version__, "tensorflow": tf.__version__},
-        "parameters": model.count_params(),
-        "signatures": {
-            name: {
-                "inputs": described(traced.structured_input_signature[1]),
-                "outputs": described(traced.structured_outputs),
-            }
-            for name, traced in signatures.items()
-        },
-        "labels": None if labels is None else list(labels),
-        "accuracy": accuracy,
-        "statistics": None if recalibration is None else recalibration.to_dict(),
-        "folding": None if folding is None else folding.to_dict(),
-    }
-
-
 def _check(
     folder: Path,
     original: _signatures.Serving,
@@ -273,13 +256,30 @@ def _check(
     tolerance: float,
     compiled_is_fine: bool,
 ) -> Errors:
+    """Whether what was written is fit to be served, and computes what the person's own model and `preprocess` do."""
     for name in signatures:
         check_graph(folder, name, compiled_is_fine)
+        check_shapes(folder, name)
     loaded = tf.saved_model.load(os.fspath(folder))
-    served = loaded.signatures[SERVING]
-    batches = [] if examples is None else [examples]
-    if not any(spec.dtype == tf.string for spec in original.inputs.values()) or not batches:
-        batches += [random_inputs(original.inputs, pixels, "warmup") for pixels in (False, True)]
-    errors = check_outputs(served, original.predict, batches, tolerance)
-    check_rows(served, batches[-1], tolerance)
+    if examples is None:
+        # Asked of what was written: it refuses sizes below the least, of which the model makes numbers all the same.
+        served = loaded.signatures[SERVING]
+        batches = accepted_inputs(lambda inputs: served(**inputs), original.inputs, "warmup", ROWS)
+    else:
+        batches = [_seven_rows(examples)]
+    errors = check_outputs(loaded.signatures[SERVING], original.predict, batches, tolerance)
+    asked = dict.fromkeys(signatures, batches[-1])
+    if DRIFT in signatures:
+        check_outputs(loaded.signatures[DRIFT], original.drift, batches, tolerance)
+    if BYTES in signatures:
+        encoded = _warmup.encoded(batches[-1])
+        asked[BYTES] = {BYTES: encoded}
+        check_outputs(loaded.signatures[BYTES], lambda _: original.predict(batches[-1]), [asked[BYTES]], tolerance)
+    for name, batch in asked.items():
+        check_rows(name, loaded.signatures[name], batch, tolerance)
     return errors
+
+
+def _seven_rows(examples: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    """The examples from the first on, again where there are fewer."""
+    return {name: tf.gather(value, np.arange(ROWS) % len(value)) for name, value in examples.items()}

@@ -10,6 +10,9 @@ from tensorflow.core.protobuf import saved_model_pb2
 
 from keras_bn.folding.proof import Errors, largest_errors
 
+# Of a batch to check with: 1, 2 and 4 rows together.
+ROWS = 7
+
 # TensorFlow has them, a server has no Python to run them in.
 _PYTHON_OPS = {"PyFunc", "PyFuncStateless", "EagerPyFunc"}
 _WRITES = ("Assign", "ResourceApply", "ResourceScatter", "ResourceSparseApply", "ResourceStridedSliceAssign")
@@ -41,21 +44,44 @@ def check_graph(folder: Path, signature: str, compiled_is_fine: bool) -> None:
             )
 
 
+def check_shapes(folder: Path, signature: str) -> None:
+    """What is written of the shapes: a server's batching counts the rows of every input and output.
+
+    Raises:
+        ValueError: where an input or output has no first axis of free size.
+    """
+    definition = _meta_graph(folder).signature_def[signature]
+    for kind, infos in (("input", definition.inputs), ("output", definition.outputs)):
+        for name, info in infos.items():
+            shape = tf.TensorShape(info.tensor_shape)
+            if not shape.rank or shape[0] is not None:
+                raise ValueError(
+                    "`model` must have inputs and outputs of a row for each example, and any number of them. "
+                    f"Received: {kind} {name!r} of signature {signature!r} with shape {shape}."
+                )
+
+
 def check_outputs(
     served: Callable[..., Mapping[str, tf.Tensor]],
-    predict: Callable[[Mapping[str, Any]], Mapping[str, tf.Tensor]],
+    expected: Callable[[Mapping[str, Any]], Mapping[str, tf.Tensor]],
     batches: list[dict[str, Any]],
     tolerance: float,
 ) -> Errors:
     """The signature loaded afresh against the model itself.
+
+    Args:
+        served: what was written.
+        expected: what the model gives, by name; `served` may give more.
+        batches: to ask both.
+        tolerance: of relative errors.
 
     Raises:
         ValueError: where the largest relative error is above `tolerance`.
     """
     errors = []
     for batch in batches:
-        expected, got = predict(batch), served(**batch)
-        errors.append(largest_errors(expected, {name: got[name] for name in expected}))
+        wanted, got = expected(batch), served(**batch)
+        errors.append(largest_errors(_numbers(wanted), _numbers({name: got[name] for name in wanted})))
     worst = Errors(*np.max(errors, axis=0).tolist())
     if not worst.relative <= tolerance:
         raise ValueError(
@@ -65,36 +91,62 @@ def check_outputs(
     return worst
 
 
-def check_rows(served: Callable[..., Mapping[str, tf.Tensor]], batch: dict[str, Any], tolerance: float) -> None:
-    """Row i of a batch gets the answer it gets alone.
+def check_rows(
+    signature: str, served: Callable[..., Mapping[str, tf.Tensor]], batch: dict[str, Any], tolerance: float
+) -> None:
+    """Each row gets the answer that it gets alone: a server's batching runs strangers' requests together.
+
+    The 7 rows of `batch` together are compared with the same in requests of 1, 2 and 4 rows.
 
     Raises:
         ValueError: where the largest relative error is above `tolerance`, or an output has no row for each example.
     """
-    together = served(**batch)
+    together = _rows_of(signature, served, batch)
+    first = 0
+    for count in (1, 2, 4):
+        rows = slice(first, first + count)
+        alone = _rows_of(signature, served, {name: value[rows] for name, value in batch.items()})
+        for name in _numbers(together):
+            # Relative to all rows: one alone may be close to zero.
+            whole = np.array(together[name])
+            whole[rows] = alone[name]
+            error = largest_errors(together[name], whole).relative
+            if not error <= tolerance:
+                raise ValueError(
+                    "`model` must answer for each example by itself, whatever else is in the batch. Received: output "
+                    f"{name!r} of signature {signature!r} for a batch of {ROWS} rows differs by {error:.3g} relative "
+                    f"from that for {count} of these rows alone; allowed is {tolerance:g}."
+                )
+        first = rows.stop
+
+
+def _rows_of(
+    signature: str, served: Callable[..., Mapping[str, tf.Tensor]], batch: dict[str, Any]
+) -> Mapping[str, tf.Tensor]:
     rows = len(next(iter(batch.values())))
-    for name, value in together.items():
+    outputs = served(**batch)
+    for name, value in outputs.items():
         if value.shape.rank == 0 or value.shape[0] != rows:
             raise ValueError(
                 "`model` must have outputs of a row for each example. "
-                f"Received: output {name!r} of shape {tuple(value.shape)} for {rows} examples."
+                f"Received: output {name!r} of signature {signature!r}, shape {tuple(value.shape)} for {rows} examples."
             )
-    numbers = [name for name, value in together.items() if value.dtype != tf.string]
-    for i in (0, rows - 1):
-        alone = served(**{name: value[i : i + 1] for name, value in batch.items()})
-        error = largest_errors({n: together[n][i : i + 1] for n in numbers}, {n: alone[n] for n in numbers}).relative
-        if not error <= tolerance:
-            raise ValueError(
-                "`model` must answer for each example by itself, whatever else is in the batch. Received: row "
-                f"{i} of {rows} differs by {error:.3g} relative from the same row alone; allowed is {tolerance:g}."
-            )
+    return outputs
+
+
+def _numbers(tensors: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    return {name: value for name, value in tensors.items() if value.dtype != tf.string}
+
+
+def _meta_graph(folder: Path) -> Any:
+    saved = saved_model_pb2.SavedModel()
+    saved.ParseFromString((folder / "saved_model.pb").read_bytes())
+    return saved.meta_graphs[0]
 
 
 def _operations(folder: Path, signature: str) -> Iterator[tuple[Any, Any]]:
     """The nodes behind a signature, through all functions called, each with the function it calls or None."""
-    saved = saved_model_pb2.SavedModel()
-    saved.ParseFromString((folder / "saved_model.pb").read_bytes())
-    meta_graph = saved.meta_graphs[0]
+    meta_graph = _meta_graph(folder)
     functions = {function.signature.name: function for function in meta_graph.graph_def.library.function}
     nodes = {node.name: node for node in meta_graph.graph_def.node}
     names = {_node_name(info.name) for info in meta_graph.signature_def[signature].outputs.values()}

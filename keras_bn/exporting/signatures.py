@@ -7,10 +7,13 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_bn.drift import input_distances, summary
+from keras_bn.drift import RowFigures, row_figures
+from keras_bn.exporting import inputs as _inputs
+from keras_bn.exporting import pictures as _pictures
 from keras_bn.model import inference_mode
 
 Tensors = Mapping[str, tf.Tensor]
+SERVING, BYTES = "serving_default", "image_bytes"
 TOP = 5
 
 
@@ -19,8 +22,8 @@ class Serving:
 
     Args:
         model: what answers, in inference mode.
-        preprocess: makes the model's input of a batch of uint8 pictures, or None.
-        jit_compile: whether XLA compiles what is traced.
+        preprocess: makes the model's input of a batch of float32 pictures in [0, 255], or None.
+        jit_compile: whether XLA compiles the model in what is traced.
         named_after: gives the names, where `model` was made from the model of that one.
 
     Attributes:
@@ -59,7 +62,7 @@ class Serving:
 
     def predict(self, tensors: Tensors) -> dict[str, tf.Tensor]:
         """The model's outputs by name; also eagerly, for comparison."""
-        values = keras.tree.flatten(self._run(tensors))
+        values = self._compiled(lambda values: keras.tree.flatten(self._run(values)))(tensors)
         return {n: tf.cast(v, wire_dtype(v.dtype)) for n, v in zip(self.output_names, values, strict=True)}
 
     def predict_with(self, labels: Sequence[str]) -> Callable[[Tensors], dict[str, tf.Tensor]]:
@@ -87,36 +90,77 @@ class Serving:
         return predict
 
     def decoded(self, predict: Callable[[Tensors], Any]) -> tuple[Callable[[Tensors], Any], dict[str, tf.TensorSpec]]:
-        """`predict` for encoded pictures (PNG, JPEG, GIF, BMP) of any size, resized to the model's."""
+        """`predict` for encoded pictures of any size, resized to the model's, see `pictures.decoded`."""
         (name, spec), *_ = self.inputs.items()
-        height, width, channels = spec.shape[1:]
-
-        def decode(contents: tf.Tensor) -> tf.Tensor:
-            picture = tf.io.decode_image(contents, channels=channels, expand_animations=False)
-            picture = tf.image.resize(picture, (height, width), antialias=True)
-            return tf.cast(tf.round(tf.clip_by_value(picture, 0.0, 255.0)), tf.uint8)
+        size = spec.shape[1:]
 
         def predict_bytes(tensors: Tensors) -> Any:
-            pictures = tf.map_fn(decode, tensors["image_bytes"], fn_output_signature=tf.uint8)
-            return predict({name: tf.ensure_shape(pictures, (None, height, width, channels))})
+            pictures = tf.map_fn(
+                lambda contents: _pictures.decoded(contents, *size), tensors[BYTES], fn_output_signature=tf.uint8
+            )
+            return predict({name: tf.ensure_shape(pictures, spec.shape)})
 
-        return predict_bytes, {"image_bytes": tf.TensorSpec((None,), tf.string, "image_bytes")}
+        return predict_bytes, {BYTES: tf.TensorSpec((None,), tf.string, BYTES)}
+
+    @property
+    def takes_pictures(self) -> bool:
+        """Whether there can be a signature for encoded pictures."""
+        if self._preprocess is None:
+            return False
+        *size, channels = next(iter(self.inputs.values())).shape[1:]
+        return None not in size and channels in (1, 3, 4)
 
     def drift(self, tensors: Tensors) -> dict[str, tf.Tensor]:
-        """Per normalization layer how far its input is from the statistics it was trained on, as `drift.summary`."""
-        distances = input_distances(self._model, self._model_inputs(tensors))
-        summaries = [summary(one) for one in distances.values()]
-        columns = {key: tf.stack([tf.cast(one[key], tf.float32) for one in summaries]) for key in summaries[0]}
-        return {"layer": tf.constant(list(distances)), **columns}
+        """For each row its own figures at each normalization, all channels side by side, as `drift.row_figures`."""
+        figures = self._compiled(lambda values: row_figures(self._model, self._model_inputs(values)))(tensors)
+        rows = tf.shape(next(iter(tensors.values())))[:1]
+        widths = [one.count.shape[1] for one in figures.values()]
 
-    def concrete(self, function: Callable[[Tensors], Any], inputs: Mapping[str, tf.TensorSpec]) -> Any:
-        """`function` traced for `inputs` of any batch size."""
+        def in_each_row(values: list[Any]) -> tf.Tensor:
+            return tf.broadcast_to(tf.constant([values]), tf.concat([rows, [len(values)]], 0))
+
+        columns = zip(RowFigures._fields, zip(*figures.values(), strict=True), strict=True)
+        return {
+            "layer": in_each_row(list(figures)),
+            "channels": in_each_row(widths),
+            **{name: tf.concat(parts, 1) for name, parts in columns},
+        }
+
+    def least_sizes(self) -> dict[str, list[int]]:
+        """By input name the smallest size of each axis, see `inputs.least_sizes`."""
+
+        def trace(specs: Mapping[str, tf.TensorSpec]) -> tf.Graph:
+            with_keywords = tf.function(lambda **tensors: self.predict(tensors), autograph=False)
+            return with_keywords.get_concrete_function(**specs).graph
+
+        return _inputs.least_sizes(trace, self.inputs)
+
+    def concrete(
+        self,
+        function: Callable[[Tensors], Any],
+        inputs: Mapping[str, tf.TensorSpec],
+        least: Mapping[str, list[int]] | None = None,
+    ) -> Any:
+        """`function` traced for `inputs` of any batch size, which are checked first, see `inputs.checked`.
+
+        Args:
+            function: of tensors by input name.
+            inputs: what it takes.
+            least: by input name the smallest size of each axis; None for 1.
+        """
+        if least is None:
+            least = {name: [1] * spec.shape.rank for name, spec in inputs.items()}
 
         def with_keywords(**tensors: tf.Tensor) -> Any:
-            return function(tensors)
+            return function(_inputs.checked(tensors, inputs, least))
 
-        traced = tf.function(with_keywords, autograph=False, jit_compile=self._jit_compile)
-        return traced.get_concrete_function(**inputs)
+        return tf.function(with_keywords, autograph=False).get_concrete_function(**inputs)
+
+    def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, in a graph by XLA where that is asked for: only what is numbers, as XLA has no strings."""
+        if not self._jit_compile or tf.executing_eagerly():
+            return function
+        return tf.function(function, autograph=False, jit_compile=True)
 
     def _run(self, tensors: Tensors) -> Any:
         with inference_mode(self._model):
@@ -125,7 +169,7 @@ class Serving:
     def _model_inputs(self, tensors: Tensors) -> Any:
         values = [tensors[name] for name in self.inputs]
         if self._preprocess is not None:
-            values = [self._preprocess(values[0])]
+            values = [self._preprocess(tf.cast(values[0], tf.float32))]
         return keras.tree.pack_sequence_as(self._structure, values)
 
 

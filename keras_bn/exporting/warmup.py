@@ -36,7 +36,7 @@ def write(
     rows = len(next(iter(examples.values())))
     with tf.io.TFRecordWriter(str(folder / FILE)) as writer:
         for signature in signatures:
-            tensors = {"image_bytes": _encoded(examples)} if signature == "image_bytes" else dict(examples)
+            tensors = {"image_bytes": encoded(examples)} if signature == "image_bytes" else dict(examples)
             for count in sorted({1, rows}):
                 request = predict_pb2.PredictRequest(
                     model_spec=model_pb2.ModelSpec(name=model_name, signature_name=signature),
@@ -46,6 +46,7 @@ def write(
                 writer.write(prediction_log_pb2.PredictionLog(predict_log=log).SerializeToString())
 
 
-def _encoded(examples: Mapping[str, tf.Tensor]) -> tf.Tensor:
+def encoded(examples: Mapping[str, tf.Tensor]) -> tf.Tensor:
+    """The pictures of the one input, as PNG files."""
     (pictures,) = examples.values()
     return tf.map_fn(tf.io.encode_png, pictures, fn_output_signature=tf.string)

@@ -8,10 +8,8 @@ import numpy as np
 from keras_bn.folding.weights import (
     Affine,
     fold_conv,
-    fold_dense,
     fold_depthwise_conv,
     fold_into_conv,
-    fold_into_dense,
     fold_into_depthwise_conv,
     fold_transposed_conv,
 )
@@ -84,7 +82,7 @@ def absorb_after(layer: Any, weights: Weights, affine: Affine) -> Weights:
         kernel, bias = fold_conv(weights["pointwise_kernel"], bias, affine)
         return {"depthwise_kernel": weights["depthwise_kernel"], "pointwise_kernel": kernel, "bias": bias}
     fold_weights = {
-        "dense": fold_dense,
+        "dense": fold_conv,
         "conv": fold_conv,
         "depthwise": fold_depthwise_conv,
         "transposed": fold_transposed_conv,
@@ -101,7 +99,7 @@ def absorb_before(layer: Any, weights: Weights, affine: Affine) -> Weights:
         pointwise = weights["pointwise_kernel"]
         _, bias = fold_into_conv(Affine(np.ones_like(inner_bias), inner_bias), pointwise, bias)
         return {"depthwise_kernel": depthwise, "pointwise_kernel": pointwise, "bias": bias}
-    fold_weights = {"dense": fold_into_dense, "conv": fold_into_conv, "depthwise": fold_into_depthwise_conv}[
+    fold_weights = {"dense": fold_into_conv, "conv": fold_into_conv, "depthwise": fold_into_depthwise_conv}[
         str(absorbing_kind(layer))
     ]
     kernel, bias = fold_weights(affine, weights["kernel"], bias)

@@ -5,18 +5,21 @@ from typing import Any
 
 import keras
 
+from keras_bn.model import graph_of, input_layers, mask_of, nodes_of
+
 
 class Value:
     """A tensor between two steps.
 
     Attributes:
         shape: with the batch size first, None where it is free.
+        dtype: its name.
     """
 
-    __slots__ = ("shape",)
+    __slots__ = ("dtype", "shape")
 
-    def __init__(self, shape: tuple[int | None, ...]):
-        self.shape = shape
+    def __init__(self, tensor: Any):
+        self.shape, self.dtype = tensor.shape, keras.backend.standardize_dtype(tensor.dtype)
 
 
 class Step:
@@ -60,15 +63,15 @@ class Graph:
     """
 
     def __init__(self, model: keras.Model):
-        if not is_graph(model):
+        if graph_of(model) is None:
             raise ValueError(
                 "`model` must be a functional or sequential Keras model that is built; what a subclassed one does "
                 f"is known to its own `call` only. Received: model={model.name!r} of type {type(model).__name__}."
             )
         self._model = model
         self.steps: list[Step] = []
-        self.inputs = [Value(tensor.shape) for tensor in model.inputs]
-        self.outputs = keras.tree.flatten(self._lay_out(model, self.inputs, ()))
+        self.inputs = [Value(tensor) for tensor in model.inputs]
+        self.outputs = self._lay_out(model, self.inputs, ())
 
     def producer(self, value: Value) -> Step | None:
         """The step that makes `value`, None for an input of the model."""
@@ -104,12 +107,9 @@ class Graph:
             make: gives for an operation and its new name the operations to call one after the other in its place.
                 Called once for each, also where it is shared.
         """
-        inputs = [
-            keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype, name=tensor.name, sparse=tensor.sparse)
-            for tensor in self._model.inputs
-        ]
+        inputs = [type(layer).from_config(layer.get_config()).output for layer in input_layers(self._model)]
         made: dict[int, list[Any]] = {}
-        names = _unique_names(self.steps)
+        names = _unique_names(self.steps, {tensor.name for tensor in inputs})
         tensors = {id(value): tensor for value, tensor in zip(self.inputs, inputs, strict=True)}
         for step in self.steps:
             if id(step.op) not in made:
@@ -128,60 +128,82 @@ class Graph:
                 tensors[id(value)] = tensor
         outputs = [tensors[id(value)] for value in self.outputs]
         if isinstance(self._model, keras.Sequential):
-            chain = [op for step in self.steps for op in made[id(step.op)]]
-            return keras.Sequential([inputs[0], *chain], name=self._model.name)
+            if self._is_chain():
+                chain = [op for step in self.steps for op in made[id(step.op)]]
+                return keras.Sequential([inputs[0], *chain], name=self._model.name)
+            return keras.Model(inputs[0], outputs[0] if len(outputs) == 1 else outputs, name=self._model.name)
         return keras.Model(
-            keras.tree.pack_sequence_as(self._model._inputs_struct, inputs),
-            keras.tree.pack_sequence_as(self._model._outputs_struct, outputs),
+            keras.tree.pack_sequence_as(graph_of(self._model).input, inputs),
+            keras.tree.pack_sequence_as(graph_of(self._model).output, outputs),
             name=self._model.name,
         )
 
-    def _lay_out(self, model: Any, inputs: list[Value], prefix: tuple[str, ...]) -> Any:
-        if isinstance(model, keras.Sequential):
-            (x,) = inputs
-            for layer in model.layers:
-                shape = layer.output.shape if not is_graph(layer) else layer.outputs[0].shape
-                (x,) = self._add(layer, (x,), {}, [shape], prefix)
-            return x
-        known = {id(tensor): value for tensor, value in zip(model.inputs, inputs, strict=True)}
-        for depth in sorted(model._nodes_by_depth, reverse=True):
-            for node in model._nodes_by_depth[depth]:
-                if node.is_input:
-                    continue
-                args, kwargs = node.arguments.fill_in(known)
-                outputs = self._add(node.operation, args, kwargs, [t.shape for t in node.outputs], prefix)
-                known.update({id(tensor): value for tensor, value in zip(node.outputs, outputs, strict=True)})
-        return [known[id(tensor)] for tensor in model.outputs]
+    def _is_chain(self) -> bool:
+        """Whether each step is a layer that takes just what the one before it makes."""
+        values = list(self.inputs)
+        for step in self.steps:
+            if not isinstance(step.op, keras.Layer) or step.inputs != values or len(step.outputs) != 1:
+                return False
+            values = step.outputs
+        return values == self.outputs and len(values) == 1
 
-    def _add(self, op: Any, args: Any, kwargs: Any, shapes: list[Any], prefix: tuple[str, ...]) -> list[Value]:
-        if is_graph(op) and not {k: v for k, v in kwargs.items() if k != "training" and v is not None}:
-            return keras.tree.flatten(self._lay_out(op, keras.tree.flatten(args), (*prefix, op.name)))
-        outputs = [Value(shape) for shape in shapes]
-        self.steps.append(Step(op, args, kwargs, outputs, prefix))
-        return outputs
-
-
-def is_graph(layer: Any) -> bool:
-    """Whether `layer` is a built functional or sequential model that computes just what its graph says."""
-    if not isinstance(layer, keras.Model):
-        return False
-    if type(layer).call is keras.Sequential.call:
-        return bool(getattr(layer, "inputs", None))
-    return hasattr(layer, "_nodes_by_depth") and type(layer).call.__module__.startswith("keras.")
+    def _lay_out(self, model: Any, inputs: list[Value], prefix: tuple[str, ...]) -> list[Value]:
+        graph = graph_of(model)
+        known = {id(tensor): value for tensor, value in zip(graph.inputs, inputs, strict=True)}
+        for node in nodes_of(graph):
+            args, kwargs = node.arguments.fill_in(known)
+            flat = _nested_inputs(node)
+            if flat is None:
+                outputs = [Value(tensor) for tensor in node.outputs]
+                self.steps.append(Step(node.operation, args, kwargs, outputs, prefix))
+            else:
+                values = [known[id(tensor)] for tensor in flat]
+                outputs = self._lay_out(node.operation, values, (*prefix, node.operation.name))
+            known.update({id(tensor): value for tensor, value in zip(node.outputs, outputs, strict=True)})
+        return [known[id(tensor)] for tensor in graph.outputs]
 
 
-def _unique_names(steps: list[Step]) -> dict[int, str]:
+def _nested_inputs(node: Any) -> list[Any] | None:
+    """The tensors of a call of a nested model, in the order of its inputs; None where it cannot be laid out flat.
+
+    Masks that come with the tensors come by themselves. What a person says in other words (a mask of their own, another
+    dtype or rank) is the nested model's to convert.
+    """
+    graph, (args, kwargs) = graph_of(node.operation), (node.arguments.args, node.arguments.kwargs)
+    if graph is None or len(args) != 1:
+        return None
+    given = args[0]
+    if isinstance(given, dict) and not isinstance(graph.input, dict):
+        given = [given.get(tensor.name) for tensor in graph.inputs]
+    tensors = keras.tree.flatten(given)
+    masks = keras.tree.flatten(kwargs.get("mask"))
+    others = {name: value for name, value in kwargs.items() if name not in ("mask", "training")}
+    if any(value is not None for value in keras.tree.flatten(others)) or len(tensors) != len(graph.inputs):
+        return None
+    for tensor, expected in zip(tensors, graph.inputs, strict=True):
+        if tensor is None or len(tensor.shape) != len(expected.shape) or tensor.dtype != expected.dtype:
+            return None
+    if any(mask is not None for mask in masks) and any(
+        mask is not mask_of(tensor) for tensor, mask in zip(tensors, masks, strict=True)
+    ):
+        return None
+    return tensors
+
+
+def _unique_names(steps: list[Step], taken: set[str]) -> dict[int, str]:
     """Each operation's own name; where nested models have the same, with the names of the models around it."""
     names: dict[int, str] = {}
+    used = set(taken)
     for step in steps:
         if id(step.op) in names:
             continue
         name = step.op.name
-        if name in names.values():
+        if name in used:
             name = "_".join([*step.prefix, name])
         base, n = name, 1
-        while name in names.values():
+        while name in used:
             n += 1
             name = f"{base}_{n}"
         names[id(step.op)] = name
+        used.add(name)
     return names

@@ -1,12 +1,13 @@
 """What it takes to prove that two models compute the same: inputs to try and the largest difference."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_bn.model import inference_mode
+from keras_bn.model import inference_mode, input_structure, variables_restored
 
 
 class Errors(NamedTuple):
@@ -21,15 +22,24 @@ class Errors(NamedTuple):
     relative: float
 
 
-def random_inputs(structure: Any, of_pixels: bool, argument: str, batch: int = 3, seed: int = 0) -> Any:
-    """One batch: standard normal numbers, or `of_pixels` from 0 to 255; 0 or 1 for integers other than uint8 pixels.
+KINDS = ("normal", "pixels", "zeros and ones")
+_FREE_SIZE = 64
+# Of all free sizes together: pictures of 512 by 512, or series of 262,144.
+_MOST_POSITIONS = 2**18
+
+
+def random_inputs(structure: Any, kind: str, argument: str, batch: int = 3, seed: int = 0, size: int = 64) -> Any:
+    """One batch of random numbers.
+
+    Integers are 0 or 1, but uint8 pixels from 0 to 255.
 
     Args:
-        structure: of things with a shape and a dtype; sizes that are free become 64.
-        of_pixels: which numbers.
+        structure: of things with a shape and a dtype.
+        kind: of floating-point numbers: "normal", "pixels" from 0 to 255, or "zeros and ones".
         argument: where a person can give inputs instead.
-        batch: how many examples.
+        batch: how many examples, where the shape leaves it open.
         seed: of the numbers.
+        size: what other free sizes become.
 
     Raises:
         ValueError: for inputs that are strings.
@@ -37,15 +47,56 @@ def random_inputs(structure: Any, of_pixels: bool, argument: str, batch: int = 3
     rng = np.random.default_rng(seed)
 
     def draw(leaf: Any) -> tf.Tensor:
-        shape = (batch, *(64 if size is None else size for size in leaf.shape[1:]))
+        first, *others = [*leaf.shape] or [None]
+        shape = (first or batch, *(other or size for other in others))
         dtype = tf.as_dtype(leaf.dtype)
         if dtype == tf.string:
             raise ValueError(f"`{argument}` must be given for a model that takes strings. Received: {argument}=None.")
-        if not dtype.is_floating:
+        if not dtype.is_floating or kind == "zeros and ones":
             return tf.cast(rng.integers(0, 256 if dtype == tf.uint8 else 2, shape), dtype)
-        return tf.cast(rng.uniform(0, 255, shape) if of_pixels else rng.normal(size=shape), dtype)
+        return tf.cast(rng.uniform(0, 255, shape) if kind == "pixels" else rng.normal(size=shape), dtype)
 
     return keras.tree.map_structure(draw, structure)
+
+
+def accepted_inputs(run: Callable[[Any], Any], structure: Any, argument: str, batch: int = 3) -> list[Any]:
+    """Batches of random numbers, those of each kind that `run` takes, with free sizes as large as it needs them.
+
+    Args:
+        run: what takes them. It accepts a batch if it raises nothing and all its outputs have values.
+        structure, argument, batch: as for `random_inputs`.
+
+    Raises:
+        ValueError: when it takes none; says why, and what to give.
+    """
+    leaves = keras.tree.flatten(structure)
+    free = max(sum(size is None for size in leaf.shape[1:]) for leaf in leaves)
+    sizes = [_FREE_SIZE]
+    while free and (2 * sizes[-1]) ** free <= _MOST_POSITIONS:
+        sizes.append(2 * sizes[-1])
+    kinds = KINDS if any(tf.as_dtype(leaf.dtype).is_floating for leaf in leaves) else KINDS[:1]
+    refusals = []
+    for size in sizes:
+        accepted = []
+        for kind in kinds:
+            inputs = random_inputs(structure, kind, argument, batch, size=size)
+            try:
+                outputs = keras.tree.flatten(run(inputs))
+            except Exception as error:  # Any: a model may raise what it likes.
+                refusals.append(f"{type(error).__name__}: {error}".strip().splitlines()[0][:300])
+                continue
+            if all(int(tf.size(output)) for output in outputs):
+                accepted.append(inputs)
+            else:
+                refusals.append("outputs without values")
+        if accepted:
+            return accepted
+    shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves)
+    raise ValueError(
+        f"`{argument}` must be given, a batch of what the model takes: it takes none of the random ones that were tried"
+        f"{f' (free sizes from {sizes[0]} to {sizes[-1]})' if free else ''}. "
+        f"Received: {argument}=None, and a model of inputs {shapes} that answered: {refusals[-1]}"
+    )
 
 
 def largest_errors(expected: Any, got: Any) -> Errors:
@@ -69,9 +120,48 @@ def largest_errors(expected: Any, got: Any) -> Errors:
 
 
 def errors_between(model: keras.Model, other: keras.Model, batches: list[Any]) -> Errors:
-    """The largest over all batches, both models in inference mode; `other` counts relative to `model`."""
-    errors = []
+    """The largest over all batches, both models in inference mode; `other` counts relative to `model`.
+
+    Raises:
+        ValueError: when `model` gives nothing finite to compare with.
+    """
+    errors, finite = [], False
     for inputs in batches:
-        with inference_mode(model), inference_mode(other):
-            errors.append(largest_errors(model(inputs, training=False), other(inputs, training=False)))
+        # Restored, since recurrent layers may keep a state.
+        with variables_restored(model), variables_restored(other), inference_mode(model), inference_mode(other):
+            expected = model(inputs, training=False)
+            errors.append(largest_errors(expected, other(inputs, training=False)))
+        finite = finite or any(
+            np.any(np.isfinite(np.asarray(output).astype("float64"))) for output in keras.tree.flatten(expected)
+        )
+    if not finite:
+        raise ValueError(
+            "`check` must be inputs for which the model gives finite numbers; of others nothing can be proved. "
+            "Received: outputs of NaN and infinities only."
+        )
     return Errors(*np.max(errors, axis=0).tolist())
+
+
+def proved_errors(model: keras.Model, other: keras.Model, check: Any = None) -> Errors:
+    """`errors_between` on `check`, a batch of inputs of `model`, or on random ones where that is None.
+
+    Raises:
+        ValueError: when there is no `check` and the model takes no random inputs, or gives no finite outputs.
+    """
+    if check is not None:
+        return errors_between(model, other, [check])
+
+    structure = input_structure(model)
+
+    def run(inputs: Any) -> Any:
+        with variables_restored(model), inference_mode(model):
+            # Of fewer values than its kernel has, TensorFlow's convolution returns whatever is in memory; Keras's
+            # arithmetic of shapes refuses it.
+            model.compute_output_spec(keras.tree.map_structure(_symbolic, inputs, structure))
+            return model(inputs, training=False)
+
+    return errors_between(model, other, accepted_inputs(run, structure, "check"))
+
+
+def _symbolic(tensor: Any, like: Any) -> keras.KerasTensor:
+    return keras.KerasTensor(tensor.shape, like.dtype, name=like.name)

@@ -18,8 +18,7 @@ def affine_of(gamma: Any, beta: Any, mean: Any, variance: Any, epsilon: float) -
     scale = gamma / sqrt(variance + epsilon), shift = beta - mean * scale
 
     Args:
-        gamma: shape `(C,)`, or None for 1.
-        beta: shape `(C,)`, or None for 0.
+        gamma, beta: shape `(C,)`.
         mean: moving mean, shape `(C,)`.
         variance: moving variance, shape `(C,)`.
         epsilon: the layer's.
@@ -27,9 +26,9 @@ def affine_of(gamma: Any, beta: Any, mean: Any, variance: Any, epsilon: float) -
     Returns:
         An `Affine` in float64.
     """
-    variance = np.asarray(variance, "float64")
-    scale = (1.0 if gamma is None else np.asarray(gamma, "float64")) / np.sqrt(variance + epsilon)
-    return Affine(scale, (0.0 if beta is None else np.asarray(beta, "float64")) - np.asarray(mean, "float64") * scale)
+    gamma, beta, mean, variance = (np.asarray(v, "float64") for v in (gamma, beta, mean, variance))
+    scale = gamma / np.sqrt(variance + epsilon)
+    return Affine(scale, beta - mean * scale)
 
 
 def fold_affine(first: Affine, second: Affine) -> Affine:
@@ -37,29 +36,13 @@ def fold_affine(first: Affine, second: Affine) -> Affine:
     return Affine(second.scale * first.scale, second.scale * first.shift + second.shift)
 
 
-def fold_dense(kernel: Any, bias: Any, affine: Affine) -> tuple[np.ndarray, np.ndarray]:
-    """A dense layer and the affine map after it as one dense layer.
-
-    scale * (x @ kernel + bias) + shift = x @ (kernel * scale) + (bias * scale + shift)
-
-    Args:
-        kernel: shape `(in, out)`.
-        bias: shape `(out,)`, or None for 0.
-        affine: over `out` channels.
-
-    Returns:
-        Kernel and bias, float64.
-    """
-    return np.asarray(kernel, "float64") * affine.scale, _scaled_bias(bias, affine)
-
-
 def fold_conv(kernel: Any, bias: Any, affine: Affine) -> tuple[np.ndarray, np.ndarray]:
-    """A convolution, grouped or not, and the affine map after it as one convolution.
+    """A convolution, grouped or not, or a dense layer, and the affine map after it as one of its kind.
 
     scale * (x * kernel + bias) + shift = x * (kernel * scale) + (bias * scale + shift), scale along the last axis
 
     Args:
-        kernel: shape `(*spatial, in / groups, out)`.
+        kernel: shape `(*spatial, in / groups, out)`; a dense layer's `(in, out)`, a convolution of one position.
         bias: shape `(out,)`, or None for 0.
         affine: over `out` channels.
 
@@ -98,25 +81,8 @@ def fold_transposed_conv(kernel: Any, bias: Any, affine: Affine) -> tuple[np.nda
     return np.asarray(kernel, "float64") * affine.scale[:, None], _scaled_bias(bias, affine)
 
 
-def fold_into_dense(affine: Affine, kernel: Any, bias: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The affine map before a dense layer and that layer as one.
-
-    (scale * x + shift) @ kernel + bias = x @ (scale[:, None] * kernel) + (bias + shift @ kernel)
-
-    Args:
-        affine: over `in` channels.
-        kernel: shape `(in, out)`.
-        bias: shape `(out,)`, or None for 0.
-
-    Returns:
-        Kernel and bias, float64.
-    """
-    kernel = np.asarray(kernel, "float64")
-    return affine.scale[:, None] * kernel, affine.shift @ kernel + _bias(bias)
-
-
 def fold_into_conv(affine: Affine, kernel: Any, bias: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The affine map before a convolution that pads nothing, and that convolution, as one.
+    """The affine map before a convolution that pads nothing, or before a dense layer, and that layer as one.
 
     kernel'[..., i, o] = scale[c] * kernel[..., i, o]
     bias'[o] = bias[o] + sum over ..., i of shift[c] * kernel[..., i, o]
@@ -126,7 +92,7 @@ def fold_into_conv(affine: Affine, kernel: Any, bias: Any) -> tuple[np.ndarray, 
 
     Args:
         affine: over `in` channels.
-        kernel: shape `(*spatial, in / groups, out)`.
+        kernel: shape `(*spatial, in / groups, out)`; a dense layer's `(in, out)`, a convolution of one position.
         bias: shape `(out,)`, or None for 0.
 
     Returns:

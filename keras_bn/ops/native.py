@@ -6,7 +6,6 @@ import ctypes
 import dataclasses
 import functools
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import tensorflow as tf
 from keras_bn.ops import plain, where
 from keras_bn.ops.layouts import along, are_neighbours, as_rows, value_count
 from keras_bn.statistics import Moments, Moving
+from keras_bn.warning import warn
 
 SINGLE_VALUE = (
     "keras_bn: a batch with one value per channel was normalized to beta, and its statistics were not averaged. Larger "
@@ -64,7 +64,7 @@ def compiled() -> Compiled:
         else:
             reason = "" if same else f"with TensorFlow {tf.__version__} their results are wrong"
     if reason:
-        warnings.warn(f"keras_bn goes without its compiled operations: {reason}", stacklevel=2)
+        warn(f"keras_bn goes without its compiled operations: {reason}")
     return Compiled(not reason, reason)
 
 
@@ -190,7 +190,7 @@ def _load() -> tuple[Any, str]:
     try:
         return tf.load_op_library(str(_path)), ""
     except (tf.errors.OpError, OSError) as error:
-        warnings.warn(f"keras_bn goes without its compiled operations, which do not load: {error}", stacklevel=2)
+        warn(f"keras_bn goes without its compiled operations, which do not load: {error}")
         return None, f"they do not load: {error}"
 
 

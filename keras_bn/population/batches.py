@@ -7,6 +7,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_bn.model import check_one_argument, graph_of
+
 Batch = tuple[Any, Any]
 
 
@@ -14,10 +16,10 @@ class Batches:
     """Goes through `data` as (inputs, sample_weight), as often as asked.
 
     Args:
-        data: array, or list or dictionary of arrays, split into batches of `batch_size`; or batches: a
-            `tf.data.Dataset`, a `keras.utils.PyDataset`, any iterable, a generator. A batch is the inputs, or a tuple
-            `(inputs,)`, `(inputs, targets)` or `(inputs, targets, sample_weight)`. A generator can be gone through only
-            once, so its batches are kept in memory.
+        data: inputs, split into batches of `batch_size`: an array, a list or dictionary of arrays, or a tuple
+            `(inputs,)`, `(inputs, targets)` or `(inputs, targets, sample_weight)`; or batches of such: a
+            `tf.data.Dataset`, a `keras.utils.PyDataset`, any iterable, a generator. A generator can be gone through
+            only once, so its batches are kept in memory. A list of arrays is inputs or batches: `settled` decides.
         steps: number of batches to take, or None for all.
         batch_size: for arrays.
     """
@@ -25,6 +27,13 @@ class Batches:
     def __init__(self, data: Any, steps: int | None = None, batch_size: int = 32):
         if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
             raise ValueError(f"`steps` must be a positive integer, or None for all batches. Received: steps={steps!r}.")
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"`batch_size` must be a positive integer. Received: batch_size={batch_size!r}.")
+        if isinstance(data, tf.distribute.DistributedDataset | tf.distribute.DistributedIterator):
+            raise TypeError(
+                "`data` must not be distributed among replicas: give the data set that it was made of. "
+                f"Received: data of type {type(data).__name__}."
+            )
         if isinstance(data, str | bytes) or not (
             _is_arrays(data) or isinstance(data, Iterable | keras.utils.PyDataset)
         ):
@@ -33,15 +42,37 @@ class Batches:
                 f"Received: data={data!r} of type {type(data).__name__}."
             )
         self._data, self._steps, self._batch_size = data, steps, batch_size
+        self._arrays: bool | None = None if isinstance(data, list) and _is_arrays(data) else _is_arrays(data)
         self._kept: list[Batch] = []
-        once_only = not _is_arrays(data) and isinstance(data, Iterator)
+        once_only = not self._arrays and isinstance(data, Iterator)
         self._source = _take(data, steps) if once_only else None
-        length = self._length()
+        length = None if self._arrays is None else self._length()
         if length is None and steps is None and _is_endless(data):
             raise ValueError(
                 "`steps` must be given for data that never ends (a `repeat()`ed data set). Received: steps=None."
             )
         self.length = steps if length is None else length if steps is None else min(steps, length)
+
+    def settled(self, model: keras.Model) -> "Batches":
+        """Decides about a list of arrays: batches where `model` has one input, its inputs where it has several.
+
+        Raises:
+            TypeError: for a model that takes its inputs as several arguments.
+            ValueError: for a list of arrays and a model that does not tell how many inputs it has.
+        """
+        check_one_argument(model)
+        if self._arrays is not None:
+            return self
+        if graph_of(model) is None:
+            raise ValueError(
+                "`data` must say whether a list of arrays is inputs or batches, as a subclassed model does not tell "
+                "how many inputs it has: `([a, b],)` for inputs `[a, b]`, `[(a,), (b,)]` for batches. "
+                f"Received: a list of {len(self._data)} arrays."
+            )
+        self._arrays = len(model.inputs) > 1
+        length = self._length()
+        self.length = length if self._steps is None or length is None else min(self._steps, length)
+        return self
 
     def __iter__(self) -> Iterator[Batch]:
         if self._source is None:
@@ -54,7 +85,7 @@ class Batches:
         self.length = len(self._kept)
 
     def _raw(self) -> Iterator[Any]:
-        if _is_arrays(self._data):
+        if self._arrays:
             x, _, weight = keras.utils.unpack_x_y_sample_weight(
                 self._data if isinstance(self._data, tuple) else (self._data,)
             )
@@ -72,7 +103,7 @@ class Batches:
             yield from self._data
 
     def _length(self) -> int | None:
-        if _is_arrays(self._data):
+        if self._arrays:
             x = self._data[0] if isinstance(self._data, tuple) else self._data
             return -(-_rows(x) // self._batch_size)
         if isinstance(self._data, tf.data.Dataset):
@@ -98,9 +129,13 @@ def _take(batches: Iterable[Any], steps: int | None) -> Iterator[Any]:
 
 
 def _is_arrays(data: Any) -> bool:
-    """An array, or a flat list, tuple or dictionary of arrays; not a list of batches that are tuples."""
-    leaves = list(data.values()) if isinstance(data, dict) else data if isinstance(data, list | tuple) else [data]
-    return bool(leaves) and all(isinstance(leaf, np.ndarray) or tf.is_tensor(leaf) or leaf is None for leaf in leaves)
+    """Inputs as `fit` takes them, or a tuple of them, targets and weights; not a list of batches that are tuples."""
+    if isinstance(data, tuple):
+        x, *others = data or (None,)
+        parts = [x, *(part for part in others if part is not None)]
+        return len(others) < 3 and all(not isinstance(part, tuple) and _is_arrays(part) for part in parts)
+    leaves = list(data.values()) if isinstance(data, dict) else data if isinstance(data, list) else [data]
+    return bool(leaves) and all(isinstance(leaf, np.ndarray) or tf.is_tensor(leaf) for leaf in leaves)
 
 
 def _is_endless(data: Any) -> bool:
@@ -120,4 +155,9 @@ def _rows(x: Any) -> int:
 
 
 def _as_tensor(x: Any) -> Any:
+    if isinstance(x, tf.distribute.DistributedValues):
+        raise TypeError(
+            "`data` must not be distributed among replicas: give the data set that it was made of. "
+            f"Received: a batch of type {type(x).__name__}."
+        )
     return x if tf.is_tensor(x) else tf.convert_to_tensor(np.asarray(x))

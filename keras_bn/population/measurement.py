@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 from collections.abc import Callable, Collection, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
 import numpy as np
@@ -13,30 +13,14 @@ from keras_bn.model import (
     calls_replaced,
     inference_mode,
     input_moments,
-    merge,
     observed_call,
     set_statistics,
 )
+from keras_bn.population.accumulator import Accumulator, Population
 from keras_bn.population.batches import Batches
 from keras_bn.statistics import Moments
 
-METHODS = ("pooled", "algorithm2")
 Layers = dict[str, keras.layers.BatchNormalization]
-
-
-class Population(NamedTuple):
-    """What was measured of a layer's input over all batches.
-
-    Attributes:
-        count: number of values behind each channel, or their sum of weights.
-        mean: shape `(C,)`, float64.
-        variance: shape `(C,)`, float64; biased over all values for `"pooled"`, for `"algorithm2"` the mean of the
-            batches' unbiased variances.
-    """
-
-    count: Any
-    mean: np.ndarray
-    variance: np.ndarray
 
 
 def measure_joint(
@@ -58,7 +42,7 @@ def measure_sequential(
     Leaves the measured statistics in `layers`; wrap it in `variables_restored`.
     """
     calls = _calls_in_order(model, layers, batches)
-    if batches.length == 1 and method == "pooled":  # The batch is the population.
+    if batches.length == 1 and method == "pooled" and len(set(calls)) == len(calls):  # The batch is the population.
         return measure_joint(model, layers, batches, method, verbose)
     progress = _Progress(len(set(calls)), batches, verbose)
     done: dict[str, Population] = {}
@@ -71,90 +55,32 @@ def measure_sequential(
     return done
 
 
+def measure_repeated(model: keras.Model, layers: Layers, batches: Batches, verbose: int | str) -> dict[str, Population]:
+    """What layers that are called several times see in inference, everything on the statistics it has now."""
+    calls = _calls_in_order(model, layers, batches)
+    repeated = {name for name in calls if calls.count(name) > 1}
+    if not repeated:
+        return {}
+    accumulators = _one_pass(
+        model, layers, batches, _Progress(1, batches, verbose), targets=repeated, known=set(layers)
+    )
+    return {name: accumulator.population("pooled") for name, accumulator in accumulators.items()}
+
+
 def measure_leniently(
     model: keras.Model, layers: Layers, batches: Batches, verbose: int | str
-) -> tuple[dict[str, "Accumulator"], dict[str, int]]:
-    """As `measure_joint`, but batches with a non-finite value are left out and counted instead of refused.
+) -> tuple[dict[str, Accumulator], dict[str, int]]:
+    """As `measure_joint`, but a batch that is not finite at a layer is left out from there on, and counted.
 
     Returns:
-        The accumulator of each layer, and by the name of the layer that saw it first the number of non-finite batches.
+        The accumulator of each layer that was given anything finite, and by the name of the layer that saw it first the
+        number of non-finite batches.
     """
     skipped: dict[str, int] = {}
     accumulators = _one_pass(
         model, layers, batches, _Progress(1, batches, verbose), targets=set(layers), skipped=skipped
     )
-    return accumulators, skipped
-
-
-class Accumulator:
-    """Moments of one layer's input over the batches, pooled and batch by batch.
-
-    Args:
-        epsilon: the layer's.
-    """
-
-    def __init__(self, epsilon: float):
-        self._epsilon = epsilon
-        self._calls: list[Moments] = []
-        self._pooled: Moments | None = None
-        self._means: Moments | None = None
-        self._sum_unbiased: Any = 0.0
-        self._sum_biased: Any = 0.0
-        self._sum_log: Any = 0.0
-
-    def add_call(self, moments: Moments) -> None:
-        """One call of the layer, of several for the same batch where it is shared."""
-        self._calls.append(moments)
-
-    def end_batch(self, counts: bool = True) -> None:
-        """What was added since the last batch is a batch, or is dropped."""
-        calls, self._calls = self._calls, []
-        if not calls or not counts:
-            return
-        batch = merge(calls)
-        count, m2 = np.asarray(batch.count), np.asarray(batch.m2)
-        several = (count > 1).astype("float64")  # Of one value there is no unbiased variance.
-        self._pooled = batch if self._pooled is None else merge([self._pooled, batch])
-        as_value = Moments(tf.constant(several), batch.mean, tf.zeros_like(batch.m2))
-        self._means = as_value if self._means is None else merge([self._means, as_value])
-        self._sum_unbiased = self._sum_unbiased + several * m2 / np.where(several > 0, count - 1, 1)
-        biased = m2 / np.where(several > 0, count, 1)
-        self._sum_biased = self._sum_biased + several * biased
-        self._sum_log = self._sum_log + several * np.log(biased + self._epsilon)
-
-    def population(self, method: str) -> Population:
-        """By the `method` of `recalibrate`."""
-        if self._pooled is None or self._means is None or not np.all(self._pooled.count > 0):
-            raise ValueError("`data` must hold values that count. Received: only masked values or weights of zero.")
-        count = float(np.max(self._pooled.count))
-        if method == "pooled":
-            return Population(count, np.asarray(self._pooled.mean), np.asarray(self._pooled.m2 / self._pooled.count))
-        if not np.all(self._means.count > 0):
-            raise ValueError(
-                '`method="algorithm2"` needs batches with more than one value per channel; use `method="pooled"`. '
-                "Received: batches with one value only."
-            )
-        return Population(count, np.asarray(self._means.mean), self._sum_unbiased / np.asarray(self._means.count))
-
-    def batch_divergence(self, mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
-        """Average over the batches of their Kullback-Leibler divergence from N(mean, variance), as `drift.distance`.
-
-        mean_b(((v_b + (m_b - mean)**2) / r - 1 - log(v_b / r)) / 2), v_b = variance_b + epsilon, r = variance + epsilon
-
-        Args:
-            mean: shape `(C,)`.
-            variance: shape `(C,)`.
-
-        Returns:
-            Shape `(C,)`, nats; with the biased variances of the batches, those of one value left out (NaN if all are).
-        """
-        if self._means is None:
-            return np.full_like(mean, np.nan)
-        count, center, m2 = (np.asarray(part) for part in self._means)
-        n = np.where(count > 0, count, np.nan)
-        r = variance + self._epsilon
-        from_mean = m2 / n + (center - mean) ** 2
-        return ((self._sum_biased / n + self._epsilon + from_mean) / r - 1 - self._sum_log / n + np.log(r)) / 2
+    return {name: one for name, one in accumulators.items() if one.has_values}, skipped
 
 
 class _Stop(BaseException):
@@ -207,7 +133,7 @@ def _one_pass(
         next(calls_left)
 
         def measure(name: str, x: tf.Tensor, mask: Any, index=index, weight=weight, calls_left=calls_left) -> None:
-            if name in known:
+            if name in known and name not in targets:
                 return
             layer = layers[name]
             moments = _checked_moments(name, layer, x, mask, weight, index)
@@ -215,16 +141,17 @@ def _one_pass(
                 accumulators.setdefault(name, Accumulator(layer.epsilon)).add_call(moments)
                 if calls is not None and next(calls_left) == 0:
                     raise _Stop
-            set_statistics(layer, moments.mean, np.asarray(tf.math.divide_no_nan(moments.m2, moments.count)))
+            if name not in known:
+                set_statistics(layer, moments.mean, np.asarray(tf.math.divide_no_nan(moments.m2, moments.count)))
 
         stop = _forward(model, layers, inputs, measure)
-        refused = stop is not None and stop.problem is not None
         if stop is not None and stop.non_finite is not None and skipped is not None:
             skipped[stop.non_finite] = skipped.get(stop.non_finite, 0) + 1
         elif stop is not None and stop.problem is not None:
             raise ValueError(stop.problem)
-        for accumulator in accumulators.values():
-            accumulator.end_batch(counts=not refused)
+        for name, accumulator in accumulators.items():
+            # Layers before the one that refuses have seen a whole batch.
+            accumulator.end_batch(counts=stop is None or name != stop.non_finite)
         progress.batch_done()
     if not accumulators and skipped is None:
         raise ValueError("`data` must hold at least one batch. Received: no batch.")

@@ -7,6 +7,9 @@ import numpy as np
 from keras_bn.drift import Distance, distance, plain, summary
 from keras_bn.tables import table
 
+# In nats; below it a divergence is rounding.
+ROUNDING_KL = 1e-9
+
 
 class RecalibratedLayer(NamedTuple):
     """One layer before and after.
@@ -43,12 +46,17 @@ class Recalibration(NamedTuple):
         order: `"sequential"` or `"joint"`.
         layers: a `RecalibratedLayer` each.
         not_called: names of layers that the model did not call for this data; their statistics are as before.
+        unsettled: of layers that are called several times, by name, how far what they see in inference now is from
+            their new statistics: KL divergence, nats, mean over channels. Where one call feeds another the statistics
+            change what they are measured of, so that no order of measuring is exact. For `"sequential"`; empty where no
+            layer is called twice.
     """
 
     method: str
     order: str
     layers: list[RecalibratedLayer]
     not_called: list[str]
+    unsettled: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: the numbers of the table."""
@@ -60,6 +68,7 @@ class Recalibration(NamedTuple):
                 for one in self.layers
             ],
             "not_called": self.not_called,
+            "unsettled": self.unsettled,
         }
 
     def __str__(self) -> str:
@@ -69,4 +78,10 @@ class Recalibration(NamedTuple):
         ]
         text = table(["layer", "channels", "values", "mean shift", "variance ratio", "KL"], rows)
         text = f"Moving statistics replaced ({self.method}, {self.order}):\n{text}"
-        return text + "".join(f"\nNot called, left as it was: {name}" for name in self.not_called)
+        text += "".join(f"\nNot called, left as it was: {name}" for name in self.not_called)
+        return text + "".join(
+            f"\nCalled several times, one call feeding another, so that no statistics are exact: {name} is off by "
+            f"KL {kl:.3g}."
+            for name, kl in self.unsettled.items()
+            if kl > ROUNDING_KL
+        )

@@ -70,7 +70,7 @@ def preprocess(pictures: "tf.Tensor") -> "tf.Tensor":
     """What the network takes, from pictures as they are.
 
     Args:
-        pictures: uint8 of shape `(batch, 28, 28, 1)`.
+        pictures: uint8 or float32 in `[0, 255]`, of shape `(batch, 28, 28, 1)`.
 
     Returns:
         float32 of the same shape, in `[0, 1]`.

@@ -1,23 +1,31 @@
-"""python -m keras_bn_serving: the embedded server's command."""
+"""keras-bn serve, or python -m keras_bn_serving: the embedded server's command."""
 
 import argparse
 import logging
 import os
 import socket
 import sys
-import tempfile
+from collections.abc import Sequence
 from importlib import metadata
 
 from keras_bn_serving.config import files as config_files
 from keras_bn_serving.config import flags as command_line
 from keras_bn_serving.config.models import ModelConfig, check_base_path
 from keras_bn_serving.errors import ServingError, UnavailableError
+from keras_bn_serving.quiet import import_tensorflow
+
+_INSTALL = "python -m pip install 'keras-bn[serving]'"
 
 
-def main() -> int:
-    """Runs the server; returns the exit code."""
+def main(arguments: Sequence[str] | None = None, program: str = "python -m keras_bn_serving") -> int:
+    """Runs the server; returns the exit code.
+
+    Args:
+        arguments: The flags; those of the process where left out.
+        program: What the person typed before them, for the help.
+    """
     try:
-        options = command_line.parse(sys.argv[1:])
+        options = command_line.parse(sys.argv[1:] if arguments is None else arguments, program)
     except command_line.UsageError as error:
         return _fail(str(error), 2)
     if options.version:
@@ -30,6 +38,8 @@ def main() -> int:
         _serve(options)
     except ServingError as error:
         return _fail(error.message, 1)
+    except ModuleNotFoundError as error:
+        return _fail(f"The server needs {error.name}, which is not installed: {_INSTALL}", 1)
     return 0
 
 
@@ -41,9 +51,9 @@ def _serve(options: argparse.Namespace) -> None:
     # gRPC opens its port itself, once the models are loaded; a taken one should not take that long to tell.
     _bind(options.address, options.port).close()
     metrics_path = config_files.read_metrics_path(options.monitoring_config_file)
-    _import_tensorflow_quietly()
+    import_tensorflow()
     from keras_bn_serving.config.settings import read_batching, read_credentials
-    from keras_bn_serving.engine.batching import BatchingOptions
+    from keras_bn_serving.engine.grouping import BatchingOptions
     from keras_bn_serving.engine.loading import Loader
     from keras_bn_serving.engine.servable import LoadOptions
     from keras_bn_serving.rest.server import RestOptions
@@ -78,6 +88,7 @@ def _serve(options: argparse.Namespace) -> None:
                 options.num_request_iterations_for_warmup,
                 options.max_num_load_retries,
                 options.load_retry_interval_micros / 1e6,
+                batching=batching,
             ),
             RestOptions(
                 options.rest_api_enable_cors_support,
@@ -111,25 +122,6 @@ def _bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise UnavailableError(f"Cannot listen on {host} port {port}: {error.strerror}.") from error
     return bound
-
-
-def _import_tensorflow_quietly() -> None:
-    """Imports TensorFlow with its start-up chatter, which no setting silences, kept from stderr unless it fails."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    stderr = os.dup(2)
-    with tempfile.TemporaryFile() as chatter:
-        os.dup2(chatter.fileno(), 2)
-        try:
-            import tensorflow as tf
-        except BaseException:
-            chatter.seek(0)
-            os.write(stderr, chatter.read())
-            raise
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
-    tf.get_logger().setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ import grpc
 import uvloop
 
 from keras_bn_serving.config.models import ModelConfig
-from keras_bn_serving.engine.batching import Batcher, BatchingOptions
+from keras_bn_serving.engine.batching import Batcher
+from keras_bn_serving.engine.grouping import BatchingOptions
 from keras_bn_serving.engine.loading import Loader
 from keras_bn_serving.engine.metrics import Metrics
 from keras_bn_serving.engine.repository import ModelRepository, State

@@ -92,7 +92,7 @@ def _cells(*dimensions):
         yield pytest.param(*cell, marks=[pytest.mark.slow] if rank in (3, 5) and dtype != "float32" else [])
 
 
-@pytest.mark.parametrize(("mode", "dtype", "axis", "rank"), _cells(MODES), ids=str)
+@pytest.mark.parametrize(("mode", "dtype", "axis", "rank"), list(_cells(MODES)), ids=str)
 def test_training_and_inference_in_memory_equal_the_oracle(mode, dtype, axis, rank):
     layer = _built_layer(dtype, axis, rank)
     _check_training(layer, mode, axis, rank, dtype)
@@ -102,7 +102,7 @@ def test_training_and_inference_in_memory_equal_the_oracle(mode, dtype, axis, ra
         np.testing.assert_array_equal(weight.numpy(), before)
 
 
-@pytest.mark.parametrize(("dtype", "axis", "rank"), _cells(), ids=str)
+@pytest.mark.parametrize(("dtype", "axis", "rank"), list(_cells()), ids=str)
 def test_layer_from_files_equals_the_oracle(dtype, axis, rank, tmp_path):
     layer = _built_layer(dtype, axis, rank)
     weights = [weight.numpy() for weight in layer.weights]

@@ -431,6 +431,22 @@ def test_one_value_per_channel_is_warned_of_once():
         layer(_x((1, 4)), training=True)
 
 
+@pytest.mark.parametrize("mode", ["layer", "model", "fit"])
+def test_a_warning_points_at_the_line_of_the_program_that_led_to_it(mode):
+    model = keras.Sequential([keras.Input((4,)), keras_bn.BatchNormalization()])
+    model.compile("sgd", "mse")
+    calls = {
+        "layer": lambda: model.layers[0](_x((1, 4)), training=True),
+        "model": lambda: model(_x((1, 4)), training=True),
+        "fit": lambda: model.fit(_x((1, 4)), _x((1, 4)), verbose=0),
+    }
+    if mode == "fit":
+        model.run_eagerly = True
+    with pytest.warns(UserWarning, match="one value per channel") as caught:
+        calls[mode]()
+    assert {warning.filename for warning in caught} == {__file__}
+
+
 def test_last_batch_of_one_does_not_end_a_training_and_is_said_once(capfd):
     model = keras.Sequential([keras.Input((4,)), keras_bn.BatchNormalization(), keras.layers.Dense(1)])
     model.compile("sgd", "mse")

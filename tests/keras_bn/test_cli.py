@@ -88,7 +88,7 @@ def test_inspect_prints_json_and_nothing_else(model_file, data_file):
 
 def test_recalibrate_writes_a_new_file_with_the_population_statistics(model_file, data_file, tmp_path):
     new = tmp_path / "exact.keras"
-    output = run("recalibrate", model_file, "--data", tmp_path / "x.npy", "-o", new, "--batch-size", 16).output
+    output = run("recalibrate", model_file, "--data", tmp_path / "x.npy", "-o", new, "--batch-size", 16).stdout
     assert "Moving statistics replaced (pooled, sequential):" in output
     model = keras.models.load_model(new)
     seen = model.layers[0](np.load(tmp_path / "x.npy")).numpy()
@@ -119,6 +119,20 @@ def test_export_then_inspect_and_drift_on_the_exported_version(model_file, data_
         assert "KL above 0.1: norm" in result.stderr
 
 
+def test_drift_of_a_version_of_two_inputs_takes_an_array_of_the_name_of_each(tmp_path):
+    a, b = keras.Input((4,), name="left"), keras.Input((4,), name="right")
+    norm = keras.layers.BatchNormalization(name="norm")
+    model = keras.Model([a, b], norm(keras.layers.Add()([a, b])))
+    rng = np.random.default_rng(0)
+    inputs = {name: rng.normal(size=(9, 4)).astype("float32") for name in ("left", "right")}
+    version = keras_bn.export(model, tmp_path / "served").path
+    np.savez(tmp_path / "both.npz", **inputs, more=np.zeros(3))
+    rows = json.loads(run("drift", version, "--data", tmp_path / "both.npz", "--batch-size", 4, "--json").stdout)
+    assert rows["layers"] == keras_bn.drift(version, inputs)
+    np.savez(tmp_path / "one.npz", left=inputs["left"])
+    assert "right" in run("drift", version, "--data", tmp_path / "one.npz", code=1).stderr
+
+
 def test_export_takes_pixels_as_they_are(model_file, tmp_path):
     facts = json.loads(run("export", model_file, tmp_path / "served", "--pixels", "--no-drift", "--json").stdout)
     assert facts["signatures"] == ["serving_default", "image_bytes"]
@@ -132,9 +146,9 @@ def test_export_takes_pixels_as_they_are(model_file, tmp_path):
     ("arguments", "message"),
     [
         (["inspect", "MODEL", "--data", "DATA"], "--array must be one of ['x_train', 'y_train'], those in"),
-        (["drift", "DIR", "--data", "X"], "SavedModel file does not exist"),
+        (["drift", "DIR", "--data", "X"], "MODEL must be a version that keras_bn exported"),
         (["inspect", "DIR"], "MODEL must be a version that keras_bn exported"),
-        (["fold", "X", "-o", "OUT"], "MODEL must be a .keras or .h5 file."),
+        (["fold", "X", "-o", "OUT"], "MODEL must be a .keras, .h5, .hdf5 file."),
         (["fold", "MODEL", "-o", "OUT", "--tolerance", "1e-15"], "`tolerance` must be above the error"),
     ],
 )
@@ -154,3 +168,23 @@ def test_a_mistake_is_one_line_and_exit_code_1(arguments, message, model_file, d
 
 def test_a_misspelled_command_is_exit_code_2():
     assert "No such command 'recalibrated'" in run("recalibrated", code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("missing", "arguments"),
+    [("httpx", ["ask", "1"]), ("httptools", ["serve", "--model_base_path=.", "--rest_api_port=0"])],
+)
+def test_without_the_extra_a_line_says_what_to_install(missing, arguments, tmp_path):
+    (tmp_path / "1").mkdir()
+    program = f"import sys; sys.modules[{missing!r}] = None\nfrom keras_bn_cli import main\nmain({arguments})"
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert missing in line
+    assert line.endswith("python -m pip install 'keras-bn[serving]'")
+
+
+def test_version_says_whether_the_compiled_operations_are_there():
+    version, *compiled = run("--version").stdout.splitlines()
+    assert version == f"keras-bn {keras_bn.__version__}"
+    assert compiled == ([f"{keras_bn.compiled()}"] if hasattr(keras_bn, "compiled") else [])

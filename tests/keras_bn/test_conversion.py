@@ -111,7 +111,6 @@ def test_a_model_that_makes_its_normalizations_itself_is_refused():
     [
         {"virtual_batch_size": 8},
         {"unbiased_variance": True},
-        {"activation": "relu"},
         {"momentum": None},
         {"renorm": True, "renorm_clipping": "warmup"},
     ],
@@ -121,6 +120,152 @@ def test_options_stock_keras_does_not_know_are_refused(options):
     model = keras.Sequential([keras.Input((4,)), OURS(name="special", **options)])
     with pytest.raises(ValueError, match=rf"only options that stock Keras knows.*'special' with .*{list(options)[-1]}"):
         keras_bn.revert(model)
+
+
+def test_an_activation_becomes_a_layer_of_its_own():
+    inputs = keras.Input((4,))
+    norm = OURS(activation="relu", name="n")
+    model = unsettled(keras.Model(inputs, norm(keras.layers.Dense(4)(norm(inputs)))))
+    back = keras_bn.revert(keras.Sequential([model, OURS(activation="tanh", name="last")]))
+    assert types(back) == [STOCK, STOCK]
+    assert [type(layer).__name__ for layer in back.layers] == ["Functional", "BatchNormalization", "Activation"]
+    assert back.layers[0].get_layer("n_activation").activation is keras.activations.relu
+    np.testing.assert_allclose(back.layers[0](batch((5, 4))), model(batch((5, 4))), rtol=1e-5, atol=1e-6)
+
+
+def test_an_activation_inside_a_wrapper_is_refused():
+    model = keras.Sequential([keras.Input((3, 4)), keras.layers.TimeDistributed(OURS(activation="relu", name="n"))])
+    with pytest.raises(ValueError, match=r"only options that stock Keras knows.*'n' with .*activation"):
+        keras_bn.revert(model)
+
+
+def test_options_of_training_go_into_every_converted_layer():
+    model = nested_model()
+    ours = keras_bn.convert(model, virtual_batch_size=32, zero_debias=True, momentum=None, synchronized=False)
+    layers = [layer for layer in ours._flatten_layers() if isinstance(layer, OURS)]
+    assert [(one.virtual_batch_size, one.zero_debias, one.momentum) for one in layers] == [(32, True, None)] * 2
+    np.testing.assert_allclose(ours(batch()), model(batch()), rtol=1e-5)
+
+
+def test_options_that_are_not_of_training_or_wrong_are_refused_at_once():
+    with pytest.raises(ValueError, match=r"`options` must be of momentum, renorm, .* Received: epsilon, momentun\."):
+        keras_bn.convert(nested_model(), momentun=0.9, epsilon=0.1)
+    with pytest.raises(ValueError, match=r"`momentum` must be .*Received: momentum=2"):
+        keras_bn.convert(nested_model(), momentum=2.0)
+
+
+def test_two_classes_of_one_name_stay_what_they_are():
+    def scaling_by(factor):
+        class Scaling(keras.layers.Layer):
+            def call(self, x):
+                return factor * x
+
+        return Scaling
+
+    layers = [scaling_by(2.0)(name="a"), STOCK(), scaling_by(-3.0)(name="b")]
+    model = unsettled(keras.Sequential([keras.Input((4,)), *layers]))
+    np.testing.assert_allclose(keras_bn.convert(model)(batch((5, 4))), model(batch((5, 4))), rtol=1e-5)
+
+
+def test_two_classes_of_one_name_in_one_wrapper_are_refused():
+    def scaling_by(factor):
+        class Scaling(keras.layers.Layer):
+            def call(self, x):
+                return factor * x
+
+        return Scaling(name=f"by{abs(factor)}")
+
+    inner = keras.Sequential([keras.Input((4,)), scaling_by(2), STOCK(), scaling_by(-3)])
+    model = keras.Sequential([keras.Input((6, 4)), keras.layers.TimeDistributed(inner, name="steps")])
+    with pytest.raises(ValueError, match=r"two classes or functions of one name.*'Scaling' twice in layer 'steps'"):
+        keras_bn.convert(model)
+
+
+def own_initializer(shape, dtype=None):
+    return keras.ops.full(shape, 0.5, dtype)
+
+
+def own_loss(y_true, y_pred):
+    return keras.ops.mean((y_true - y_pred) ** 2, -1)
+
+
+def test_a_functional_class_with_a_constructor_of_its_own_and_functions_of_its_own_is_converted():
+    class Net(keras.Model):
+        def __init__(self, width):
+            inputs = keras.Input((4,), name="x")
+            x = STOCK(name="n")(keras.layers.Dense(width, kernel_initializer=own_initializer)(inputs))
+            super().__init__(inputs, keras.layers.Dense(1)(x))
+
+        def get_config(self):
+            return {"width": 3}
+
+    model = unsettled(Net(3))
+    model.compile(keras.optimizers.Adam(0.01), own_loss, metrics=["mae", own_loss])
+    x, y = batch((32, 4)), batch((32, 1))
+    model.fit(x, y, verbose=0)
+    ours = keras_bn.convert(model)
+    assert types(ours) == [OURS]
+    expected = model.evaluate(x, y, verbose=0)
+    np.testing.assert_allclose(ours.evaluate(x, y, verbose=0), expected, rtol=1e-5)
+    assert model.metrics[0] is not ours.metrics[0]
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
+def test_the_optimizer_remembers_each_variable_by_what_it_is_and_not_by_its_name(policy):
+    keras.config.set_dtype_policy(policy)
+    try:
+        inputs = keras.Input((4,))
+        towers = [
+            keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="d"), STOCK(name="n")]) for _ in range(2)
+        ]
+        model = keras.Model(inputs, keras.layers.Concatenate()([tower(inputs) for tower in towers]))
+        model.compile("adam", "mse")
+        x, y = batch((32, 4)), batch((32, 4))
+        model.fit(x, y, verbose=0)
+        ours = keras_bn.convert(model)
+        for one in (model, ours):
+            one.fit(x, y, verbose=0, shuffle=False)
+        before, after = (m.optimizer.variables for m in (model, ours))
+        assert len(before) == len(after) > 16
+        for a, b in zip(before, after, strict=True):
+            np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-5)
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
+def test_trainable_is_taken_along_layer_by_layer():
+    model = nested_model()
+    model.trainable = False
+    model.layers[1].layer.layers[1].trainable = True
+    ours = keras_bn.convert(model)
+    assert [one.trainable for one in ours._flatten_layers()] == [one.trainable for one in model._flatten_layers()]
+
+
+def test_a_vocabulary_that_was_adapted_is_taken_along():
+    vectors = keras.layers.TextVectorization(output_mode="multi_hot")
+    vectors.adapt(["a shirt", "a shoe"])
+    inputs = keras.Input((), dtype="string")
+    model = unsettled(keras.Model(inputs, STOCK()(keras.layers.Dense(3)(vectors(inputs)))))
+    words = keras.ops.convert_to_tensor(["shoe", "a hat"])
+    with pytest.raises(ValueError, match=r"`check` must be given for a model that takes strings"):
+        keras_bn.convert(model)
+    np.testing.assert_allclose(keras_bn.convert(model, words)(words), model(words), rtol=1e-5)
+
+
+def test_a_layer_that_its_configuration_does_not_describe_is_found_by_the_proof():
+    class Factor(keras.layers.Layer):
+        def __init__(self, factor=1.0, **options):
+            super().__init__(**options)
+            self.factor = factor
+
+        def call(self, x):
+            return self.factor * x
+
+        def get_config(self):
+            return {"name": self.name}
+
+    with pytest.raises(ValueError, match=r"the copy of it computes something else.*relative error 0.5"):
+        keras_bn.convert(unsettled(keras.Sequential([keras.Input((4,)), STOCK(), Factor(2.0)])))
 
 
 def test_the_choice_of_kernel_does_not_hinder():

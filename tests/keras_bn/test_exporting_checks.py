@@ -45,7 +45,29 @@ def test_a_model_that_computes_something_else_when_traced_is_refused(tmp_path):
 
 def test_a_model_whose_rows_depend_on_each_other_is_refused(tmp_path):
     model = model_of(lambda x: x - tf.reduce_mean(x, 0, keepdims=True))
-    refused(tmp_path, model, r"`model` must answer for each example by itself.*row 0 of 3 differs")
+    refused(
+        tmp_path,
+        model,
+        r"must answer for each example by itself.*'outputs' of signature 'serving_default' .*batch of 7",
+    )
+
+
+@pytest.mark.parametrize("fold", [True, False])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_statistics_that_are_not_finite_are_refused(tmp_path, fold, value):
+    model = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization(name="ill")])
+    model.layers[0].moving_variance.assign([1, value, 1, 1])
+    with pytest.raises(ValueError, match=r"must have finite weights.*'.*ill/moving_variance' with a value"):
+        keras_bn.export(model, tmp_path / "served", fold=fold)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_signature_is_checked_for_rows_that_depend_on_each_other(tmp_path):
+    x = keras.Input((4,))
+    turned = keras.layers.Lambda(lambda t: tf.reshape(tf.transpose(tf.reshape(t, (-1, 2, 2)), (1, 0, 2)), (-1, 2)))
+    norm = keras.layers.BatchNormalization()
+    back = keras.layers.Lambda(lambda t: tf.reshape(tf.transpose(tf.reshape(t, (2, -1, 2)), (1, 0, 2)), (-1, 4)))
+    refused(tmp_path, keras.Model(x, back(norm(turned(x)))), r"each example by itself.*of signature 'batch_norm_drift'")
 
 
 def test_a_model_that_writes_a_variable_is_refused(tmp_path):
@@ -98,7 +120,13 @@ def test_compiled_signatures_are_written_where_they_are_asked_for(tmp_path):
 
 
 def test_a_model_without_a_row_for_each_example_is_refused(tmp_path):
-    refused(tmp_path, model_of(lambda x: x[0]), r"must have outputs of a row for each example.*shape \(4,\) for 3")
+    refused(
+        tmp_path,
+        model_of(lambda x: x[0]),
+        r"outputs of a row for each example.*'outputs' of signature 'serving_default' .*\(4,\)",
+    )
+    sums = model_of(lambda x: tf.reshape(x, (-1, 2)))
+    refused(tmp_path, sums, r"must have outputs of a row for each example.*'outputs' .* shape \(14, 2\) for 7 examples")
 
 
 def small_model(seed=0):
@@ -205,3 +233,22 @@ def test_kill_9_at_any_stage_leaves_whole_versions_only(tmp_path, stage, version
         {"1", "2"} if renamed and not version else {"1"}
     )
     assert (contents(old) == before) == (not (renamed and version))
+
+
+def test_free_sizes_of_the_check_grow_until_the_model_takes_them(tmp_path):
+    layers = [keras.layers.Conv2D(2, 3, strides=2) for _ in range(7)]
+    model = keras.Sequential([keras.Input((None, None, 3)), *layers, keras.layers.BatchNormalization()])
+    assert keras_bn.export(model, tmp_path / "deep").errors.relative < 1e-4
+
+
+def test_examples_replace_the_random_numbers_of_the_check(tmp_path):
+    def checked(x):
+        with tf.control_dependencies([tf.debugging.assert_near(tf.reduce_sum(x, -1), 1.0)]):
+            return tf.identity(x)
+
+    layers = [keras.layers.Lambda(checked), keras.layers.Dense(2), keras.layers.BatchNormalization()]
+    model = keras.Sequential([keras.Input((3,)), *layers])
+    examples = np.full((2, 3), 1 / 3, "float32")
+    assert keras_bn.export(model, tmp_path / "shares", warmup=examples).errors.relative < 1e-4
+    with pytest.raises(ValueError, match=r"`check` must be given, a batch of what the model takes"):
+        keras_bn.export(model, tmp_path / "shares")

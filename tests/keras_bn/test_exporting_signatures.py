@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 import keras_bn
-from keras_bn import drift
+from tests.reference import Reference, drift_of
 
 LABELS = ["shirt", "shoe", "hat"]
 
@@ -109,6 +109,50 @@ def test_a_keras_layer_with_weights_may_preprocess(tmp_path, model):
     np.testing.assert_allclose(answer["probabilities"], model(normalization(pictures())), atol=1e-5)
 
 
+FAMILIES = {
+    "resnet50": (keras.applications.resnet50, "ResNet50"),
+    "vgg16": (keras.applications.vgg16, "VGG16"),
+    "mobilenet_v2": (keras.applications.mobilenet_v2, "MobileNetV2"),
+    "densenet": (keras.applications.densenet, "DenseNet121"),
+    "inception_v3": (keras.applications.inception_v3, "InceptionV3"),
+    "resnet_v2": (keras.applications.resnet_v2, "ResNet50V2"),
+}
+
+
+def applications_model(family):
+    """The family's first layers, which are enough to see what reaches them: random weights, small pictures."""
+    module, name = FAMILIES[family]
+    keras.utils.set_random_seed(0)
+    whole = getattr(module, name)(weights=None, include_top=False, input_shape=(75, 75, 3))
+    first = keras.Model(whole.inputs, whole.layers[12].output)
+    return module, keras.Sequential([keras.Input((75, 75, 3)), first, keras.layers.GlobalAveragePooling2D()])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_preprocessing_of_keras_applications_serves_what_keras_gives_for_the_same_pictures(family, tmp_path):
+    module, model = applications_model(family)
+    images = np.random.default_rng(0).integers(0, 256, (3, 75, 75, 3), "uint8")
+    path = keras_bn.export(model, tmp_path, fold=False, preprocess=module.preprocess_input).path
+    expected = model(module.preprocess_input(images.astype("float32")), training=False).numpy()
+    for signature, inputs in (
+        ("serving_default", {"image": images}),
+        ("image_bytes", {"image_bytes": [tf.io.encode_png(one).numpy() for one in images]}),
+    ):
+        (answer,) = ask(path, signature, **inputs).values()
+        np.testing.assert_allclose(answer, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_arithmetic_on_pixels_does_not_wrap_around(tmp_path, model):
+    path = keras_bn.export(model, tmp_path, preprocess=lambda x: (x - 128) / 128).path
+    expected = model((pictures().astype("float32") - 128) / 128)
+    np.testing.assert_allclose(ask(path, image=pictures())["probabilities"], expected, atol=1e-6)
+
+
+def test_a_preprocess_that_computes_something_else_when_traced_is_refused(tmp_path, model):
+    with pytest.raises(ValueError, match="must compute the same when it is called and when it is served"):
+        keras_bn.export(model, tmp_path, preprocess=lambda x: x / 255 if tf.executing_eagerly() else x)
+
+
 def test_preprocess_is_for_pictures_only(tmp_path):
     flat = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
     with pytest.raises(ValueError, match=r"`preprocess` must be None for a model that does not take.*\(None, 4\)"):
@@ -119,20 +163,30 @@ def test_preprocess_is_for_pictures_only(tmp_path):
 
 def test_drift_tells_inverted_pictures_from_those_it_was_trained_on(tmp_path, model):
     path = keras_bn.export(model, tmp_path, preprocess=scaled).path
-    usual = ask(path, "batch_norm_drift", image=pictures(64, seed=1))
-    inverted = ask(path, "batch_norm_drift", image=255 - pictures(64, seed=1))
-    assert usual["layer"].tolist() == [b"early", b"late"]
-    assert usual["kl"].max() < 0.1 < 10 * usual["kl"].max() < inverted["kl"].min()
-    assert inverted["mean_shift"].min() > 1 > usual["mean_shift"].max()
+    usual = keras_bn.drift(path, pictures(64, seed=1))
+    inverted = keras_bn.drift(path, 255 - pictures(64, seed=1))
+    assert [row["layer"] for row in usual] == ["early", "late"]
+    largest = max(row["kl"] for row in usual)
+    assert largest < 0.1 < 10 * largest < min(row["kl"] for row in inverted)
+    assert min(row["mean_shift"] for row in inverted) > 1 > max(row["mean_shift"] for row in usual)
 
 
-def test_served_drift_is_the_distance_from_the_moving_statistics(tmp_path, model):
+def test_the_signature_of_drift_answers_for_each_row(tmp_path, model):
     path = keras_bn.export(model, tmp_path).path
-    x = scaled(pictures(32, seed=2))
-    served = ask(path, "batch_norm_drift", image=x.numpy())
-    for i, one in enumerate(drift.input_distances(model, x).values()):
-        for name, value in drift.summary(one).items():
-            np.testing.assert_allclose(served[name][i], value, rtol=1e-4)
+    x = scaled(pictures(32, seed=2)).numpy()
+    served = ask(path, "batch_norm_drift", image=x)
+    assert {name: value.shape for name, value in served.items()} == {
+        "layer": (32, 2),
+        "channels": (32, 2),
+        **dict.fromkeys(("count", "mean_shift", "variance_ratio"), (32, 10)),
+    }
+    assert (served["layer"][5].tolist(), served["channels"][5].tolist()) == ([b"early", b"late"], [4, 6])
+    assert served["count"][5].tolist() == [36.0] * 4 + [1.0] * 6
+    early = model.get_layer("early")
+    seen = Reference(model.get_layer("conv")(x[5:6]), -1)
+    for name, value in drift_of(seen, early.moving_mean, early.moving_variance).items():
+        if name in served:
+            np.testing.assert_allclose(served[name][5, :4], value, rtol=1e-4, atol=1e-5)
 
 
 def test_drift_can_be_turned_off_and_is_absent_without_normalizations(tmp_path, model):

@@ -90,6 +90,37 @@ def test_non_finite_statistics_and_batches_are_found_and_left_out():
     assert np.isfinite(report.layers[0].kl)
 
 
+def test_a_layer_whose_input_is_never_finite_is_named_and_those_before_it_are_measured():
+    model = three_norms()
+    model.layers[2].kernel.assign(np.full((4, 4), np.inf))
+    report = keras_bn.health(model, normal_data(32), batch_size=8, verbose=0)
+    assert [layer.non_finite_batches for layer in report.layers] == [0, 4, 0]
+    assert [layer.unmeasured for layer in report.layers] == [False, True, True]
+    assert np.isfinite(report.layers[0].kl)
+    assert "third: nothing of the data that counts and is finite gets here; it was not measured." in report.findings
+
+
+def test_a_model_that_is_not_built_is_refused():
+    model = keras.Sequential([keras.layers.BatchNormalization()])
+    for function in (lambda: keras_bn.health(model), lambda: keras_bn.recalibrate(model, normal_data())):
+        with pytest.raises(ValueError, match=r"`model` must be built: give it an `Input`, or call it once"):
+            function()
+
+
+def test_normalizations_that_a_model_never_calls_do_not_hinder():
+    class Spare(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.used, self.spare = keras.layers.BatchNormalization(name="used"), keras.layers.BatchNormalization()
+
+        def call(self, x):
+            return self.used(x)
+
+    model = Spare()
+    model(normal_data(4))
+    assert [layer.name for layer in keras_bn.health(model, normal_data(), verbose=0).layers] == ["used"]
+
+
 def test_health_leaves_every_variable_bit_for_bit():
     model = three_norms()
     before = [v.numpy().tobytes() for v in model.variables]

@@ -1,11 +1,17 @@
 """Switches of mode: in force at once, for every way to run a model, and undone when they should be."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
 import keras_bn
+
+ROOT = Path(keras_bn.__file__).parent.parent
 
 LAYERS = pytest.mark.parametrize(
     "normalization", [keras_bn.BatchNormalization, keras.layers.BatchNormalization], ids=["ours", "stock"]
@@ -115,7 +121,7 @@ def test_plain_trainable_waits_for_compile_which_is_why_freeze_exists():
 
 @LAYERS
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
-def test_unfreezing_what_the_optimizer_never_knew_keeps_what_it_remembers(normalization, policy):
+def test_freezing_and_unfreezing_keeps_what_the_optimizer_remembers(normalization, policy):
     keras.config.set_dtype_policy(policy)
     try:
         model, (x, y) = _model(normalization), _data()
@@ -127,13 +133,89 @@ def test_unfreezing_what_the_optimizer_never_knew_keeps_what_it_remembers(normal
         keras_bn.unfreeze(model)
         assert model.optimizer is optimizer
         after = {variable.name: variable.numpy() for variable in optimizer.variables}
-        assert len(after) == len(remembered) + 4
+        assert len(after) == len(remembered)
         for name, value in remembered.items():
             np.testing.assert_array_equal(after[name], value, err_msg=name)
         model.fit(x, y, verbose=0)
         assert _moved(before, _weights(model)) == [True] * 4
     finally:
         keras.config.set_dtype_policy("float32")
+
+
+class OwnAdam(keras.optimizers.Adam):
+    """An optimizer with a memory that is no part of its configuration."""
+
+    note = None
+
+
+@LAYERS
+@pytest.mark.parametrize("optimizer", [OwnAdam, keras.optimizers.Adafactor, keras.optimizers.AdamW])
+def test_unfreezing_leaves_the_optimizer_as_it_was(normalization, optimizer):
+    x, y = _data()
+    keras.utils.set_random_seed(0)
+    towers = [
+        keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="d"), normalization(name="n")]) for _ in "ab"
+    ]
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, keras.layers.Dense(1)(keras.layers.Concatenate()([tower(inputs) for tower in towers])))
+    made = optimizer(0.01, weight_decay=0.1)
+    made.exclude_from_weight_decay(var_names=["gamma", "beta", "bias"])
+    made.note = "kept"
+    model.compile(made, "mse")
+    keras_bn.freeze(model)
+    model.fit(x, y, verbose=0)
+    before = [variable.numpy() for variable in made.variables]
+    keras_bn.unfreeze(model)
+    assert made is model.optimizer
+    assert made.note == "kept"
+    for variable, value in zip(made.variables, before, strict=True):
+        np.testing.assert_array_equal(variable, value)
+    gamma = towers[0].get_layer("n").gamma
+    assert not made._use_weight_decay(gamma)
+    model.fit(x, y, verbose=0)
+    assert np.abs(gamma - 1).max() > 0
+
+
+@LAYERS
+def test_an_optimizer_made_while_layers_were_frozen_is_named_before_anything_changes(normalization):
+    model, (x, y) = _model(normalization, compiled=False), _data()
+    keras_bn.freeze(model)
+    model.compile("adam", "mse")
+    model.fit(x, y, verbose=0)
+    with pytest.raises(ValueError, match=r"frozen after `compile`.*compile the model again.* made without .*bn/gamma"):
+        keras_bn.unfreeze(model)
+    assert not model.get_layer("bn").trainable
+    model.compile("adam", "mse")
+    keras_bn.unfreeze(model)
+    before = _weights(model)
+    model.fit(x, y, verbose=0)
+    assert _moved(before, _weights(model)) == [True] * 4
+
+
+REPLICAS = """
+import numpy as np, tensorflow as tf
+devices = tf.config.list_physical_devices("CPU")
+tf.config.set_logical_device_configuration(devices[0], [tf.config.LogicalDeviceConfiguration()] * 2)
+import keras, keras_bn
+x = np.random.default_rng(0).normal(3, 2, (40, 4)).astype("float32")
+with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+    layers = [keras.layers.Dense(3), keras_bn.BatchNormalization(), keras.layers.Dense(1)]
+    model = keras.Sequential([keras.Input((4,)), *layers])
+    model.compile("adam", "mse")
+keras_bn.freeze(model)
+model.fit(x, x[:, :1], batch_size=10, verbose=0)
+keras_bn.unfreeze(model)
+model.fit(x, x[:, :1], batch_size=10, epochs=2, verbose=0)
+for variable in model.trainable_variables:
+    first, second = [component.numpy() for component in variable.value.values]
+    np.testing.assert_array_equal(first, second)
+"""
+
+
+@pytest.mark.slow
+def test_replicas_stay_equal_after_unfreezing_outside_of_the_scope():
+    done = subprocess.run([sys.executable, "-c", REPLICAS], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_freezing_in_the_middle_of_fit_holds_from_the_next_step():

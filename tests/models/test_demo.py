@@ -16,6 +16,7 @@ from PIL import Image
 
 import keras_bn
 from models import data, demo, networks, pictures
+from tests.sessions import assert_served_in_batches
 
 
 def free_port():
@@ -97,6 +98,13 @@ def test_the_demo_shows_accuracy_before_and_after_recalibration_and_the_drift(sh
     assert inverted > 10 * usual
 
 
+def test_requests_of_1_to_64_rows_may_run_together_on_every_signature_of_the_export(shown, fashion_mnist):
+    _, folder = shown
+    images = {"image": fashion_mnist.x_test[:64]}
+    served = folder / "served" / "fashion_cnn" / "1"
+    assert_served_in_batches(served, {"serving_default": images, "batch_norm_drift": images})
+
+
 def test_the_server_is_stopped_when_something_goes_wrong_meanwhile(tmp_path):
     keras_bn.export(networks.sigmoid_mlp(width=4), tmp_path / "served")
     seen = []
@@ -138,7 +146,7 @@ def test_answers_that_are_not_good_enough_are_refused(accuracy, difference, mess
 @pytest.mark.parametrize("strange", [0.1, 0.2, float("nan")])
 def test_a_drift_that_does_not_tell_strange_images_is_refused(strange):
     with pytest.raises(demo.DemoError, match=r"not above that of test images, 0\.2"):
-        demo.check_drift({"kl": np.array([0.1, 0.2])}, {"kl": np.array([strange, 0.05])})
+        demo.check_drift([{"kl": 0.1}, {"kl": 0.2}], [{"kl": strange}, {"kl": 0.05}])
 
 
 def test_answers_at_the_bar_are_good_enough():

@@ -1,6 +1,6 @@
 """The network that is shipped: how its files are made, what its card says, and what a server loads."""
 
-import contextlib
+import asyncio
 import dataclasses
 import json
 import zipfile
@@ -9,9 +9,10 @@ import h5py
 import numpy as np
 import pytest
 import tensorflow as tf
-from keras_bn_serving.client import Client
+from keras_bn_serving.client import AsyncClient, Client
 from PIL import Image
 
+import keras_bn
 from models import data, pretrained, train
 from models.data import ImageData
 from models.pretrained import __main__ as command
@@ -19,6 +20,7 @@ from models.pretrained import evaluation, making
 from models.settings import Settings
 from models.training import train as run_training
 from tests.serving.servers import running_server
+from tests.sessions import assert_served_in_batches, plain_session
 
 SETTINGS = Settings(width=2, epochs=1, batch_size=50, training_images=300, seed=3)
 
@@ -165,20 +167,6 @@ def exported(made, tmp_path_factory):
     return base / "1", pretrained.load_examples(folder), pretrained.load(folder)
 
 
-@contextlib.contextmanager
-def plain_session(version):
-    """Load a version as TensorFlow Serving's C++ does: a graph and a session, without Python's objects."""
-    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
-        meta_graph = tf.compat.v1.saved_model.load(session, ["serve"], str(version))
-
-        def run(signature, inputs):
-            spec = meta_graph.signature_def[signature]
-            feed = {spec.inputs[name].name: value for name, value in inputs.items()}
-            return session.run({name: tensor.name for name, tensor in spec.outputs.items()}, feed)
-
-        yield run
-
-
 def test_a_plain_session_the_embedded_server_and_the_network_answer_the_same(exported):
     version, examples, network = exported
     encoded = np.array([tf.io.encode_png(one).numpy() for one in examples], object)
@@ -208,3 +196,33 @@ def test_the_warm_up_requests_parse_and_run_in_a_plain_session(exported):
             inputs = {name: tf.make_ndarray(value) for name, value in request.inputs.items()}
             for value in run(request.model_spec.signature_name, inputs).values():
                 assert len(value)
+
+
+def test_requests_of_1_to_64_rows_may_run_together_on_every_signature(exported):
+    version, examples, _ = exported
+    encoded = np.array([tf.io.encode_png(one).numpy() for one in examples], object)
+    inputs = {"serving_default": {"image": examples}, "batch_norm_drift": {"image": examples}}
+    assert_served_in_batches(version, {**inputs, "image_bytes": {"image_bytes": encoded}})
+
+
+def test_the_client_pools_the_drift_of_its_examples_over_both_protocols(exported):
+    version, examples, network = exported
+    expected = keras_bn.drift(network, pretrained.preprocess(examples))
+
+    async def ask_with_others(url):
+        async with AsyncClient(url) as client:
+            return await client.drift("fashion_cnn", {"image": examples}, batch_size=4)
+
+    with running_server("--model_name=fashion_cnn", f"--model_base_path={version.parent}") as server:
+        answers = [keras_bn.drift(version, examples, batch_size=3)]
+        for url in (server.url, f"grpc://{server.grpc_target}"):
+            with Client(url) as client:
+                answers.append(client.drift("fashion_cnn", examples, batch_size=3))
+                with pytest.raises(ValueError, match=r"`inputs` must have one example at least.*\[0\] examples"):
+                    client.drift("fashion_cnn", examples[:0])
+            answers.append(asyncio.run(ask_with_others(url)))
+    for answer in answers:
+        assert [row["layer"] for row in answer] == [row["layer"] for row in expected]
+        for row, other in zip(answer, expected, strict=True):
+            for name in ("mean_shift", "variance_ratio", "kl"):
+                assert row[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6)

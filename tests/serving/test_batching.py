@@ -1,6 +1,8 @@
 """Grouping requests: the answers stay what they are alone, and TensorFlow Serving's parameters hold."""
 
 import functools
+import json
+import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -12,12 +14,20 @@ import pytest
 import tensorflow as tf
 from keras_bn_serving.config.settings import read_batching
 from keras_bn_serving.engine.arrivals import settle
-from keras_bn_serving.engine.batching import Batcher, BatchingOptions
-from keras_bn_serving.engine.servable import Servable
-from keras_bn_serving.errors import Code, InvalidArgumentError, ServingError, UnavailableError
+from keras_bn_serving.engine.batching import Batcher
+from keras_bn_serving.engine.grouping import BatchingOptions, count_rows
+from keras_bn_serving.engine.loading import Loader
+from keras_bn_serving.engine.servable import Servable, Signature
+from keras_bn_serving.errors import Code, FailedPreconditionError, InvalidArgumentError, ServingError, UnavailableError
+from tensorflow_serving.apis import prediction_log_pb2
 
 from tests.serving import saved_models
 
+PATIENT = BatchingOptions(max_batch_size=2, batch_timeout_seconds=60.0)
+RECORDED_BATCHING = {
+    record["id"]: json.loads(record["answer"]["body"])
+    for record in map(json.loads, (Path(__file__).parent / "recorded" / "rest_batching.jsonl").read_text().splitlines())
+}
 ANY = tf.TensorSpec([None], tf.float32, name="x")
 TABLE = tf.TensorSpec([None, None], tf.float32, name="x")
 
@@ -94,12 +104,30 @@ def test_groups_are_filled_up_to_an_allowed_size(servable: Servable, make_batche
     assert future.result(60)["size"].tolist() == [4, 4, 4]
 
 
-def test_requests_of_different_lengths_are_filled_up_with_zeros_where_that_is_asked_for(
+def test_requests_of_different_lengths_are_filled_up_with_their_first_value_where_that_is_asked_for(
     servable: Servable, make_batcher: Make
 ):
+    batcher = make_batcher(strict(max_batch_size=3, pad_variable_length_inputs=True))
+    futures = run_all(batcher, servable, "rows", [[[1, 2, 3]], [[4], [5]]])
+    # The first value of the array, not of the row.
+    assert [future.result(60)["y"].tolist() for future in futures] == [[6], [12, 13]]
+
+
+def test_an_empty_array_cannot_be_filled_up(servable: Servable, make_batcher: Make):
     batcher = make_batcher(strict(max_batch_size=2, pad_variable_length_inputs=True))
-    futures = run_all(batcher, servable, "rows", [[[1, 2, 3]], [[4]]])
-    assert [future.result(60)["y"].tolist() for future in futures] == [[6], [4]]
+    for future in run_all(batcher, servable, "rows", [[[1, 2, 3]], [[]]]):
+        with pytest.raises(InvalidArgumentError, match="Got empty tensor in batch of non-empty tensors"):
+            future.result(60)
+
+
+def test_requests_of_different_lengths_fail_together_where_they_are_not_filled_up(
+    servable: Servable, make_batcher: Make
+):
+    futures = run_all(make_batcher(strict(max_batch_size=2)), servable, "rows", [[[1, 2, 3]], [[4]]])
+    for future in futures:
+        with pytest.raises(FailedPreconditionError) as caught:
+            future.result(60)
+        assert caught.value.message == RECORDED_BATCHING[133]["error"].replace("serving_default_x", "rows_x")
 
 
 def test_a_request_larger_than_a_group_is_refused_with_tensorflow_servings_words(
@@ -128,7 +156,8 @@ def test_a_full_queue_turns_requests_away(servable: Servable, make_batcher: Make
 
 
 def test_one_bad_request_of_a_group_fails_alone(servable: Servable, make_batcher: Make):
-    futures = run_all(make_batcher(strict(max_batch_size=3)), servable, "picky", [[4], [-1], [9]])
+    waiting = BatchingOptions(max_batch_size=3, batch_timeout_seconds=60.0)
+    futures = run_all(make_batcher(waiting), servable, "picky", [[4], [-1], [9]])
     assert futures[0].result(60)["y"].tolist() == [2]
     assert futures[2].result(60)["y"].tolist() == [3]
     with pytest.raises(ServingError, match="x must be positive") as caught:
@@ -136,27 +165,91 @@ def test_one_bad_request_of_a_group_fails_alone(servable: Servable, make_batcher
     assert caught.value.code is Code.INVALID_ARGUMENT
 
 
-def test_by_default_what_waits_is_grouped_once_that_has_proved_to_change_nothing(
+def test_one_bad_request_of_a_group_fails_all_of_it_where_batching_is_tensorflow_servings(
     servable: Servable, make_batcher: Make
 ):
-    waiting = BatchingOptions(max_batch_size=2, batch_timeout_seconds=60.0)
-    batcher = make_batcher(waiting)
-    futures = run_all(batcher, servable, "double", [[1], [2]])
+    for future in run_all(make_batcher(strict(max_batch_size=3)), servable, "picky", [[4], [-1], [9]]):
+        with pytest.raises(ServingError, match="x must be positive") as caught:
+            future.result(60)
+        assert caught.value.code is Code.INVALID_ARGUMENT
+
+
+def spied(servable: Servable, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Returns the number of rows of every run from now on."""
+    runs: list[int] = []
+    run = servable.run
+
+    def counted(signature: Signature, inputs: Any, names: Any = ()) -> Any:
+        runs.append(len(inputs["x"]))
+        return run(signature, inputs, names)
+
+    monkeypatch.setattr(servable, "run", counted)
+    return runs
+
+
+def test_by_default_what_waits_is_grouped_where_rows_are_proved_to_stand_alone(
+    servable: Servable, make_batcher: Make, monkeypatch: pytest.MonkeyPatch
+):
+    runs = spied(servable, monkeypatch)
+    futures = run_all(make_batcher(PATIENT), servable, "double", [[1], [2]])
     assert [future.result(60)["y"].tolist() for future in futures] == [[2], [4]]
-    assert "double" in servable.may_group
+    assert runs == [2]
 
 
-def test_by_default_rows_that_depend_on_each_other_are_never_grouped(servable: Servable, make_batcher: Make):
-    batcher = make_batcher(BatchingOptions(max_batch_size=2, batch_timeout_seconds=60.0))
-    for _ in range(2):
-        futures = run_all(batcher, servable, "share", [[1], [3]])
-        assert [future.result(60)["y"].tolist() for future in futures] == [[1], [1]]
-    assert "share" in servable.never_group
+def test_by_default_rows_that_depend_on_each_other_are_never_grouped(
+    servable: Servable, make_batcher: Make, monkeypatch: pytest.MonkeyPatch
+):
+    runs = spied(servable, monkeypatch)
+    futures = run_all(make_batcher(PATIENT), servable, "share", [[1], [1], [3]])
+    assert [future.result(60)["y"].tolist() for future in futures] == [[1], [1], [1]]
+    assert runs == [1, 1, 1]
+
+
+def test_by_default_other_shapes_than_the_signatures_are_never_grouped(
+    servable: Servable, make_batcher: Make, monkeypatch: pytest.MonkeyPatch
+):
+    runs = spied(servable, monkeypatch)
+    futures = run_all(make_batcher(PATIENT), servable, "double", [[[1]], [[2]]])
+    assert [future.result(60)["y"].tolist() for future in futures] == [[[2]], [[4]]]
+    assert runs == [1, 1]
+
+
+@pytest.mark.parametrize(("inputs", "words"), [
+    ({}, "Batching Run() must have at least one input tensor"),
+    ({"a": 1.0}, "Batching Run() input tensors must have at least one dimension"),
+    ({"a": [1.0], "b": [1.0, 2.0], "c": 1.0}, "Batching Run() input tensors must have equal 0th-dimension size"),
+    ({"a": [1.0], "b": 1.0, "c": [1.0, 2.0]}, "Batching Run() input tensors must have at least one dimension"),
+    ({"a": [1.0] * 9}, "Task size 9 is larger than maximum input batch size 8"),
+])  # fmt: skip
+def test_what_is_no_batch_is_refused_in_tensorflow_servings_words_and_order(inputs: dict[str, Any], words: str):
+    with pytest.raises(InvalidArgumentError) as caught:
+        count_rows({name: np.array(value) for name, value in inputs.items()}, strict())
+    assert caught.value.message == words
 
 
 def test_without_grouping_every_request_runs_alone(servable: Servable, make_batcher: Make):
     futures = run_all(make_batcher(None), servable, "", [[1], [2], [3]])
     assert [future.result(60)["size"].tolist() for future in futures] == [[1], [1], [1]]
+
+
+@pytest.mark.parametrize(("body", "words"), [
+    (lambda x: {"y": tf.reduce_sum(x)}, "Batched output tensor has 0 dimensions"),
+    (lambda x: {"y": tf.concat([x, x], 0)}, "Batched output tensor's 0th dimension does not equal the sum of the 0th "
+     "dimension sizes of the input tensors"),
+])  # fmt: skip
+def test_with_batching_a_warm_up_request_of_a_signature_that_is_none_of_batches_fails_the_load(
+    tmp_path: Path, body: Callable[[Any], Any], words: str
+):
+    path = saved_models.export(tmp_path / "1", {"serving_default": (body, [ANY])})
+    log = prediction_log_pb2.PredictionLog()
+    log.predict_log.request.inputs["x"].CopyFrom(tf.make_tensor_proto([1.0, 2.0]))
+    (path / "assets.extra").mkdir()
+    with tf.io.TFRecordWriter(str(path / "assets.extra" / "tf_serving_warmup_requests")) as file:
+        file.write(log.SerializeToString())
+    Loader()("m", 1, str(path)).close()
+    with pytest.raises(ServingError, match=re.escape(words)) as caught:
+        Loader(batching=strict())("m", 1, str(path))
+    assert caught.value.code is Code.FAILED_PRECONDITION
 
 
 def test_many_threads_get_their_own_answers(servable: Servable, make_batcher: Make):

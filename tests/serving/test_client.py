@@ -2,21 +2,17 @@
 
 import asyncio
 import http.server
-import json
 import re
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
 from keras_bn_serving.client import AsyncClient, Client, Retry
 from keras_bn_serving.errors import Code, DeadlineExceededError, InvalidArgumentError, ServingError
 
-from tests.serving.servers import ROOT, RunningServer, environment
+from tests.serving.servers import RunningServer
 
 
 @pytest.fixture(scope="module")
@@ -98,39 +94,6 @@ def test_waiting_for_a_model_that_is_ready_returns(client: Client):
 def test_an_address_of_another_kind_is_refused():
     with pytest.raises(ValueError, match=re.escape("Received: url='ftp://x'")):
         Client("ftp://x")
-
-
-def ask(server: RunningServer, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "keras_bn_serving.client", f"--url={server.url}", *arguments],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-
-
-def test_the_command_asks_about_a_picture_an_array_and_a_json_file(server: RunningServer, tmp_path: Path):
-    image = pytest.importorskip("PIL.Image")
-    pixels = np.array([[0, 255], [127, 1]], np.uint8)
-    image.fromarray(pixels).save(tmp_path / "shoe.png")
-    np.save(tmp_path / "shoe.npy", pixels.reshape(1, 2, 2, 1))
-    (tmp_path / "shoe.json").write_text(json.dumps(pixels.reshape(1, 2, 2, 1).tolist()))
-    for name in ("shoe.png", "shoe.npy", "shoe.json"):
-        result = ask(server, "--model_name=image", str(tmp_path / name))
-        assert result.returncode == 0, result.stderr
-        assert json.loads(result.stdout)["mean"] == [95.75]
-
-
-def test_the_command_without_a_file_describes_the_model(server: RunningServer):
-    result = ask(server, "--model_name=image")
-    assert "version 1: AVAILABLE" in result.stdout
-    assert "serving_default input image: uint8 [-1, 2, 2, 1]" in result.stdout
-
-
-def test_the_command_says_in_one_line_what_is_wrong(server: RunningServer, tmp_path: Path):
-    (tmp_path / "shoe.txt").write_text("no picture")
-    result = ask(server, "--model_name=image", str(tmp_path / "shoe.txt"))
-    assert result.returncode == 1
-    assert result.stderr.count("\n") == 1
-    assert "must end in .npy, .json" in result.stderr
 
 
 def test_grpc_gives_the_same_as_rest(server: RunningServer, client: Client):

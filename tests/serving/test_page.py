@@ -1,5 +1,6 @@
 """The page for a person, in a real browser."""
 
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -21,6 +22,18 @@ pytestmark = pytest.mark.skipif(
 CLASSES = ["blank", "shirt", "shoe"]
 
 
+def row_figures(x: tf.Tensor) -> dict[str, tf.Tensor]:
+    """As a version of keras_bn answers, of two layers of two and one channels: each row's mean is x."""
+    rows = tf.size(x)
+    figures = {"count": [2.0, 2.0, 8.0], "variance_ratio": [1.0, 1.0, 2.0]}
+    return {
+        "layer": tf.tile([["first", "second"]], [rows, 1]),
+        "channels": tf.tile([[2, 1]], [rows, 1]),
+        "mean_shift": tf.stack([x, x, 0 * x], 1),
+        **{name: tf.tile([values], [rows, 1]) for name, values in figures.items()},
+    }
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """A picture model in two versions: it looks at whether the lower or the upper half of the picture is light."""
@@ -36,7 +49,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
 
         spec = tf.TensorSpec([None, 28, 28, 1], tf.uint8, name="image")
         numbers = (lambda x: {"y": x * 2.0}, [tf.TensorSpec([None], tf.float32, name="x")])
-        saved_models.export(base / str(version), {"serving_default": (look, [spec]), "numbers": numbers})
+        drift = (row_figures, [tf.TensorSpec([None], tf.float32, name="x")])
+        signatures = {"serving_default": (look, [spec]), "numbers": numbers, "batch_norm_drift": drift}
+        saved_models.export(base / str(version), signatures)
     config = base / "models.config"
     config.write_text(
         f'model_config_list {{ config {{ name: "pictures" base_path: "{base}" model_version_policy {{ all {{}} }} '
@@ -128,6 +143,17 @@ def test_another_version_answers_once_it_is_chosen(page: "webdriver.Chrome"):
     assert unsure[0] == sure[0] == "shoe"
     assert unsure[1] < sure[1]
     assert "/versions/1:predict" in text(page, "#curl")
+
+
+def test_drift_is_shown_for_each_layer_all_rows_together(page: "webdriver.Chrome"):
+    choose(page, "#signature", "batch_norm_drift")
+    area = page.find_element("css selector", "#input-x")
+    area.clear()
+    area.send_keys("[1, 3]")
+    ask(page)
+    # Mean 2 and variance ratio 1 + 1; mean 0 and variance ratio 2.
+    expected = {"first": (2 + 4 - 1 - math.log(2)) / 2, "second": (2 - 1 - math.log(2)) / 2}
+    assert dict(answered(page)) == pytest.approx(expected, rel=1e-3)
 
 
 def test_an_empty_picture_and_text_that_is_no_json_are_explained_in_plain_words(page: "webdriver.Chrome"):

@@ -20,10 +20,13 @@ from tensorflow_serving.apis import (
     regression_pb2,
 )
 
-from tests.serving.servers import RunningServer
+from tests.serving.servers import RunningServer, running_server
 
 RECORDED = Path(__file__).parent / "recorded"
 REST = [json.loads(line) for line in (RECORDED / "rest.jsonl").read_text().splitlines()]
+BATCHING = [json.loads(line) for line in (RECORDED / "rest_batching.jsonl").read_text().splitlines()]
+# Two strangers' requests of different shapes met in one group: test_batching.py makes them meet.
+OF_TWO_REQUESTS = 133
 GRPC = [json.loads(line) for line in (RECORDED / "grpc.jsonl").read_text().splitlines()]
 TAGS = sorted({record["tag"] for record in REST})
 REQUESTS = {
@@ -38,15 +41,33 @@ REQUESTS = {
 def test_no_record_is_left_out():
     assert len(REST) == 733
     assert len(GRPC) == 20
+    assert len(BATCHING) == 7
 
 
 @pytest.mark.parametrize("tag", TAGS)
 def test_rest_answers_are_those_recorded(server: RunningServer, tag: str):
+    assert differences_of(server, [record for record in REST if record["tag"] == tag]) == []
+
+
+def test_with_batching_rest_answers_are_those_recorded_with_batching(models_config: Path):
+    parameters = models_config.parent / "batching.config"
+    parameters.write_text("max_batch_size { value: 64 } batch_timeout_micros { value: 0 }")
+    flags = ["--allow_version_labels_for_unavailable_models", "--enable_batching=true"]
+    flags += [f"--batching_parameters_file={parameters}", f"--model_config_file={models_config}"]
+    recorded = [record for record in BATCHING if record["id"] != OF_TWO_REQUESTS]
+    others = [record for record in REST if record["id"] not in {record["id"] for record in BATCHING}]
+    with running_server(*flags) as batching:
+        assert differences_of(batching, recorded) == []
+        # Some more were refused there than are recorded; all else is answered as without batching.
+        refused = {comparable(*record["answer"].values()) for record in recorded}
+        differing = [got for _, got, _ in differences_of(batching, others)]
+        assert [got for got in differing if comparable(*got) not in refused] == []
+
+
+def differences_of(server: RunningServer, records: list[dict[str, Any]]) -> list[Any]:
     connection = http.client.HTTPConnection(server.url.removeprefix("http://"))
     differences = []
-    for record in REST:
-        if record["tag"] != tag:
-            continue
+    for record in records:
         body = None if record["body"] is None else record["body"].encode("latin-1")
         connection.request(record["method"], record["path"], body, record["headers"])
         response = connection.getresponse()
@@ -54,7 +75,7 @@ def test_rest_answers_are_those_recorded(server: RunningServer, tag: str):
         want = (record["answer"]["status"], record["answer"]["type"], record["answer"]["body"])
         if comparable(*got) != comparable(*want):
             differences.append((record["id"], got, want))
-    assert differences == []
+    return differences
 
 
 def comparable(status: int, content_type: str, body: str) -> Any:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from keras_bn_serving.client import drift
 from keras_bn_serving.client.rest import AsyncRestTransport, RestProtocol, RestTransport
 from keras_bn_serving.client.types import ModelVersion, Target
 from keras_bn_serving.errors import Code, DeadlineExceededError, ServingError
@@ -106,6 +107,43 @@ class _Operations:
             ServingError: With the server's code and message, or if it cannot be reached in time.
         """
         return self._run(self._protocol.predict(_target(model_name, version, label), inputs, signature_name), timeout)
+
+    def drift(
+        self,
+        model_name: str,
+        inputs: Any,
+        *,
+        batch_size: int = 32,
+        version: int | None = None,
+        label: str | None = None,
+        timeout: float | None = None,
+    ) -> Any:
+        """Tells how far examples are from those that a model, exported by `keras_bn.export`, was trained on.
+
+        The signature `batch_norm_drift` answers for each example by itself; all examples are pooled here, exactly.
+
+        Args:
+            model_name: The model.
+            inputs: As for `predict`, the first axis along the examples.
+            batch_size: Examples in a request.
+            version: As for `predict`.
+            label: As for `predict`.
+            timeout: Seconds for all requests.
+
+        Returns:
+            For each normalization a dictionary: its name, `layer`; `mean_shift`, in standard deviations;
+            `variance_ratio`; and `kl`, the Kullback-Leibler divergence in nats.
+
+        Raises:
+            ServingError: As for `predict`; also if the model has no such signature.
+            ValueError: If there is no example.
+        """
+        target = _target(model_name, version, label)
+
+        def predict(some: Any) -> Any:
+            return self._protocol.predict(target, some, drift.SIGNATURE)
+
+        return self._run(drift.operation(predict, inputs, batch_size), timeout)
 
     def classify(
         self,

@@ -1,4 +1,4 @@
-"""The flags of `python -m keras_bn_serving`, named as tensorflow_model_server names them."""
+"""The flags of `keras-bn serve`, named as tensorflow_model_server names them."""
 
 import argparse
 import difflib
@@ -19,13 +19,17 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(message[:1].upper() + message[1:])
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
+def parse(arguments: Sequence[str], program: str = "python -m keras_bn_serving") -> argparse.Namespace:
     """Reads the command line.
+
+    Args:
+        arguments: The flags.
+        program: What stands before them, for the help.
 
     Raises:
         UsageError: For an unknown flag, naming the nearest one, or for a bad value.
     """
-    parser = _make_parser()
+    parser = _make_parser(program)
     options, unknown = parser.parse_known_args(arguments)
     for argument in unknown:
         name = argument.split("=")[0]
@@ -42,9 +46,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _make_parser() -> argparse.ArgumentParser:
+def _make_parser(program: str) -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="python -m keras_bn_serving",
+        prog=program,
         description="Serves SavedModels over TensorFlow Serving's protocol, REST and gRPC.",
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

@@ -4,7 +4,7 @@ import grpc
 
 from keras_bn_serving.config.files import read_message
 from keras_bn_serving.config.text_protos import BatchingParameters, SSLConfig
-from keras_bn_serving.engine.batching import BatchingOptions
+from keras_bn_serving.engine.grouping import BatchingOptions
 from keras_bn_serving.errors import InvalidArgumentError
 
 _DEFAULTS = {

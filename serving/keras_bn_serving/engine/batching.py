@@ -1,6 +1,5 @@
 """Runs requests on worker threads and groups those that wait at the same time, with TensorFlow Serving's parameters."""
 
-import itertools
 import logging
 import threading
 import time
@@ -10,40 +9,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from keras_bn_serving.engine.servable import Servable, Signature, check_inputs
-from keras_bn_serving.errors import CancelledError, InvalidArgumentError, ServingError, UnavailableError
+from keras_bn_serving.engine.grouping import BatchingOptions, Outputs, count_rows, run_one, run_together
+from keras_bn_serving.engine.servable import Servable, Signature, check_inputs, check_shapes
+from keras_bn_serving.errors import CancelledError, ServingError, UnavailableError
 
-Outputs = dict[str, np.ndarray]
 # Told once how a request has ended: with its outputs or with an error.
 Finish = Callable[[Outputs | BaseException], None]
 
 _log = logging.getLogger(__name__)
-# Grouped and alone, an answer may differ in the last digits, as TensorFlow's kernels add up in another order.
-_RELATIVE, _ABSOLUTE = 1e-3, 1e-4
-
-
-@dataclass(frozen=True)
-class BatchingOptions:
-    """How requests are grouped.
-
-    Attributes:
-        max_batch_size: How many rows a group may have; a larger request runs alone, or is refused if `strict`.
-        batch_timeout_seconds: How long a request may wait for others to join it.
-        max_enqueued_batches: How many full groups may wait; what comes then is turned away.
-        num_batch_threads: How many groups run at a time.
-        allowed_batch_sizes: Where set, groups are filled up to the next of these sizes.
-        pad_variable_length_inputs: Whether requests of different lengths are filled up with zeros to be grouped.
-        strict: Whether to do as TensorFlow Serving does with batching on: trust every signature to be a batch one, and
-            refuse a request larger than `max_batch_size`.
-    """
-
-    max_batch_size: int = 64
-    batch_timeout_seconds: float = 0.0
-    max_enqueued_batches: int = 64
-    num_batch_threads: int = 2
-    allowed_batch_sizes: tuple[int, ...] = ()
-    pad_variable_length_inputs: bool = False
-    strict: bool = False
 
 
 @dataclass(slots=True)
@@ -81,7 +54,7 @@ class Batcher:
     """Worker threads and the queue before them.
 
     Without `strict`, a request runs at once when a thread is free; only what arrives while all are busy is grouped, and
-    only after a first group of that signature has given the same answers as its requests one by one.
+    only where the signature's graph proves that no row's outputs depend on another row.
 
     Args:
         options: How to group; `None` never groups.
@@ -135,6 +108,9 @@ class Batcher:
             UnavailableError: If too much is waiting already.
         """
         check_inputs(signature, inputs)
+        if self._options is not None and self._options.strict:
+            count_rows(inputs, self._options)
+        check_shapes(signature, inputs)
         task = Task(servable, signature, inputs, tuple(output_names), finish)
         key = self._key(task)
         with self._ready:
@@ -175,21 +151,21 @@ class Batcher:
             return object()
         arrays = [task.inputs[name] for name in task.signature.inputs]
         rows = arrays[0].shape[0] if arrays and arrays[0].ndim else 0
-        if not rows or not task.signature.takes_batches or any(array.shape[:1] != (rows,) for array in arrays):
+        key = (id(task.servable), task.signature.name, task.output_names)
+        if not rows:
             return object()
-        task.rows = rows
-        if task.rows > self._options.max_batch_size:
-            if self._options.strict:
-                raise InvalidArgumentError(
-                    f"Task size {task.rows} is larger than maximum input batch size {self._options.max_batch_size}"
-                )
+        if self._options.strict:
+            task.rows, task.alone = rows, False
+            # Of different ranks nothing is said where arrays are filled up; otherwise they meet, and are refused.
+            pad = self._options.pad_variable_length_inputs
+            return (*key, tuple(array.ndim for array in arrays)) if pad else key
+        if any(array.shape[:1] != (rows,) for array in arrays) or rows > self._options.max_batch_size:
             return object()
-        if not self._options.strict and task.signature.name in task.servable.never_group:
+        # What is proved is proved of the signature's shapes.
+        if not task.signature.rows_stand_alone or task.signature.misfit(task.inputs):
             return object()
-        pad = self._options.pad_variable_length_inputs
-        task.alone = False
-        shapes = tuple(array.ndim if pad else array.shape[1:] for array in arrays)
-        return (id(task.servable), task.signature.name, task.output_names, shapes)
+        task.rows, task.alone = rows, False
+        return (*key, tuple(array.shape[1:] for array in arrays))
 
     def _work(self) -> None:
         while True:
@@ -203,10 +179,11 @@ class Batcher:
                 else:
                     running.append(task)
             started = time.monotonic()
-            if len(running) == 1:
-                self._run_alone(running[0])
-            elif running:
-                self._run_group(running)
+            if len(running) > 1 and self._options is not None:
+                self._run_group(running, self._options)
+            else:
+                for task in running:
+                    self._run_alone(task)
             for task in running:
                 self._on_run(task.servable, task.rows, started - task.since, time.monotonic() - started)
 
@@ -246,64 +223,34 @@ class Batcher:
             del self._queues[key]
         return group
 
-    def _run_alone(self, task: Task) -> bool:
+    def _run_alone(self, task: Task) -> None:
         try:
-            sizes = self._options.allowed_batch_sizes if self._options is not None else ()
-            if sizes and task.signature.takes_batches:
-                (outputs,) = self._run_together([task])
-            else:
-                outputs = task.servable.run(task.signature, task.inputs, task.output_names)
+            outputs = run_one(task.servable, task.signature, task.inputs, task.output_names, self._options)
         except BaseException as error:
             _finish(task, error)
-            return False
-        _finish(task, outputs)
-        return True
+        else:
+            _finish(task, outputs)
 
-    def _run_group(self, tasks: list[Task]) -> None:
-        servable, name = tasks[0].servable, tasks[0].signature.name
-        proved = name in servable.may_group or (self._options is not None and self._options.strict)
+    def _run_group(self, tasks: list[Task], options: BatchingOptions) -> None:
+        first = tasks[0]
         try:
-            results = self._run_together(tasks)
-            agrees = proved or self._agrees_alone(tasks, results)
-        except ServingError:
+            requests = [task.inputs for task in tasks]
+            results = run_together(first.servable, first.signature, requests, first.output_names, options)
+        except ServingError as error:
+            if options.strict:
+                # TensorFlow Serving has one outcome for a group. What is asked together in production fails together.
+                for task in tasks:
+                    _finish(task, error)
+                return
             # One request of the group may be at fault; alone, each gets the answer that is its own.
-            agrees = False
+            for task in tasks:
+                self._run_alone(task)
         except BaseException as error:
             for task in tasks:
                 _finish(task, error)
-            return
-        if agrees:
-            servable.may_group.add(name)
+        else:
             for task, outputs in zip(tasks, results, strict=True):
                 _finish(task, outputs)
-        elif sum(map(self._run_alone, tasks)) == len(tasks) and not proved:
-            _log.info("signature %s of %s is not grouped", name, servable.path)
-            servable.never_group.add(name)
-
-    def _run_together(self, tasks: list[Task]) -> list[Outputs]:
-        first = tasks[0]
-        rows = sum(task.rows for task in tasks)
-        sizes = self._options.allowed_batch_sizes if self._options is not None else ()
-        padding = next((size for size in sizes if size >= rows), rows) - rows
-        inputs = {name: _joined([task.inputs[name] for task in tasks], padding) for name in first.inputs}
-        outputs = first.servable.run(first.signature, inputs, first.output_names)
-        for name, array in outputs.items():
-            if not array.ndim or len(array) != rows + padding:
-                raise InvalidArgumentError(
-                    f"Batched output tensor {name} does not have {rows + padding} rows. Received: shape "
-                    f"{list(array.shape)}."
-                )
-        starts = np.cumsum([0, *(task.rows for task in tasks)]).tolist()
-        return [
-            {name: array[start:end] for name, array in outputs.items()} for start, end in itertools.pairwise(starts)
-        ]
-
-    def _agrees_alone(self, tasks: list[Task], results: list[Outputs]) -> bool:
-        for task, together in zip(tasks, results, strict=True):
-            alone = task.servable.run(task.signature, task.inputs, task.output_names)
-            if not all(_close(alone[name], together[name]) for name in alone):
-                return False
-        return True
 
 
 def _finish(task: Task, outcome: Outputs | BaseException) -> None:
@@ -312,23 +259,3 @@ def _finish(task: Task, outcome: Outputs | BaseException) -> None:
     except Exception:
         # The thread and the other requests of the group must go on.
         _log.exception("the end of a request could not be told")
-
-
-def _joined(arrays: list[np.ndarray], padding: int) -> np.ndarray:
-    longest = np.max([array.shape[1:] for array in arrays], axis=0) if arrays[0].ndim > 1 else ()
-    if any(array.shape[1:] != tuple(longest) for array in arrays):
-        arrays = [
-            np.pad(array, [(0, 0), *((0, int(to - size)) for to, size in zip(longest, array.shape[1:], strict=True))])
-            for array in arrays
-        ]
-    if padding:
-        arrays = [*arrays, np.repeat(arrays[0][:1], padding, axis=0)]
-    return np.concatenate(arrays)
-
-
-def _close(alone: np.ndarray, together: np.ndarray) -> bool:
-    if alone.shape != together.shape:
-        return False
-    if alone.dtype.kind in "fc":
-        return bool(np.allclose(alone, together, _RELATIVE, _ABSOLUTE, equal_nan=True))
-    return bool(np.array_equal(alone, together))

@@ -11,7 +11,8 @@ from tensorflow_serving.apis import prediction_log_pb2
 
 from keras_bn_serving.codec.tensor_proto import to_array
 from keras_bn_serving.engine import examples
-from keras_bn_serving.engine.servable import LoadOptions, Servable
+from keras_bn_serving.engine.grouping import BatchingOptions, run_one
+from keras_bn_serving.engine.servable import LoadOptions, Servable, check_inputs
 from keras_bn_serving.errors import Code, InvalidArgumentError, ServingError
 
 _log = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ class Loader:
         retries: How often to try again if loading fails.
         retry_wait_seconds: How long to wait before that.
         stopping: Set once there is no use in trying again.
+        batching: How requests are grouped: warm-up requests keep the same rules.
     """
 
     options: LoadOptions = field(default_factory=LoadOptions)
@@ -38,6 +40,7 @@ class Loader:
     retries: int = 0
     retry_wait_seconds: float = 60.0
     stopping: threading.Event = field(default_factory=threading.Event)
+    batching: BatchingOptions | None = None
 
     def __call__(self, name: str, version: int, path: str) -> Servable:
         """Returns the version, loaded and warm.
@@ -61,14 +64,14 @@ class Loader:
         file = os.path.join(path, _WARMUP_FILE)
         if self.warm_up and os.path.exists(file):
             try:
-                _run_all(servable, file, self.warm_up_iterations)
+                _run_all(servable, file, self.warm_up_iterations, self.batching)
             except BaseException:
                 servable.close()
                 raise
         return servable
 
 
-def _run_all(servable: Servable, file: str, iterations: int) -> None:
+def _run_all(servable: Servable, file: str, iterations: int, batching: BatchingOptions | None) -> None:
     count = 0
     try:
         for count, record in enumerate(tf.compat.v1.io.tf_record_iterator(file), start=1):
@@ -76,27 +79,29 @@ def _run_all(servable: Servable, file: str, iterations: int) -> None:
                 raise InvalidArgumentError(f"Number of warmup records exceeds the maximum ({_MOST_RECORDS}) in {file}")
             log = prediction_log_pb2.PredictionLog.FromString(record)
             for _ in range(iterations):
-                _run(servable, log)
+                _run(servable, log, batching)
     except (tf.errors.OpError, DecodeError) as error:
         raise ServingError(f"Cannot read record {count + 1} of {file}: {error}", Code.DATA_LOSS) from error
     except ServingError as error:
         raise ServingError(f"Warm-up request {count} of {file} failed: {error.message}", error.code) from error
 
 
-def _run(servable: Servable, log: prediction_log_pb2.PredictionLog) -> None:
+def _run(servable: Servable, log: prediction_log_pb2.PredictionLog, batching: BatchingOptions | None) -> None:
     kind = log.WhichOneof("log_type")
     if kind == "predict_log":
         request = log.predict_log.request
         inputs = {name: to_array(value, name) for name, value in request.inputs.items()}
-        servable.run(servable.signature(request.model_spec.signature_name), inputs, request.output_filter)
+        signature = servable.signature(request.model_spec.signature_name)
+        check_inputs(signature, inputs)
+        run_one(servable, signature, inputs, tuple(request.output_filter), batching)
     elif kind in ("classify_log", "regress_log"):
         one = getattr(log, kind).request
         signature = examples.find_signature(servable, one.model_spec.signature_name)
-        servable.run(signature, examples.serialize(one.input))
+        run_one(servable, signature, examples.serialize(one.input), (), batching)
     elif kind == "multi_inference_log":
         many = log.multi_inference_log.request
         for task in many.tasks:
             signature = examples.find_signature(servable, task.model_spec.signature_name)
-            servable.run(signature, examples.serialize(many.input))
+            run_one(servable, signature, examples.serialize(many.input), (), batching)
     else:
         raise InvalidArgumentError(f"Unsupported log_type for warmup: {kind}")

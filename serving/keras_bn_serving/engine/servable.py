@@ -1,6 +1,7 @@
 """One loaded version of a SavedModel: its signatures, and how to run them."""
 
 import functools
+import logging
 import os
 import threading
 from collections.abc import Iterable, Mapping
@@ -13,6 +14,7 @@ from tensorflow.core.framework import types_pb2
 from tensorflow.core.protobuf import config_pb2, meta_graph_pb2
 
 from keras_bn_serving.codec.tensor_spec import TensorSpec
+from keras_bn_serving.engine.findings import Findings, find
 from keras_bn_serving.engine.xla import needs_xla
 from keras_bn_serving.errors import (
     Code,
@@ -23,6 +25,7 @@ from keras_bn_serving.errors import (
     ServingError,
 )
 
+_log = logging.getLogger(__name__)
 DEFAULT_SIGNATURE = "serving_default"
 _TAG = "serve"
 _FILES = ("saved_model.pb", "saved_model.pbtxt")
@@ -55,6 +58,7 @@ class Signature:
         inputs: What goes in, by name.
         outputs: What comes out, by name.
         tensors: TensorFlow's tensor name for every input and output name.
+        findings: What its graph tells.
     """
 
     name: str
@@ -62,12 +66,27 @@ class Signature:
     inputs: Mapping[str, TensorSpec]
     outputs: Mapping[str, TensorSpec]
     tensors: Mapping[str, Mapping[str, str]] = field(repr=False)
+    findings: Findings = field(repr=False)
 
-    @functools.cached_property
-    def takes_batches(self) -> bool:
-        """Whether all that goes in and comes out has a first dimension of any size."""
-        specs = [*self.inputs.values(), *self.outputs.values()]
-        return bool(self.inputs) and all(spec.shape and spec.shape[0] == -1 for spec in specs)
+    @property
+    def rows_stand_alone(self) -> bool:
+        """Whether it is proved that no row of the outputs depends on another row than its own."""
+        return not self.findings.alone
+
+    def misfit(self, inputs: Mapping[str, np.ndarray]) -> str:
+        """Returns what is wrong with the shapes of inputs, for a person; empty where they are the signature's."""
+        for name, spec in self.inputs.items():
+            shape = inputs[name].shape
+            if spec.shape is None:
+                ranks = self.findings.ranks.get(name)
+                if ranks is not None and len(shape) not in ranks:
+                    axes = " or ".join(map(str, sorted(ranks))) or "no number that is known"
+                    return f"Input `{name}` must have a rank of {axes}. Received: shape {_shown(shape)}."
+            elif len(shape) != len(spec.shape) or any(
+                size not in (-1, got) for size, got in zip(spec.shape, shape, strict=True)
+            ):
+                return f"Input `{name}` must have the shape {_shown(spec.shape)}. Received: shape {_shown(shape)}."
+        return ""
 
 
 class Servable:
@@ -87,7 +106,13 @@ class Servable:
         self.path = os.fspath(path)
         options = options or LoadOptions()
         self.meta_graph, self._session = _load(self.path, options)
-        self.signatures = {key: _signature(key, value) for key, value in self.meta_graph.signature_def.items()}
+        definitions = self.meta_graph.signature_def.items()
+        self.signatures = {key: _signature(key, value, self.meta_graph) for key, value in definitions}
+        for signature in self.signatures.values():
+            if signature.inputs:
+                grouped = f"each request alone, as {why}" if (why := signature.findings.alone) else "grouped"
+                checked = "are checked" if signature.findings.checks_shapes else "are TensorFlow's to check"
+                _log.info("%s, signature %s: %s; shapes %s", name or path, signature.name, grouped, checked)
         self._run_options = config_pb2.RunOptions(timeout_in_ms=round(options.timeout_seconds * 1000))
         self._disabled = (
             set()
@@ -98,9 +123,6 @@ class Servable:
                 if needs_xla(self.meta_graph, value.tensors["outputs"].values())
             }
         )
-        # Which signatures have proved, or failed to prove, that a group's rows do not depend on each other.
-        self.may_group: set[str] = set()
-        self.never_group: set[str] = set()
         self._lock = threading.Lock()
         self._callables: dict[tuple[str, tuple[str, ...]], object] = {}
 
@@ -129,6 +151,7 @@ class Servable:
             ServingError: If the inputs do not fit, or with TensorFlow's code and message if the model fails.
         """
         check_inputs(signature, inputs)
+        check_shapes(signature, inputs)
         if signature.name in self._disabled:
             raise InternalError("XLA compilation disabled")
         wanted = tuple(output_names) or tuple(signature.outputs)
@@ -183,6 +206,12 @@ def check_inputs(signature: Signature, inputs: Mapping[str, np.ndarray]) -> None
             raise InvalidArgumentError(f"Expects arg[{position}] to be {expected} but {got} is provided")
 
 
+def check_shapes(signature: Signature, inputs: Mapping[str, np.ndarray]) -> None:
+    """Raises an InvalidArgumentError if the inputs' shapes are not those of a signature that any other may harm."""
+    if signature.findings.checks_shapes and (problem := signature.misfit(inputs)):
+        raise InvalidArgumentError(problem)
+
+
 def _load(path: str, options: LoadOptions) -> tuple[meta_graph_pb2.MetaGraphDef, tf.compat.v1.Session]:
     if not any(os.path.exists(os.path.join(path, name)) for name in _FILES):
         raise NotFoundError(f"Could not find SavedModel .pb or .pbtxt at supplied export directory path: {path}")
@@ -204,24 +233,26 @@ def _load(path: str, options: LoadOptions) -> tuple[meta_graph_pb2.MetaGraphDef,
         raise ServingError(f"Cannot load the SavedModel at {path}: {error}", Code.DATA_LOSS) from error
 
 
-def _signature(key: str, definition: meta_graph_pb2.SignatureDef) -> Signature:
+def _signature(key: str, definition: meta_graph_pb2.SignatureDef, meta_graph: meta_graph_pb2.MetaGraphDef) -> Signature:
     def specs(infos: Mapping[str, meta_graph_pb2.TensorInfo]) -> dict[str, TensorSpec]:
         return {name: TensorSpec(_type_name(info.dtype), _shape(info)) for name, info in sorted(infos.items())}
 
-    return Signature(
-        key,
-        definition.method_name,
-        specs(definition.inputs),
-        specs(definition.outputs),
-        {
-            "inputs": {name: info.name for name, info in definition.inputs.items()},
-            "outputs": {name: info.name for name, info in definition.outputs.items()},
-        },
-    )
+    inputs, outputs = specs(definition.inputs), specs(definition.outputs)
+    names = {
+        "inputs": {name: info.name for name, info in definition.inputs.items()},
+        "outputs": {name: info.name for name, info in definition.outputs.items()},
+    }
+    batches = all(spec.shape and spec.shape[0] == -1 for spec in [*inputs.values(), *outputs.values()])
+    findings = find(meta_graph, names["inputs"], list(names["outputs"].values()), inputs, batches)
+    return Signature(key, definition.method_name, inputs, outputs, names, findings)
 
 
 def _shape(info: meta_graph_pb2.TensorInfo) -> tuple[int, ...] | None:
     return None if info.tensor_shape.unknown_rank else tuple(dim.size for dim in info.tensor_shape.dim)
+
+
+def _shown(shape: Iterable[int]) -> str:
+    return f"[{','.join('?' if size < 0 else str(size) for size in shape)}]"
 
 
 def _type_name(data_type: int) -> str:

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterable, Mapping
 
-from tensorflow.core.framework import attr_value_pb2, node_def_pb2
+from tensorflow.core.framework import attr_value_pb2
 from tensorflow.core.protobuf import meta_graph_pb2
+
+from keras_bn_serving.engine.flat_graph import functions_of
 
 _MUST_COMPILE = "_XlaMustCompile"
 
@@ -26,7 +28,7 @@ def needs_xla(meta_graph: meta_graph_pb2.MetaGraphDef, tensor_names: Iterable[st
         node = calls.pop()
         if _is_set(node.attr):
             return True
-        for name in _called(node):
+        for name in (node.op, *functions_of(node.attr)):
             if name in functions and name not in seen:
                 seen.add(name)
                 if _is_set(functions[name].attr):
@@ -41,16 +43,3 @@ def _is_set(attributes: Mapping[str, attr_value_pb2.AttrValue]) -> bool:
 
 def _node_name(tensor_name: str) -> str:
     return tensor_name.removeprefix("^").split(":")[0]
-
-
-def _called(node: node_def_pb2.NodeDef) -> Iterable[str]:
-    yield node.op
-    for value in node.attr.values():
-        yield from _function_names(value)
-
-
-def _function_names(value: attr_value_pb2.AttrValue) -> Iterable[str]:
-    if value.HasField("func"):
-        yield value.func.name
-    for function in value.list.func:
-        yield function.name

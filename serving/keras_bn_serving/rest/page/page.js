@@ -251,7 +251,13 @@ function show(outputs, specs, elapsed, text, path, body) {
   const firstRow = (name) => (Array.isArray(values[name]) ? values[name][0] : values[name]);
   const labels = names.filter((name) => specs[name].dtype === "string").map(firstRow);
   byId("bars").replaceChildren();
-  for (const name of names) {
+  const isDrift = ["layer", "channels", "count", "mean_shift", "variance_ratio"].every((name) => names.includes(name));
+  if (isDrift) {
+    const layers = pooledDrift(values);
+    byId("bars").append(element("h4", {}, "KL divergence from the training data, in nats"),
+      ...bars(layers.map((each) => each.kl), layers.map((each) => each.layer), false));
+  }
+  for (const name of isDrift ? [] : names) {
     const row = firstRow(name);
     if (specs[name].dtype === "string" || !Array.isArray(row) || !row.every((each) => typeof each === "number")) continue;
     byId("bars").append(element("h4", {}, name), ...bars(row, labels.find((each) => Array.isArray(each) && each.length === row.length)));
@@ -264,8 +270,23 @@ function show(outputs, specs, elapsed, text, path, body) {
   byId("answer").hidden = false;
 }
 
-function bars(row, labels) {
-  const probabilities = row.every((each) => each >= 0 && each <= 1);
+// All rows together, for each layer, with the equations of the client's `drift`.
+function pooledDrift({ layer, channels, count, mean_shift: shift, variance_ratio: ratio }) {
+  let channel = 0;
+  return layer[0].map((name, at) => {
+    let kl = 0;
+    const end = channel + channels[0][at];
+    for (; channel < end; channel++) {
+      const total = count.reduce((sum, row) => sum + row[channel], 0);
+      const mean = count.reduce((sum, row, i) => sum + row[channel] * shift[i][channel], 0) / total;
+      const spread = count.reduce((sum, row, i) => sum + row[channel] * (ratio[i][channel] + (shift[i][channel] - mean) ** 2), 0) / total;
+      kl += (spread + mean ** 2 - 1 - Math.log(spread)) / 2 / channels[0][at];
+    }
+    return { layer: name, kl };
+  });
+}
+
+function bars(row, labels, probabilities = row.every((each) => each >= 0 && each <= 1)) {
   const most = probabilities ? 1 : Math.max(...row.map(Math.abs), 1e-30);
   const ranked = row.map((value, at) => ({ value, name: labels ? String(labels[at]) : `class ${at}` }));
   ranked.sort((a, b) => b.value - a.value);

@@ -1,0 +1,135 @@
+"""What is known of a tensor: how it depends on the rows that a request brings."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import tensorflow as tf
+
+
+class Fixed(NamedTuple):
+    """The same whatever the rows hold and however many they are; it may depend on what requests of a group share."""
+
+
+class Rows(NamedTuple):
+    """Axis 0 is the rows', in their order, and what stands for one row depends on that row alone.
+
+    Attributes:
+        per: How many entries of axis 0 stand for one row.
+    """
+
+    per: int = 1
+
+
+class Multiple(NamedTuple):
+    """The number of rows, times a factor."""
+
+    factor: int
+
+
+class Sizes(NamedTuple):
+    """A whole number, or a list of them, that may depend on the number of rows and on nothing else.
+
+    Attributes:
+        entries: What is known of each: an integer, a multiple of the number of rows, or `None` for a fixed number.
+    """
+
+    entries: tuple[int | Multiple | None, ...]
+
+
+class Every(NamedTuple):
+    """True where something holds of every row by itself: for a group true if it is for each of its requests."""
+
+
+class RowList(NamedTuple):
+    """A list of tensors, one a row, each depending on its row alone."""
+
+
+class NewList(NamedTuple):
+    """An empty list for one tensor a row."""
+
+
+class Counter(NamedTuple):
+    """In a loop over the rows: the number of the row whose turn it is."""
+
+
+class Item(NamedTuple):
+    """In a loop over the rows: something that depends on the row whose turn it is, and on no other."""
+
+
+class Unknown(NamedTuple):
+    """Nothing is known.
+
+    Attributes:
+        reason: Why, for a person.
+    """
+
+    reason: str
+
+
+Kind: TypeAlias = Fixed | Rows | Sizes | Every | RowList | NewList | Counter | Item | Unknown
+
+
+# Says what is known of an operation's outputs, each or all alike, from what is known of its inputs.
+Rule: TypeAlias = Callable[[tf.Operation, Sequence[Kind]], Kind | list[Kind]]
+
+
+class NotProvedError(Exception):
+    """Something keeps a signature's rows from being proved independent."""
+
+
+def is_fixed(kind: Kind) -> bool:
+    """Whether it is the same for a group as for each of its requests."""
+    return isinstance(kind, Fixed) or (
+        isinstance(kind, Sizes) and not any(isinstance(entry, Multiple) for entry in kind.entries)
+    )
+
+
+def all_fixed(kinds: Iterable[Kind]) -> bool:
+    """Whether `is_fixed` holds of all."""
+    return all(is_fixed(kind) for kind in kinds)
+
+
+def refuse(operation: tf.Operation, why: str) -> Unknown:
+    """Returns that nothing is known of what an operation makes."""
+    return Unknown(f"{operation.type} `{operation.name}` {why}")
+
+
+def rank(tensor: tf.Tensor) -> int | None:
+    """Returns the number of axes, `None` where it is not known."""
+    return tensor.shape.rank
+
+
+def static(tensor: tf.Tensor) -> Any:
+    """Returns the value as a NumPy array where it is known before anything runs, else `None`."""
+    return tf.get_static_value(traced(tensor))
+
+
+def traced(tensor: tf.Tensor) -> tf.Tensor:
+    """Returns the tensor that is handed on unchanged as this one."""
+    while tensor.op.type == "Identity":
+        tensor = tensor.op.inputs[0]
+    return tensor
+
+
+def axes(tensor: tf.Tensor, of_rank: int | None) -> list[int] | None:
+    """Returns the axes that a tensor names, counted from the front, `None` where they are not known."""
+    value = static(tensor)
+    if value is None:
+        return None
+    numbers = [int(number) for number in value.reshape(-1)]
+    if of_rank is None:
+        return None
+    return [number + of_rank if number < 0 else number for number in numbers]
+
+
+def entries(tensor: tf.Tensor, kind: Kind) -> Sequence[int | Multiple | None] | None:
+    """Returns what is known of each number of a scalar or list, `None` where not even their count is known."""
+    if isinstance(kind, Sizes):
+        return kind.entries
+    if not isinstance(kind, Fixed) or rank(tensor) not in (0, 1):
+        return None
+    value = static(tensor)
+    if value is not None and value.dtype.kind in "iu":
+        return [int(number) for number in value.reshape(-1)]
+    count = 1 if rank(tensor) == 0 else tensor.shape[0]
+    return None if count is None else [None] * count
