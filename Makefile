@@ -57,8 +57,9 @@ lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docker-check: $(INSTALLED)  ## Check what Docker and Kubernetes run; build and ask the images where buildah is
-	$(BIN)/python -m serving.check $(if $(PYTHON_IMAGE),--python_image '$(PYTHON_IMAGE)') \
+docker-check: $(INSTALLED)  ## Check what Docker and Kubernetes run; TF_SERVING_BINARY=/path/to/tensorflow_model_server asks it too
+	$(BIN)/python -m serving.check $(if $(TF_SERVING_BINARY),--tf_serving_binary '$(TF_SERVING_BINARY)') \
+		$(if $(PYTHON_IMAGE),--python_image '$(PYTHON_IMAGE)') \
 		$(if $(TF_SERVING_IMAGE),--tf_serving_image '$(TF_SERVING_IMAGE)')
 
 bench: $(INSTALLED)  ## Measure everything beside its peers (an hour); see benchmarks/RESULTS.md

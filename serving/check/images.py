@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -133,7 +132,7 @@ def require_buildah() -> str:
         Skipped: It is not here.
     """
     if shutil.which("buildah") is None:
-        raise Skipped("buildah is not here: apt-get install buildah debootstrap")
+        raise Skipped("needs buildah: apt-get install buildah debootstrap")
     return run("buildah", "--version").strip()
 
 
@@ -180,6 +179,8 @@ def make_stand_in(embedded: str) -> str:
     script = (
         "#!/bin/sh\n"
         "echo 'STAND-IN: this is the embedded server, not TensorFlow Serving' >&2\n"
+        'library=\'from importlib.metadata import version; print("TensorFlow Library:", version("tensorflow"))\'\n'
+        'if [ "$1" = --version ]; then exec /opt/venv/bin/python -c "$library"; fi\n'
         'cd /app && exec /opt/venv/bin/python -m keras_bn_serving --address=127.0.0.1 "$@"\n'
     )
     with container(embedded) as name, tempfile.TemporaryDirectory() as folder:
@@ -290,13 +291,3 @@ def run(*command: str) -> str:
     if done.returncode:
         raise CheckError(f"{' '.join(command[:2])} says: {(done.stderr or done.stdout).strip()[-2000:]}")
     return done.stdout
-
-
-def wait_until(condition: Any, seconds: float) -> bool:
-    """Whether a condition comes true in time."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.5)
-    return False

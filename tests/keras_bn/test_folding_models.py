@@ -131,7 +131,11 @@ def test_free_sizes_grow_until_the_model_takes_them():
 
 
 def test_free_sizes_grow_until_there_is_an_output_to_compare():
-    layers = [keras.layers.Conv1D(3, 1), keras.layers.BatchNormalization(), keras.layers.Cropping1D(500)]
+    layers = [
+        keras.layers.Conv1D(3, 1),
+        keras.layers.BatchNormalization(),
+        keras.layers.Lambda(lambda x: x[:, 500:-500]),
+    ]
     folded = keras_bn.fold(unsettled(keras.Sequential([keras.Input((None, 4)), *layers])))
     assert folded.report.absorbed == 1
     assert folded.report.absolute_error > 0

@@ -202,16 +202,18 @@ def test_a_shared_layer_gets_the_statistics_of_all_its_uses():
 
 @pytest.mark.parametrize("batch_size", [10, 3])
 def test_a_layer_used_twice_is_exact_in_one_batch_as_in_many(batch_size):
-    """Behind another normalization, so that what it sees depends on the order of measuring."""
+    """And so is the layer after one of the uses, which sees what is normalized with the statistics of both."""
     a, b = keras.Input((3,)), keras.Input((3,))
-    first, shared = keras.layers.BatchNormalization(), keras.layers.BatchNormalization()
-    model = keras.Model([a, b], [shared(keras.layers.ReLU()(first(a))), shared(b)])
+    shared, last = keras.layers.BatchNormalization(), keras.layers.BatchNormalization()
+    model = keras.Model([a, b], [last(shared(a)), shared(b)])
     rng = np.random.default_rng(0)
     x, y = rng.normal(0, 1, (10, 3)).astype("float32"), rng.normal(5, 2, (10, 3)).astype("float32")
     report = keras_bn.recalibrate(model, [x, y], batch_size=batch_size, verbose=0)
-    together = np.concatenate([np.maximum(first(x), 0), y])
+    together, seen = np.concatenate([x, y]), shared(x).numpy()
     np.testing.assert_allclose(shared.moving_mean, together.mean(0), rtol=1e-5)
     np.testing.assert_allclose(shared.moving_variance, together.var(0), rtol=1e-5)
+    np.testing.assert_allclose(last.moving_mean, seen.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(last.moving_variance, seen.var(0), rtol=1e-5)
     assert report.unsettled[shared.name] < 1e-9
     assert "no statistics are exact" not in str(report)
 

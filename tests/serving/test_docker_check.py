@@ -5,13 +5,13 @@ import shutil
 
 import pytest
 
-from serving.check import CheckError, Skipped, files
+from serving.check import CheckError, Skipped, files, kserve, kubernetes
 from tests.serving.servers import ROOT
 
 pytest.importorskip("kubernetes_validate", reason="needs the test extra")
 
 
-@pytest.mark.parametrize("check", files.CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("check", files.CHECKS + kubernetes.CHECKS, ids=lambda check: check.__name__)
 def test_the_files_pass(check):
     try:
         check()
@@ -25,7 +25,8 @@ def copy(tmp_path):
     shutil.copytree(
         ROOT / "serving", tmp_path / "serving", ignore=shutil.ignore_patterns("*.py", "__pycache__", "page")
     )
-    shutil.copy(ROOT / "Dockerfile", tmp_path)
+    for name in ("Dockerfile", ".dockerignore", "setup.cfg"):
+        shutil.copy(ROOT / name, tmp_path)
     return tmp_path
 
 
@@ -34,11 +35,34 @@ COMPOSE = "serving/compose.yaml"
 DASHBOARD = "serving/monitoring/grafana/dashboards/serving.json"
 DEPLOYMENT, AUTOSCALER = (f"serving/k8s/base/{name}.yaml" for name in ("deployment", "autoscaler"))
 KSERVE = "serving/k8s/kserve/inference-service.yaml"
+CONSTRAINTS = "serving/constraints/2.20.0.txt"
+GRPC, POD_MONITOR = (
+    "serving/k8s/components/grpc/kustomization.yaml",
+    "serving/k8s/components/pod-monitor/pod-monitor.yaml",
+)
 SPOILT = [
     (files.lint_dockerfile, "Dockerfile", "WORKDIR /src", "WORKDIR src", "DL3000"),
+    (files.check_build_context, ".dockerignore", "!keras_bn_cli.py\n", "", "['keras_bn_cli.py']"),
+    (
+        files.check_constraints,
+        CONSTRAINTS,
+        "tensorflow==2.20.0",
+        "tensorflow==2.21.0",
+        "2.20.0.txt has tensorflow==2.21.0",
+    ),
+    (files.check_constraints, CONSTRAINTS, "keras==3", "keras==2", "setup.cfg says keras>=3"),
+    (files.check_constraints, CONSTRAINTS, "uvloop==", "other==", "has uvloop==None"),
+    (files.check_constraints, "Dockerfile", "VERSION=2.20.0", "VERSION=2.18.0", "no serving/constraints/2.18.0.txt"),
+    (files.check_command_lines, "Dockerfile", "threads=64", "threads=8", "cannot fill batches of 64"),
     (files.check_command_lines, "Dockerfile", "enable_batching=true", "enable_batches=true", "Did you mean"),
     (files.check_command_lines, "Dockerfile", "/config/batching", "/config/b", "no serving/config/b.config"),
-    (files.check_command_lines, "Dockerfile", 'ENTRYPOINT ["/usr', 'ENTRYPOINT exec ["/usr', "1 ENTRYPOINTs in exec"),
+    (
+        files.check_command_lines,
+        "Dockerfile",
+        'ENTRYPOINT ["/usr',
+        'ENTRYPOINT exec ["/usr',
+        "has 0 ENTRYPOINTs in exec",
+    ),
     (files.check_text_protos, MODELS, "base_path", "base_paths", 'no field named "base_paths"'),
     (files.check_text_protos, BATCHING, "size { value: ", "size { value: -", "must be at least"),
     (files.check_text_protos, MONITORING, "enable: true", "enable: false", "prometheus.yml scrapes"),
@@ -47,15 +71,65 @@ SPOILT = [
 SPOILT_FOR_SLOW_TOOLS = [
     (files.check_compose, COMPOSE, "read_only: true", "readonly: true", "readonly"),
     (files.check_compose, COMPOSE, "./monitoring/grafana/dash", "./grafana/dash", "which is not there"),
-    (files.check_kubernetes, DEPLOYMENT, "readinessProbe:", "readyProbe:", "readyProbe"),
-    (files.check_kubernetes, AUTOSCALER, "autoscaling/v2", "autoscaling/v9", "Couldn't find schema"),
-    (files.check_kubernetes, KSERVE, "minReplicas", "leastReplicas", "leastReplicas"),
+    (files.check_compose, COMPOSE, 'BASIC_ENABLED: "false"', 'BASIC_ENABLED: "true"', "takes admin/admin"),
+    (files.check_compose, COMPOSE, "cpus: ${CPUS:-2}", "cpus: ${CPUS:-4}", "batching.config's num_batch_threads"),
+    (files.check_compose, COMPOSE, '"127.0.0.1:${GRPC', '"${GRPC', "must begin with 127.0.0.1"),
+    (kubernetes.check_kubernetes, DEPLOYMENT, "readinessProbe:", "readyProbe:", "readyProbe"),
+    (kubernetes.check_kubernetes, AUTOSCALER, "autoscaling/v2", "autoscaling/v9", "Couldn't find schema"),
+    (kubernetes.check_kubernetes, KSERVE, "minReplicas", "leastReplicas", "leastReplicas"),
+    (kubernetes.check_kubernetes, POD_MONITOR, "port: rest, path", "port: rest, paths", "{'paths'}"),
+]
+SPOILT_RULES = [
+    (
+        kubernetes.check_kserve,
+        KSERVE,
+        "deploymentMode: Raw",
+        "mode: Raw",
+        "scaleMetric must be one of concurrency, rps",
+    ),
+    (kubernetes.check_kserve, KSERVE, "Mode: RawDeployment", "Mode: Standard", "before 0.16"),
+    (kubernetes.check_kserve, KSERVE, "autoscalerClass: hpa", "autoscalerClass: kpa", "Received: kpa"),
+    (kubernetes.check_kserve, KSERVE, "scaleMetric: cpu", "scaleMetric: rps", "scaleMetric must be one of cpu, memory"),
+    (kubernetes.check_kserve, KSERVE, "scaleTarget: 70", "scaleTarget: 700", "from 1 to 100 percent"),
+    (kubernetes.check_kserve, KSERVE, "maxReplicas: 10", "maxReplicas: 1", "minReplicas must be from 0 to maxReplicas"),
+    (kubernetes.check_kserve, KSERVE, "name: kserve-container", "name: server", "must be called kserve-container"),
+    (kubernetes.check_pods, DEPLOYMENT, "\n  selector:", "\n  replicas: 2\n  selector:", "fights the autoscaler"),
+    (kubernetes.check_pods, DEPLOYMENT, '[sleep, "40"]', '[sleep, "10"]', "and the 30 s that one may take"),
+    (kubernetes.check_pods, DEPLOYMENT, "PeriodSeconds: 50", "PeriodSeconds: 40", "must be more than preStop's 40 s"),
+    (kubernetes.check_pods, DEPLOYMENT, "--port=0", "--port=8500", "model management with it, must be off"),
+    (kubernetes.check_pods, DEPLOYMENT, 'limits: { cpu: "2"', 'limits: { cpu: "4"', "num_batch_threads 2"),
+    (
+        kubernetes.check_pods,
+        DEPLOYMENT,
+        "inter_op_parallelism=$(CPU_LIMIT)",
+        "inter_op_parallelism=8",
+        "must be CPU_LIMIT",
+    ),
+    (kubernetes.check_pods, DEPLOYMENT, "resource: limits.cpu", "resource: limits.memory", "must be CPU_LIMIT"),
+    (kubernetes.check_pods, DEPLOYMENT, "timeoutSeconds: 5", "timeoutSeconds: 4", "ends by itself"),
+    (
+        kubernetes.check_pods,
+        DEPLOYMENT,
+        "path: /monitoring/prometheus/metrics, port",
+        "path: /v1, port",
+        "livenessProbe must",
+    ),
+    (kubernetes.check_pods, KSERVE, "shareProcessNamespace: true", "shareProcessNamespace: false", "SIGTERM"),
+    (kubernetes.check_pods, KSERVE, "port: http1 }", "port: rest }", "which the container does not have"),
+]
+RENDERED = [
+    ("serving/k8s/base/service.yaml", "selector: { app", "selector: { other", "Service selects {'other"),
+    ("serving/k8s/base/network-policy.yaml", "port: rest", "port: http", "NetworkPolicy names the port 'http'"),
+    (POD_MONITOR, "port: rest", "port: http", "PodMonitor names the port 'http'"),
+    (GRPC, "--port=8500", "--port=8600", "--port=8600"),
+    (GRPC, "from:", "to:", "Additional properties are not allowed"),
+    (GRPC, "- podSelector: { matchLabels: { fashion-cnn-grpc: client } }", "[]", "lets everybody reach gRPC"),
 ]
 
 
 @pytest.mark.parametrize(
     ("check", "name", "right", "wrong", "message"),
-    SPOILT + [pytest.param(*one, marks=pytest.mark.slow) for one in SPOILT_FOR_SLOW_TOOLS],
+    SPOILT + SPOILT_RULES + [pytest.param(*one, marks=pytest.mark.slow) for one in SPOILT_FOR_SLOW_TOOLS],
     ids=lambda value: getattr(value, "__name__", None),
 )
 def test_a_mistake_in_a_file_is_found(copy, check, name, right, wrong, message):
@@ -70,21 +144,30 @@ def test_a_mistake_in_a_file_is_found(copy, check, name, right, wrong, message):
 
 
 @pytest.mark.skipif(not shutil.which("kubectl") and not shutil.which("kustomize"), reason="neither is here")
-def test_a_service_that_selects_no_pod_is_found(copy):
-    path = copy / "serving/k8s/base/service.yaml"
-    path.write_text(path.read_text().replace("selector: { app", "selector: { other"))
-    with pytest.raises(CheckError, match=r"base: Service selects \{'other"):
-        files.check_kustomize(copy)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "right", "wrong", "message"), RENDERED)
+def test_what_does_not_fit_together_once_rendered_is_found(copy, name, right, wrong, message):
+    path = copy / name
+    assert right in path.read_text()
+    path.write_text(path.read_text().replace(right, wrong))
+    with pytest.raises(CheckError, match=re.escape(message)):
+        kubernetes.check_kustomize(copy)
 
 
-def test_all_probes_of_kubernetes_and_the_images_run_the_health_check():
+def test_what_knative_refuses_by_default_is_named():
+    service = files.read_yaml(ROOT / KSERVE)
+    del service["metadata"]["annotations"][kserve.MODE]
+    refused = " ".join(kserve.problems(service))
+    for field in (
+        "shareProcessNamespace",
+        "terminationGracePeriodSeconds",
+        "securityContext",
+        "lifecycle",
+        "CPU_LIMIT",
+    ):
+        assert field in refused
+
+
+def test_the_health_check_of_both_images_is_the_same():
     dockerfile = (ROOT / "Dockerfile").read_text()
     assert dockerfile.count("HEALTHCHECK") == dockerfile.count('CMD ["model-available", "fashion_cnn"]') == 2
-    deployment = files._yaml(ROOT / "serving/k8s/base/deployment.yaml")
-    (container,) = deployment["spec"]["template"]["spec"]["containers"]
-    for name in ("startupProbe", "readinessProbe", "livenessProbe"):
-        _, model, *rest = container[name]["exec"]["command"]
-        own_limit = float(rest[1]) if rest else 3
-        assert model == "fashion_cnn"
-        # It has to end by itself before it is ended, also with `timeout`'s second of grace.
-        assert own_limit + 1 < container[name]["timeoutSeconds"]
