@@ -1,9 +1,9 @@
-"""What setup.cfg cannot say: packages in two folders, and the compiled operations, without which it works too."""
+"""What setup.cfg cannot say: the compiled operations, which an installation without a C++ compiler goes without."""
 
 import sys
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 
@@ -19,10 +19,6 @@ class BuildOrGoWithout(build_ext):
 
 
 setup(
-    packages=[
-        *find_packages(include=["keras_bn", "keras_bn.*"]),
-        *find_packages("serving", include=["keras_bn_serving", "keras_bn_serving.*"]),
-    ],
     cmdclass={"build_ext": BuildOrGoWithout},
     ext_modules=[
         Extension(
