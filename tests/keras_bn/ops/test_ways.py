@@ -126,7 +126,7 @@ def test_every_layout_is_normalized_right(kernel, dtype, axis, shape):
     _assert_normalized_right(kernel, dtype, axis, shape)
 
 
-@pytest.mark.parametrize("shape", [(None, 5, 4, 3), (7, 3), (None, 3, 4, 2, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(None, 5, 4, 3), (9, 3), (None, 3, 4, 2, 5)], ids=str)
 @pytest.mark.parametrize("axis", [1, -1])
 def test_layout_of_a_gpu_is_normalized_right(axis, shape, monkeypatch):
     monkeypatch.setattr(where, "on_cpu", lambda: False)
