@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.serving import saved_models
+from tests.serving import odd_models, saved_models
 from tests.serving.servers import RunningServer, running_server
 
 CONFIG = """
@@ -19,13 +19,15 @@ model_config_list {{
   {others}
 }}
 """
-OTHERS = ("multi", "strings", "types", "scalar", "matrix", "image", "totals", "faulty", "examples")
+OTHERS = ("multi", "strings", "types", "scalar", "matrix", "image", "totals", "faulty", "examples", *odd_models.NAMES)
 
 
 @pytest.fixture(scope="session")
 def models_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The models of the recorded answers, one folder each."""
-    return saved_models.build_all(tmp_path_factory.mktemp("models"))
+    folder = saved_models.build_all(tmp_path_factory.mktemp("models"))
+    odd_models.build_all(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

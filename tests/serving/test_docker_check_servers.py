@@ -114,6 +114,15 @@ def test_of_an_error_everything_counts_but_the_nodes_that_it_names(theirs, alike
     assert (different == []) == alike
 
 
+@pytest.mark.parametrize(("received", "alike"), [("[2,28]", True), ("[2,29]", False)])
+def test_a_refused_shape_is_compared_by_the_shapes_and_not_by_the_words(received, alike):
+    ours = Answer(400, {"error": "Input `x` must have the shape [?,28,1]. Received: shape [2,28]."})
+    theirs = Answer(
+        400, {"error": f"Shape of tensor x_0 {received} is not compatible with expected shape [?,28,1].\n\t [[n]]"}
+    )
+    assert (list(questions.differences([Asked("q", ours)], [Asked("q", theirs)])) == []) == alike
+
+
 def test_a_report_counts_and_says_what_a_skipped_step_needs(capsys):
     report = command._Report()
     report.step("works", lambda: "found")

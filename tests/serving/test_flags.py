@@ -70,8 +70,10 @@ def full_server(base: Path, certificate: tuple[Path, Path], tmp_path_factory: py
         yield running
 
 
-def get(server: RunningServer, path: str, method: str = "GET") -> tuple[int, dict[str, str], bytes]:
-    request = urllib.request.Request(server.url + path, method=method)
+def get(
+    server: RunningServer, path: str, method: str = "GET", headers: dict[str, str] | None = None
+) -> tuple[int, dict[str, str], bytes]:
+    request = urllib.request.Request(server.url + path, method=method, headers=headers or {})
     try:
         with urllib.request.urlopen(request, timeout=60) as response:
             return response.status, dict(response.headers), response.read()
@@ -84,20 +86,25 @@ def test_metrics_carry_tensorflow_servings_names(full_server: RunningServer):
         client.predict("m", [1.0])
         with pytest.raises(ServingError):
             client.predict("m", ["a"])
+        with pytest.raises(ServingError):
+            client.status("nobody")
     status, headers, body = get(full_server, METRICS)
     text = body.decode()
     assert (status, headers["Content-Type"]) == (200, "text/plain")
     assert ':tensorflow:serving:request_count{model_name="m",status="OK"}' in text
     assert ':tensorflow:serving:request_count{model_name="m",status="INVALID_ARGUMENT"} 1.0' in text
-    bucket = ':tensorflow:serving:request_latency_bucket{API="Predict",entrypoint="REST",le="10.0",model_name="m"}'
+    bucket = ':tensorflow:serving:request_latency_bucket{API="predict",entrypoint="REST",le="10.0",model_name="m"}'
     assert bucket in text
-    assert text.count(":tensorflow:serving:request_latency_bucket") == 34
+    # Each of two series, `predict` and the looks before it, which have no name.
+    assert text.count(":tensorflow:serving:request_latency_bucket") == 2 * 34
+    assert ':tensorflow:serving:request_count{model_name="nobody",status="NOT_FOUND"} 1.0' in text
     assert "# TYPE :tensorflow:serving:request_count counter" in text
 
 
 def test_pages_of_other_origins_may_ask_only_where_that_is_on(full_server: RunningServer, server: RunningServer):
-    status, headers, _ = get(full_server, "/v1/models/m", "OPTIONS")
+    status, headers, _ = get(full_server, "/v1/models/m", "OPTIONS", {"Origin": "http://a.example"})
     assert (status, headers["Access-Control-Allow-Origin"]) == (200, "*")
+    assert get(full_server, "/v1/models/m", "OPTIONS")[0] == 400
     assert get(full_server, "/v1/models/m")[1]["Access-Control-Allow-Origin"] == "*"
     assert "Access-Control-Allow-Origin" not in get(server, "/v1/models/multi")[1]
 
@@ -177,10 +184,12 @@ def test_multi_inference_answers_several_signatures_at_once(channel: grpc.Channe
 def test_a_reloaded_configuration_takes_the_place_of_the_old_one(models_folder: Path):
     with running_server("--model_name=one", f"--model_base_path={models_folder / 'multi'}") as server:
         request = model_management_pb2.ReloadConfigRequest()
-        one = request.config.model_config_list.config.add(name="two", base_path=str(models_folder / "half_plus_two"))
+        one = request.config.model_config_list.config.add(
+            name="two", base_path=str(models_folder / "half_plus_two"), model_platform="tensorflow"
+        )
         with grpc.insecure_channel(server.grpc_target) as channel, Client(server.url) as client:
             stub = model_service_pb2_grpc.ModelServiceStub(channel)
-            stub.HandleReloadConfigRequest(request, timeout=60)
+            assert stub.HandleReloadConfigRequest(request, timeout=60).HasField("status")
             assert client.predict("two", [2.0]).tolist() == [4.0]
             with pytest.raises(ServingError, match=r"Servable not found for request: Latest\(one\)"):
                 client.predict("one", [2.0])

@@ -112,7 +112,8 @@ def test_a_removed_version_is_unloaded_and_a_mended_one_is_loaded(versions: Path
         publish(versions, tmp_path, number)
     config = tmp_path / "models.config"
     config.write_text(
-        f'model_config_list {{ config {{ name: "m" base_path: "{tmp_path}" model_version_policy {{ all {{}} }} }} }}'
+        f'model_config_list {{ config {{ name: "m" base_path: "{tmp_path}" model_platform: "tensorflow" '
+        "model_version_policy { all {} } } }"
     )
     with running_server(f"--model_config_file={config}", POLL) as server, Client(server.url) as client:
         assert client.predict("m", [0.0], version=1).tolist() == [1.0]
@@ -132,7 +133,7 @@ def test_a_version_policy_names_the_versions_and_a_config_file_is_followed(versi
         publish(versions, tmp_path, number)
     config = tmp_path / "models.config"
     text = (
-        'model_config_list {{ config {{ name: "m" base_path: "{}" '
+        'model_config_list {{ config {{ name: "m" base_path: "{}" model_platform: "tensorflow" '
         "model_version_policy {{ specific {{ versions: 1 versions: 2 }} }} "
         'version_labels {{ key: "live" value: {} }} }} }}'
     )
@@ -153,7 +154,8 @@ def test_a_label_for_a_version_that_is_not_loaded_is_refused_at_the_start(versio
     publish(versions, tmp_path, 1)
     config = tmp_path / "models.config"
     config.write_text(
-        f'model_config_list {{ config {{ name: "m" base_path: "{tmp_path}" version_labels {{ key: "l" value: 9 }} }} }}'
+        f'model_config_list {{ config {{ name: "m" base_path: "{tmp_path}" model_platform: "tensorflow" '
+        'version_labels { key: "l" value: 9 } } }'
     )
     result = run_to_the_end(f"--model_config_file={config}", "--rest_api_port=0")
     assert result.returncode == 1

@@ -119,7 +119,10 @@ def more_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def more_server(more_models: Path) -> Iterator[RunningServer]:
     path = more_models / "models.config"
-    configs = "\n".join(f'config {{ name: "{n}" base_path: "{more_models / n}" }}' for n in ("fashion_cnn", "open"))
+    configs = "\n".join(
+        f'config {{ name: "{n}" base_path: "{more_models / n}" model_platform: "tensorflow" }}'
+        for n in ("fashion_cnn", "open")
+    )
     path.write_text(f"model_config_list {{ {configs} }}")
     with running_server(f"--model_config_file={path}") as running:
         yield running

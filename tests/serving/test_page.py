@@ -54,7 +54,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
         saved_models.export(base / str(version), signatures)
     config = base / "models.config"
     config.write_text(
-        f'model_config_list {{ config {{ name: "pictures" base_path: "{base}" model_version_policy {{ all {{}} }} '
+        f'model_config_list {{ config {{ name: "pictures" base_path: "{base}" model_platform: "tensorflow" '
+        "model_version_policy { all {} } "
         'version_labels { key: "stable" value: 1 } } }'
     )
     labels = "--allow_version_labels_for_unavailable_models"

@@ -12,6 +12,9 @@ from keras_bn_serving.errors import InvalidArgumentError
 
 _INDENT = "    "
 _FULL_PRECISION = {np.dtype(np.float32): "%.9g", np.dtype(np.float64): "%.17g"}
+# Not uint16, which TensorFlow Serving does not write.
+_INTEGERS = set(map(np.dtype, ("int8", "int16", "int32", "int64", "uint8", "uint32", "uint64")))
+_TYPE_NAMES = {"float16": "half"}
 _BYTES_SUFFIX = "_bytes"
 
 
@@ -127,12 +130,10 @@ def _groups(items: list[str], shape: tuple[int, ...], axis: int) -> list[list[st
 
 def _values(name: str, array: np.ndarray, indent: str) -> list[str]:
     flat = array.ravel()
-    if flat.dtype == np.float16:
-        flat = flat.astype(np.float32)
     kind = flat.dtype.kind
     if flat.dtype in _FULL_PRECISION:
         return _decimals(flat)
-    if kind in "iu":
+    if flat.dtype in _INTEGERS:
         return list(map(str, flat.tolist()))
     if kind == "b":
         return ["true" if value else "false" for value in flat.tolist()]
@@ -141,7 +142,10 @@ def _values(name: str, array: np.ndarray, indent: str) -> list[str]:
         return [f'{inner}{base64.b64encode(value).decode()}"\n{indent}}}' for value in flat.tolist()]
     if kind == "O":
         return [_text(value) for value in flat.tolist()]
-    raise InvalidArgumentError(f"Failed to write JSON value for tensor type: {flat.dtype}")
+    if not flat.size:
+        return []
+    type_name = _TYPE_NAMES.get(flat.dtype.name, flat.dtype.name)
+    raise InvalidArgumentError(f"Failed to write JSON value for tensor type: {type_name}")
 
 
 def _decimals(flat: np.ndarray) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import rapidjson
 
+from keras_bn_serving.codec import grisu
 from keras_bn_serving.errors import InvalidArgumentError
 
 MAX_NESTING = 100
@@ -21,7 +22,7 @@ _TRAILING_TEXT = "The document root must not be followed by other values."
 # TensorFlow Serving parses iteratively and does not look at encodings, which changes two of the messages.
 _NO_DOCUMENT = re.compile(rb"[ \t\r\n]*(?=[\]},:])")
 _OTHER_MESSAGES = {"Invalid encoding in string.": "Invalid escape character in string."}
-_DUMP_BYTES = 257
+_DUMP_BYTES = 256
 _SMALLEST_DOUBLE = sys.float_info.min
 # Bytes that are no UTF-8 pass through the parser as the last code points of plane 16, which nobody assigns.
 _HIDDEN = {0xDC00 + byte: 0x10FF00 + byte for byte in range(0x80, 0x100)}
@@ -61,7 +62,8 @@ def parse(body: bytes) -> Any:
     if not body:
         raise InvalidArgumentError("JSON Parse error: The document is empty")
     _check_nesting(body)
-    mark = len(codecs.BOM_UTF8) if body.startswith(codecs.BOM_UTF8) else 0
+    # RapidJSON passes over the first bytes of a mark even where the rest of it is missing.
+    mark = next(size for size in (3, 2, 1, 0) if body.startswith(codecs.BOM_UTF8[:size]))
     text = body[mark:]
     try:
         text.decode()
@@ -72,17 +74,15 @@ def parse(body: bytes) -> Any:
 
 
 def dump(value: Any) -> str:
-    """Writes a value for an error message: pretty, arrays on one line, cut once it is past 256 bytes."""
+    """Writes a value for an error message: pretty, arrays on one line, nothing more once it is 256 bytes long."""
     pieces: list[str] = []
     size = 0
-    for piece in _pieces(value, 0):
-        if piece is None:
+    for piece in _pieces(value, "", 0):
+        if size >= _DUMP_BYTES or piece is None:
             break
         pieces.append(piece)
         size += len(piece.encode(errors="surrogateescape"))
-        if size >= _DUMP_BYTES:
-            break
-    return "".join(pieces).encode(errors="surrogateescape")[:_DUMP_BYTES].decode(errors="surrogateescape")
+    return "".join(pieces)
 
 
 def escape(text: str) -> str:
@@ -91,8 +91,8 @@ def escape(text: str) -> str:
 
 
 def flush(number: float) -> float:
-    """Returns 0.0 for a subnormal number: TensorFlow Serving's threads compute with subnormals flushed to zero."""
-    return 0.0 if -_SMALLEST_DOUBLE < number < _SMALLEST_DOUBLE else number
+    """Returns a zero for a subnormal number: TensorFlow Serving's threads compute with subnormals flushed to zero."""
+    return math.copysign(0.0, number) if -_SMALLEST_DOUBLE < number < _SMALLEST_DOUBLE else number
 
 
 def _check_nesting(body: bytes) -> None:
@@ -135,44 +135,44 @@ def _shown(value: Any) -> Any:
     return value
 
 
-def _pieces(value: Any, level: int) -> Iterator[str | None]:
-    """Yields the text of `value` piece by piece; `None` where RapidJSON's writer gives up."""
+def _pieces(value: Any, before: str, level: int) -> Iterator[str | None]:
+    """Yields what RapidJSON's writer writes at a time, with what stands before it; `None` where it gives up."""
     if isinstance(value, JsonObject):
-        yield "{"
+        yield before + "{"
         for position, (name, member) in enumerate(value):
-            yield "," if position else ""
-            yield "\n" + "    " * (level + 1) + escape(name) + ": "
-            yield from _pieces(member, level + 1)
+            comma = "," if position else ""
+            yield f"{comma}\n{'    ' * (level + 1)}{escape(name)}"
+            yield from _pieces(member, ": ", level + 1)
         yield "\n" + "    " * level + "}" if value else "}"
     elif isinstance(value, list):
-        yield "["
+        yield before + "["
         for position, item in enumerate(value):
-            yield ", " if position else ""
-            yield from _pieces(item, level + 1)
+            yield from _pieces(item, ", " if position else "", level + 1)
         yield "]"
-    elif isinstance(value, str):
-        yield escape(value)
-    elif isinstance(value, float):
-        yield _number(flush(value)) if math.isfinite(value) else None
-    elif isinstance(value, bool):
-        yield "true" if value else "false"
-    elif value is None:
-        yield "null"
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield before
+        yield None
     else:
-        yield str(value)
+        yield before + _scalar(value)
+
+
+def _scalar(value: Any) -> str:
+    if isinstance(value, str):
+        return escape(value)
+    if isinstance(value, float):
+        return _number(flush(value))
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return "null" if value is None else str(value)
 
 
 def _number(number: float) -> str:
-    """Writes a double as RapidJSON does: shortest digits, plain from 1e-6 up to 1e21, an exponent without a plus."""
-    mantissa, _, exponent = repr(number).partition("e")
-    sign = "-" if mantissa.startswith("-") else ""
-    whole, _, fraction = mantissa.lstrip("-").partition(".")
-    fraction = "" if fraction == "0" else fraction
-    digits = (whole + fraction).lstrip("0")
-    point = len(whole) + int(exponent or 0) - (len(whole + fraction) - len(digits))
-    digits = digits.rstrip("0") or "0"
-    if digits == "0":
+    """Writes a double as RapidJSON does: plain from 1e-6 up to 1e21, an exponent without a plus."""
+    sign = "-" if math.copysign(1.0, number) < 0 else ""
+    if number == 0.0:
         return sign + "0.0"
+    digits, exponent = grisu.digits(abs(number))
+    point = len(digits) + exponent
     if len(digits) <= point <= 21:
         return f"{sign}{digits.ljust(point, '0')}.0"
     if 0 < point <= 21:

@@ -7,7 +7,14 @@ from tensorflow_serving.apis import input_pb2
 
 from keras_bn_serving.codec import document as json_document
 from keras_bn_serving.codec.document import JsonObject
-from keras_bn_serving.codec.tensor import decode_base64, decode_object, decode_signature_name, is_base64, type_name
+from keras_bn_serving.codec.tensor import (
+    c_string,
+    decode_base64,
+    decode_object,
+    decode_signature_name,
+    is_base64,
+    type_name,
+)
 from keras_bn_serving.errors import InvalidArgumentError
 
 _KINDS = {"bytes_list": "bytes", "float_list": "float", "int64_list": "int64"}
@@ -45,12 +52,15 @@ def decode_examples(body: bytes) -> tuple[str, input_pb2.Input]:
 def _fill_example(value: Any, example: example_pb2.Example) -> None:
     if not isinstance(value, JsonObject):
         raise InvalidArgumentError(f"Example must be JSON object but got JSON {type_name(value)}")
-    for name, content in value:
+    for key, content in value:
+        name = c_string(key)
         feature = feature_pb2.Feature()
         is_list = isinstance(content, list) and not isinstance(content, JsonObject)
         for item in content if is_list else [content]:
             _add_value(item, name, feature)
-        example.features.feature[_proto_text(name)].CopyFrom(feature)
+        if _is_unicode(name):
+            # A name that is none is that of no model's feature: TensorFlow would read past it.
+            example.features.feature[name].CopyFrom(feature)
 
 
 def _add_value(value: Any, name: str, feature: feature_pb2.Feature) -> None:
@@ -64,21 +74,21 @@ def _add_value(value: Any, name: str, feature: feature_pb2.Feature) -> None:
     elif isinstance(value, float):
         kind = "float_list"
     else:
-        kind = "int64_list"
+        kind, converted = "int64_list", int(value)
         if value not in _INT64:
-            raise InvalidArgumentError(f"Feature: {name} has uint64 element. Only int64 is supported.")
+            raise InvalidArgumentError(f"Feature: {name} has uint64_t element. Only int64_t is supported.")
     if feature.WhichOneof("kind") not in (None, kind):
         held = _KINDS[feature.WhichOneof("kind")]
         raise InvalidArgumentError(f"Unexpected element type in feature: {name} expecting type: {held}")
     getattr(feature, kind).value.append(converted)
 
 
-def _proto_text(name: str) -> str:
+def _is_unicode(name: str) -> bool:
     try:
         name.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidArgumentError(f"Feature: {name} has a name that is not UTF-8.") from error
-    return name
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _malformed(value: Any, problem: str) -> InvalidArgumentError:

@@ -40,7 +40,6 @@ _NUMBERS_AND_SPACE = b"0123456789+-.eE \t\r\n"
 # A tail of any length made of spaces would cost quadratic time.
 _LONGEST_TAIL = 1000
 _LARGEST_KNOWN_BYTES = 256 * 1024
-_SMALLEST_FLOAT = np.finfo(np.float32).tiny
 _parsers = threading.local()
 
 
@@ -149,6 +148,12 @@ _known_shape = functools.lru_cache(maxsize=16)(_regular_shape)
 def to_float32(doubles: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore", under="ignore"):
         floats = doubles.astype(np.float32)
-    # Serving threads of TensorFlow flush subnormal numbers to zero, in the conversion as everywhere.
-    np.copyto(floats, 0.0, where=np.abs(floats) < _SMALLEST_FLOAT)
+    flush(floats)
     return floats
+
+
+def flush(numbers: np.ndarray) -> None:
+    """Makes subnormal numbers zeros of their sign, in place, as TensorFlow's threads do in whatever they compute."""
+    subnormal = np.abs(numbers) < np.finfo(numbers.dtype).tiny
+    if subnormal.any():
+        np.copyto(numbers, np.copysign(0.0, numbers), where=subnormal, casting="same_kind")

@@ -10,14 +10,15 @@ import numpy as np
 
 from keras_bn_serving.codec import document as json_document
 from keras_bn_serving.codec.document import JsonObject
-from keras_bn_serving.codec.numbers import FLOATS, INTEGERS, MAX_RANK, plain_numbers, to_float32
+from keras_bn_serving.codec.numbers import FLOATS, INTEGERS, MAX_RANK, flush, plain_numbers, to_float32
+from keras_bn_serving.codec.tensor_proto import element_type
 from keras_bn_serving.codec.tensor_spec import TensorSpec
 from keras_bn_serving.errors import InvalidArgumentError, ServingError, UnimplementedError
 
 Inputs = Mapping[str, TensorSpec]
 
 
-_BASE64 = re.compile(r"[A-Za-z0-9+/]*(={0,2})")
+_BASE64 = re.compile(r"[A-Za-z0-9+/]*([=.]{0,2})")
 
 
 class PredictInput(NamedTuple):
@@ -87,10 +88,10 @@ def decode_signature_name(document: JsonObject) -> str:
 
 
 def decode_base64(value: JsonObject) -> bytes:
-    """Decodes `{"b64": "..."}`: the standard alphabet, white space skipped, padding right or left out."""
+    """Decodes `{"b64": "..."}`: the standard alphabet, white space skipped, padding (= or .) right or left out."""
     text = re.sub(r"[ \t\r\n\v\f]", "", value[0][1])
     found = _BASE64.fullmatch(text)
-    payload = text.rstrip("=")
+    payload = text.rstrip("=.")
     missing = -len(payload) % 4
     if found is None or missing == 3 or (found[1] and len(found[1]) != missing):
         raise InvalidArgumentError("Unable to base64 decode")
@@ -100,6 +101,11 @@ def decode_base64(value: JsonObject) -> bytes:
 def is_base64(value: Any) -> bool:
     """Tells whether a value is exactly `{"b64": "..."}`."""
     return isinstance(value, JsonObject) and len(value) == 1 and value[0][0] == "b64" and isinstance(value[0][1], str)
+
+
+def c_string(name: str) -> str:
+    """Returns what TensorFlow Serving makes of a name: it ends where a zero character stands."""
+    return name.partition("\0")[0]
 
 
 def type_name(value: Any) -> str:
@@ -127,7 +133,7 @@ def _from_rows(rows: list[Any], specs: Inputs) -> dict[str, np.ndarray]:
         if _is_named(row) != named:
             expected, got = ("object", "list") if named else ("value/list", "object")
             raise InvalidArgumentError(f"Expecting {expected} but got {got} at item {position} of input list")
-        members = row if named else [(next(iter(specs)), row)]
+        members = [(c_string(name), value) for name, value in row] if named else [(next(iter(specs)), row)]
         for name, value in members:
             try:
                 if name not in specs:
@@ -138,7 +144,7 @@ def _from_rows(rows: list[Any], specs: Inputs) -> dict[str, np.ndarray]:
                 raise InvalidArgumentError(
                     f"Failed to process element: {position}{key} of 'instances' list. Error: {error}"
                 ) from error
-        if named and {name for name, _ in row} != specs.keys():
+        if named and {name for name, _ in members} != specs.keys():
             raise InvalidArgumentError(
                 f"Failed to process element: {position} of 'instances' list. JSON object: {json_document.dump(row)} "
                 f"keys must be equal to: {','.join(sorted(specs))}"
@@ -193,7 +199,7 @@ class _Column:
         values = self.values[: math.prod(shape)]
         if self.dtype in FLOATS:
             doubles = np.array(values, np.float64)
-            doubles[np.abs(doubles) < np.finfo(np.float64).tiny] = 0.0
+            flush(doubles)
             return (to_float32(doubles) if self.dtype == "float" else doubles).reshape(shape)
         if self.dtype in INTEGERS:
             wide = np.uint64 if self.dtype == "uint64" else np.int64
@@ -202,9 +208,8 @@ class _Column:
             array = np.empty(len(values), object)
             array[:] = values
             return array.reshape(shape)
-        if self.dtype in ("bool", "half"):
-            return np.array(values, np.bool_ if self.dtype == "bool" else np.float16).reshape(shape)
-        raise UnimplementedError(f"Conversion of an empty JSON list to type: {self.dtype}")
+        # Of a type that cannot be read there is no value, and an array without values can be made.
+        return np.array(values, element_type(self.dtype)).reshape(shape)
 
     def _fill(self, value: Any, level: int, shape: tuple[int, ...]) -> None:
         if not isinstance(value, list) or isinstance(value, JsonObject):

@@ -13,7 +13,7 @@ from keras_bn_serving.errors import InvalidArgumentError, NotFoundError
 
 _Message = TypeVar("_Message", bound=Message)
 _METRICS_PATH = "/monitoring/prometheus/metrics"
-_PLATFORMS = ("", "tensorflow")
+_PLATFORM = "tensorflow"
 
 
 def read_model_configs(path: str) -> list[ModelConfig]:
@@ -32,10 +32,7 @@ def model_configs(message: model_server_config_pb2.ModelServerConfig, source: st
         raise InvalidArgumentError(f"{source}: `model_config_list` is required. Received: none.")
     configs = []
     for one in message.model_config_list.config:
-        if one.model_platform not in _PLATFORMS:
-            raise InvalidArgumentError(
-                f"{source}: `model_platform` must be 'tensorflow'. Received: {one.model_platform!r}."
-            )
+        _check_platform(one)
         choice = one.model_version_policy
         kind = choice.WhichOneof("policy_choice")
         policy = VersionPolicy(
@@ -45,6 +42,26 @@ def model_configs(message: model_server_config_pb2.ModelServerConfig, source: st
         )
         configs.append(ModelConfig(one.name, one.base_path, policy, dict(one.version_labels)))
     return configs
+
+
+def _check_platform(config: model_server_config_pb2.ModelConfig) -> None:
+    platform = config.model_platform
+    if config.model_type != model_server_config_pb2.MODEL_TYPE_UNSPECIFIED:
+        if platform:
+            raise InvalidArgumentError(
+                "Illegal setting both ModelServerConfig::model_type (deprecated) and "
+                f"ModelServerConfig::model_platform, model name is {config.name}"
+            )
+        if config.model_type != model_server_config_pb2.TENSORFLOW:
+            raise InvalidArgumentError(f"ModelServerConfig::model_type choice {config.model_type} not supported.")
+        platform = _PLATFORM
+    if not platform:
+        raise InvalidArgumentError(
+            "Illegal setting neither ModelServerConfig::model_type (deprecated) nor "
+            f"ModelServerConfig::model_platform, model name is {config.name}"
+        )
+    if platform != _PLATFORM:
+        raise InvalidArgumentError(f"Model {config.name} requests unsupported platform {platform}")
 
 
 def read_metrics_path(path: str) -> str:

@@ -12,9 +12,13 @@ from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
+from keras_bn_serving.errors import Code
+
 CONTENT_TYPE = "text/plain"
 _PREFIX = ":tensorflow:serving:"
 _MICROSECONDS = 1e6
+# Every name that is asked for makes a series of its own; strangers' names may not fill the memory.
+_MOST_SERIES = 10_000
 # 33 buckets of microseconds: from 10 on, each 1.8 times the one before.
 _BUCKETS = [10 * 1.8**power for power in range(33)]
 
@@ -82,9 +86,10 @@ class Metrics:
         )
 
     def request(self, model_name: str, api: str, entrypoint: str, status: str, seconds: float) -> None:
-        """Counts a request that has been answered."""
+        """Counts a request that has been answered; times it where that went well."""
         self._counter(model_name, status).inc()
-        self._latency.observe(seconds * _MICROSECONDS, model_name, api, entrypoint)
+        if status == Code.OK.name:
+            self._latency.observe(seconds * _MICROSECONDS, model_name, api, entrypoint)
 
     def ran(self, name: str, rows: int, waited_seconds: float, seconds: float) -> None:
         """Counts a run of a model: `name` is the model's, `rows` those of one request."""
@@ -105,5 +110,7 @@ class Metrics:
     def _counter(self, *labels: str) -> Any:
         # The library's own look-up takes a lock and makes strings of strings.
         if labels not in self._known:
+            if len(self._known) >= _MOST_SERIES:
+                labels = ("", *labels[1:])
             self._known[labels] = self._requests.labels(*labels)
         return self._known[labels]

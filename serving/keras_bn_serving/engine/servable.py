@@ -160,6 +160,9 @@ class Servable:
             values = run(*(inputs[name] for name in sorted(signature.inputs)))  # type: ignore[operator]
         except tf.errors.OpError as error:
             raise ServingError(error.message, Code(error.error_code)) from error
+        except UnicodeDecodeError as error:
+            # TensorFlow's message quotes bytes of the request, which Python cannot read.
+            raise InvalidArgumentError(error.object.decode(errors="surrogateescape")) from error
         # A string scalar comes as bytes, and NumPy would drop the zero bytes at its end.
         arrays = (np.array(value, object) if isinstance(value, bytes) else np.asarray(value) for value in values)
         return dict(zip(wanted, arrays, strict=True))
@@ -199,7 +202,7 @@ def check_inputs(signature: Signature, inputs: Mapping[str, np.ndarray]) -> None
             f"input size does not match signature: {len(inputs)}!={len(signature.inputs)} len({_names(inputs)}) != "
             f"len({_names(signature.inputs)}). Sent extra: {_names(extra)}. Missing but required: {_names(missing)}."
         )
-    for position, name in enumerate(sorted(signature.inputs)):
+    for position, name in enumerate(sorted(signature.inputs, key=signature.tensors["inputs"].__getitem__)):
         expected = signature.inputs[name].dtype
         if inputs[name].dtype != _numpy_dtype(expected):
             got = _type_name(tf.as_dtype(inputs[name].dtype).as_datatype_enum)

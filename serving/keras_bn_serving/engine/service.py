@@ -112,7 +112,7 @@ class PredictionService:
             ServingError: If the signature cannot classify, or there is no example.
         """
         signature = examples.find_signature(lease.servable, signature_name)
-        examples.check_classify(signature)
+        examples.check_classify(lease.servable.meta_graph.signature_def[signature.name])
         inputs = examples.serialize(message)
         count = len(inputs["inputs"])
         read = _reading(finish, lambda outputs: examples.read_classes(outputs, count))
@@ -131,7 +131,7 @@ class PredictionService:
             ServingError: If the signature cannot regress, or there is no example.
         """
         signature = examples.find_signature(lease.servable, signature_name)
-        examples.check_regress(signature)
+        examples.check_regress(lease.servable.meta_graph.signature_def[signature.name])
         inputs = examples.serialize(message)
         count = len(inputs["inputs"])
         read = _reading(finish, lambda outputs: examples.read_numbers(outputs, count))

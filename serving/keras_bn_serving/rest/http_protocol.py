@@ -2,16 +2,15 @@
 
 import asyncio
 import logging
-import zlib
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import Any
 
 import httptools
 
 from keras_bn_serving.rest.http_messages import Headers, Request, Response, serialize
+from keras_bn_serving.rest.inflating import Inflater
 
 _log = logging.getLogger(__name__)
 
@@ -43,7 +42,7 @@ class HttpService:
 
     Attributes:
         handle: Answers a request; raises nothing.
-        refuse: Makes the answer for a request that cannot be read: a status and why.
+        refuse: Makes the answer for a request that cannot be read: a status and why, empty where the status says all.
         limits: What one connection may cost.
         connections: Those open now.
         buffered: Bytes of bodies held now.
@@ -75,7 +74,7 @@ class HttpService:
 
 
 class _Refused(Exception):
-    def __init__(self, status: int, reason: str):
+    def __init__(self, status: int, reason: str = ""):
         super().__init__(reason)
         self.status = status
         self.reason = reason
@@ -106,8 +105,7 @@ class HttpConnection(asyncio.Protocol):
         self._header_bytes = 0
         self._body: list[bytes] = []
         self._received = 0
-        self._inflated = 0
-        self._inflater: Any = None
+        self._inflater: Inflater | None = None
 
     # asyncio.Protocol
 
@@ -132,19 +130,7 @@ class HttpConnection(asyncio.Protocol):
             return
         if self._task is None and not self._waiting and not self._in_request:
             self._await(self._service.limits.read_seconds)
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            # The request is answered in HTTP/1.1, the only protocol spoken here; what follows is in another one.
-            self._unreadable = True
-            request, _, version = self._waiting.pop()
-            self._waiting.append((request, False, version))
-        except httptools.HttpParserCallbackError as error:
-            if not isinstance(error.__context__, _Refused):
-                raise
-            self._refuse_rest(error.__context__)
-        except httptools.HttpParserError as error:
-            self._refuse_rest(_Refused(HTTPStatus.BAD_REQUEST, f"Not an HTTP request: {error}"))
+        self._feed(data)
         self._answer_next()
         if self._task is not None and self._transport is not None and (self._waiting or self._in_request):
             # What comes after this request waits in the kernel, not here.
@@ -171,7 +157,6 @@ class HttpConnection(asyncio.Protocol):
         self._header_bytes = 0
         self._body = []
         self._received = 0
-        self._inflated = 0
         self._inflater = None
 
     def on_url(self, url: bytes) -> None:
@@ -186,26 +171,23 @@ class HttpConnection(asyncio.Protocol):
         length = self._headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._service.limits.body_bytes:
             raise self._too_large()
-        if self._headers.get(b"expect", b"").lower() == b"100-continue" and self._transport is not None:
-            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if self._headers.get(b"content-encoding", b"").lower() in (b"gzip", b"x-gzip"):
-            self._inflater = zlib.decompressobj(zlib.MAX_WBITS | 16)
+        has_body = b"transfer-encoding" in self._headers or length.strip(b"0") != b""
+        expected = self._headers.get(b"expect", b"").lower()
+        # HTTP/1.0 knows neither the header nor the answer to it.
+        if expected and has_body and self._parser.get_http_version() != "1.0":
+            if expected != b"100-continue":
+                raise _Refused(HTTPStatus.EXPECTATION_FAILED)
+            if self._transport is not None:
+                self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if b"gzip" in self._headers.get(b"content-encoding", b""):
+            self._inflater = Inflater(self._service.limits.inflated_bytes)
 
     def on_body(self, body: bytes) -> None:
         self._received += len(body)
         if self._received > self._service.limits.body_bytes:
             raise self._too_large()
         if self._inflater is not None:
-            limit = self._service.limits.inflated_bytes
-            try:
-                body = self._inflater.decompress(body, limit - self._inflated + 1)
-            except zlib.error as error:
-                raise _Refused(HTTPStatus.BAD_REQUEST, f"The body is not gzip data: {error}.") from error
-            self._inflated += len(body)
-            if self._inflated > limit:
-                raise _Refused(
-                    HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"A body may hold {limit} bytes once it is decompressed."
-                )
+            body = self._inflater.feed(body)
         self._hold(len(body))
         if self._service.buffered > self._service.limits.buffered_bytes:
             raise _Refused(HTTPStatus.SERVICE_UNAVAILABLE, "The server holds as much as it can. Try again later.")
@@ -213,13 +195,13 @@ class HttpConnection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         self._in_request = False
-        if self._inflater is not None and not self._inflater.eof:
-            raise _Refused(HTTPStatus.BAD_REQUEST, "The body is not gzip data: it ends early.")
+        # As with TensorFlow Serving, what claims to be gzip and is not is as good as nothing.
+        whole = self._inflater is None or self._inflater.whole
         request = Request(
             self._parser.get_method().decode("latin-1"),
             self._target.decode("latin-1"),
             self._headers,
-            b"".join(self._body),
+            b"".join(self._body) if whole else b"",
         )
         self._waiting.append((request, self._parser.should_keep_alive(), self._parser.get_http_version()))
         self._body = []
@@ -230,6 +212,32 @@ class HttpConnection(asyncio.Protocol):
         """Closes the connection now if it is idle, else after the answer to the request that has begun to arrive."""
         if self._task is None and not self._in_request and self._transport is not None:
             self._transport.close()
+
+    def _feed(self, data: bytes) -> None:
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._ignore_upgrade(data[upgrade.args[0] :])
+        except httptools.HttpParserCallbackError as error:
+            if not isinstance(error.__context__, _Refused):
+                raise
+            self._refuse_rest(error.__context__)
+        except httptools.HttpParserInvalidURLError:
+            self._refuse_rest(_Refused(HTTPStatus.BAD_REQUEST))
+        except httptools.HttpParserError as error:
+            self._refuse_rest(_Refused(HTTPStatus.BAD_REQUEST, f"Not an HTTP request: {error}"))
+
+    def _ignore_upgrade(self, rest: bytes) -> None:
+        """Reads the request again without the wish for another protocol: at that the parser stops before the body."""
+        request, _, version = self._waiting.pop()
+        if isinstance(request, _Refused) or request.method == "CONNECT":
+            self._refuse_rest(_Refused(HTTPStatus.NOT_IMPLEMENTED))
+            return
+        self._parser = httptools.HttpRequestParser(self)
+        head = b"%s %s HTTP/%s\r\n" % (request.method.encode(), self._target, version.encode())
+        # What was expected to be continued has been.
+        headers = (item for item in request.headers.items() if item[0] not in (b"upgrade", b"expect"))
+        self._feed(head + b"".join(b"%s: %s\r\n" % item for item in headers) + b"\r\n" + rest)
 
     def _hold(self, size: int) -> None:
         self._held += size

@@ -24,7 +24,7 @@ from keras_bn_serving.engine.repository import Lease
 from keras_bn_serving.engine.service import ModelSpec, PredictionService
 from keras_bn_serving.errors import Code, InvalidArgumentError, ServingError
 from keras_bn_serving.rest.extras import Extras
-from keras_bn_serving.rest.http_messages import Request, Response
+from keras_bn_serving.rest.http_messages import Request, Response, html_error, path_of
 
 _log = logging.getLogger(__name__)
 _request_log = logging.getLogger("keras_bn_serving.requests")
@@ -53,6 +53,7 @@ _RUN = re.compile(_WHERE + r":(classify|regress|predict)", re.IGNORECASE)
 _LOOK = re.compile(
     r"/v1/models(?:/([^/:]+))?(?:(?:/versions/(\d+))|(?:/labels/([^/:]+)))?(?:/(metadata))?", re.IGNORECASE
 )
+_PROTOCOL = re.compile("/v1/", re.IGNORECASE)
 _LARGEST_VERSION = 2**63 - 1
 # Below this a body is read at once, in a millisecond or so; a larger one would keep the other connections waiting.
 _READ_AT_ONCE_BYTES = 256 * 1024
@@ -61,7 +62,7 @@ _CORS = (
     ("Access-Control-Allow-Methods", "GET, POST"),
     ("Access-Control-Allow-Headers", "Content-Type"),
 )
-_NOT_FOUND_PAGE = b"<HTML><HEAD>\n<TITLE>404 Not Found</TITLE>\n</HEAD><BODY>\n<H1>Not Found</H1>\n</BODY></HTML>\n"
+_METHODS = ("GET", "POST", "HEAD", "PUT", "DELETE", "OPTIONS", "PATCH")
 
 
 class _Overflow(Exception):
@@ -120,9 +121,16 @@ class RestServer:
     async def handle(self, request: Request) -> Response:
         """Answers one request, whatever happens."""
         started = time.perf_counter()
+        path = path_of(request.target)
+        if request.method not in _METHODS:
+            return html_error(HTTPStatus.NOT_IMPLEMENTED)
+        if path is None:
+            return html_error(HTTPStatus.BAD_REQUEST)
+        request = request._replace(target=path)
         run = _RUN.fullmatch(request.target) if request.method == "POST" else None
+        look = _LOOK.fullmatch(request.target) if request.method == "GET" else None
         try:
-            response, code = await self._route(request, run), Code.OK
+            response, code = await self._route(request, run, look), Code.OK
         except ServingError as error:
             response, code = Response(HTTP_STATUS[error.code], encode_error(error.message)), error.code
         except _Overflow:
@@ -135,8 +143,8 @@ class RestServer:
             code = Code.INTERNAL
             response = Response(HTTP_STATUS[code], encode_error("Internal error"))
         seconds = time.perf_counter() - started
-        if run is not None:
-            self._count(run, code, seconds)
+        if _PROTOCOL.match(request.target):
+            self._count(run or look, code, seconds)
         if self._options.log_requests:
             _request_log.info(
                 json.dumps(
@@ -154,33 +162,31 @@ class RestServer:
 
     def refuse(self, status: int, reason: str) -> Response:
         """Makes the answer for a request that cannot be read."""
-        return Response(status, encode_error(reason))
+        return Response(status, encode_error(reason)) if reason else html_error(HTTPStatus(status))
 
     def close(self) -> None:
         """Frees the threads."""
         self._readers.shutdown()
 
-    async def _route(self, request: Request, run: re.Match[str] | None) -> Response:
-        if request.method == "OPTIONS":
-            if self._options.cors:
-                return Response(HTTPStatus.OK, b"")
-            return Response(HTTPStatus.BAD_REQUEST, b"", "text/html; charset=ISO-8859-1")
-        if not request.target.startswith("/v1/"):
+    async def _route(self, request: Request, run: re.Match[str] | None, look: re.Match[str] | None) -> Response:
+        if not _PROTOCOL.match(request.target):
             ours = self._extras.answer(request)
-            return ours or Response(HTTPStatus.NOT_FOUND, _NOT_FOUND_PAGE, "text/html")
+            return ours or html_error(HTTPStatus.NOT_FOUND)
+        if request.method == "OPTIONS":
+            # A browser that asks before it sends: whether the answer lets it is said by other headers.
+            known = re.search(rb"https?://", request.headers.get(b"origin", b""))
+            return Response(HTTPStatus.OK if known else HTTPStatus.BAD_REQUEST, b"", "text/html; charset=ISO-8859-1")
         # The pattern ignores case, what it is dispatched by does not.
         if run is not None and run[4] in ("predict", "classify", "regress"):
             spec = _model_spec(*run.groups()[:3])
             return await (self._predict if run[4] == "predict" else self._run)(spec, request.body, run[4])
-        if request.method == "GET":
-            found = _LOOK.fullmatch(request.target)
-            if found and found[1] is None and self._options.list_models and not any(found.groups()):
+        if look is not None:
+            if look[1] is None and self._options.list_models and not any(look.groups()):
                 return self._extras.models()
-            if found and found[1] is None:
+            if look[1] is None:
                 raise InvalidArgumentError("Missing model name in request.")
-            if found:
-                spec = _model_spec(*found.groups()[:3])
-                return self._metadata(spec) if found[4] == "metadata" else self._status(spec)
+            spec = _model_spec(*look.groups()[:3])
+            return self._metadata(spec) if look[4] == "metadata" else self._status(spec)
         raise InvalidArgumentError(f"Malformed request: {request.method} {request.target}")
 
     async def _predict(self, spec: ModelSpec, body: bytes, method: str) -> Response:
@@ -228,11 +234,11 @@ class RestServer:
             return Response(HTTPStatus.OK, encode_regressions(result))
         return Response(HTTPStatus.OK, encode_classifications(result.labels, result.scores))
 
-    def _count(self, run: re.Match[str], code: Code, seconds: float) -> None:
-        # Only names that are served make a series: a stranger's names would fill the memory.
-        name = _unquote(run[1])
-        name = name if name in self._service.repository.names() else ""
-        self._metrics.request(name, run[4].capitalize(), "REST", code.name, seconds)
+    def _count(self, asked: re.Match[str] | None, code: Code, seconds: float) -> None:
+        # As TensorFlow Serving has it: whatever name is asked for, and for a look no word for what was called.
+        name = _unquote(asked[1] or "") if asked else ""
+        api = asked[4] if asked is not None and asked.re is _RUN else ""
+        self._metrics.request(name.encode(errors="replace").decode(), api, "REST", code.name, seconds)
 
     def _taking(self, spec: ModelSpec, taken: list[Lease]) -> Callable[[str], Mapping[str, TensorSpec]]:
         def find_inputs(signature_name: str) -> Mapping[str, TensorSpec]:
@@ -279,5 +285,9 @@ def _unquote(text: str) -> str:
 
 def _message_to_json(message) -> str:
     return json_format.MessageToJson(
-        message, preserving_proto_field_name=True, indent=1, always_print_fields_with_no_presence=True
+        message,
+        preserving_proto_field_name=True,
+        indent=1,
+        always_print_fields_with_no_presence=True,
+        ensure_ascii=False,
     )

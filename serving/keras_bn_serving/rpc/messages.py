@@ -1,5 +1,7 @@
 """The messages of TensorFlow Serving's gRPC services, from what the server knows and back."""
 
+from typing import Any
+
 import numpy as np
 from tensorflow_serving.apis import classification_pb2, model_pb2, regression_pb2
 
@@ -8,23 +10,30 @@ from keras_bn_serving.engine.repository import Lease
 from keras_bn_serving.engine.service import ModelSpec
 from keras_bn_serving.errors import InvalidArgumentError
 
-NO_SPEC = "Missing ModelSpec"
+_MOST_BYTES = 1024
+_CUT = "...TRUNCATED"
+
+
+def check_model_spec(request: Any) -> None:
+    """Raises an InvalidArgumentError unless the request says anything of a model."""
+    if not request.HasField("model_spec"):
+        raise InvalidArgumentError("Missing ModelSpec")
 
 
 def model_spec(spec: model_pb2.ModelSpec) -> ModelSpec:
-    """Which model a request asks for.
-
-    Raises:
-        InvalidArgumentError: If it names none.
-    """
-    if not spec.name:
-        raise InvalidArgumentError(NO_SPEC)
+    """Which model a request asks for."""
     choice = spec.WhichOneof("version_choice")
     return ModelSpec(
         spec.name,
         spec.version.value if choice == "version" else None,
         spec.version_label if choice == "version_label" else None,
     )
+
+
+def details(message: str) -> str:
+    """Returns an error's message as it goes over gRPC: cut where it is long."""
+    data = message.encode(errors="surrogateescape")
+    return data[:_MOST_BYTES].decode(errors="replace") + (_CUT if len(data) > _MOST_BYTES else "")
 
 
 def answered_by(lease: Lease, signature_name: str) -> model_pb2.ModelSpec:

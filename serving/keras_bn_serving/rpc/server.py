@@ -27,17 +27,25 @@ from tensorflow_serving.apis import (
     regression_pb2,
 )
 
-from keras_bn_serving.codec.tensor_proto import from_array, to_array
+from keras_bn_serving.codec.tensor_proto import from_array
 from keras_bn_serving.config.files import model_configs
 from keras_bn_serving.engine.arrivals import settle
 from keras_bn_serving.engine.batching import Finish, Task
-from keras_bn_serving.engine.examples import CLASSIFY, REGRESS
+from keras_bn_serving.engine.examples import CLASSIFY, REGRESS, check_classify, check_regress
 from keras_bn_serving.engine.metrics import Metrics
 from keras_bn_serving.engine.repository import Lease
 from keras_bn_serving.engine.servable import DEFAULT_SIGNATURE
-from keras_bn_serving.engine.service import PredictionService
+from keras_bn_serving.engine.service import ModelSpec, PredictionService
 from keras_bn_serving.errors import Code, InvalidArgumentError, ServingError, UnimplementedError
-from keras_bn_serving.rpc.messages import NO_SPEC, answered_by, classification, model_spec, regression
+from keras_bn_serving.rpc.messages import (
+    answered_by,
+    check_model_spec,
+    classification,
+    details,
+    model_spec,
+    regression,
+)
+from keras_bn_serving.rpc.requests import decode_inputs
 
 _log = logging.getLogger(__name__)
 _STATUS = {code.value[0]: code for code in grpc.StatusCode}
@@ -66,11 +74,12 @@ class _Servicer:
             message, code = "Internal error", Code.INTERNAL
         finally:
             if api:
-                name = name if name in self._service.repository.names() else ""
                 self._metrics.request(name, api, "GRPC", code.name, time.perf_counter() - started)
-        context.abort(_STATUS[int(code)], message)
+        context.abort(_STATUS[int(code)], details(message))
 
     def _lease(self, spec: model_pb2.ModelSpec) -> Lease:
+        if not spec.name:
+            raise InvalidArgumentError("ModelSpec has no name specified.")
         return self._service.lease(model_spec(spec))
 
     def _await(
@@ -110,12 +119,13 @@ class _PredictionServicer(_Servicer, prediction_service_pb2_grpc.PredictionServi
     def _predict(
         self, request: predict_pb2.PredictRequest, context: grpc.ServicerContext
     ) -> predict_pb2.PredictResponse:
+        check_model_spec(request)
         lease = self._lease(request.model_spec)
         name = request.model_spec.signature_name
 
         def start(finish: Finish) -> Task:
-            lease.servable.signature(name)
-            inputs = {key: to_array(value, key) for key, value in request.inputs.items()}
+            signature = lease.servable.signature(name)
+            inputs = decode_inputs(lease.servable.meta_graph.signature_def[signature.name], request)
             return self._service.predict(lease, name, inputs, finish, request.output_filter)
 
         outputs = self._await(context, lease, start)
@@ -127,6 +137,7 @@ class _PredictionServicer(_Servicer, prediction_service_pb2_grpc.PredictionServi
     def _classify(
         self, request: classification_pb2.ClassificationRequest, context: grpc.ServicerContext
     ) -> classification_pb2.ClassificationResponse:
+        check_model_spec(request)
         lease = self._lease(request.model_spec)
         name = request.model_spec.signature_name
         classes = self._await(context, lease, lambda finish: self._service.classify(lease, name, request.input, finish))
@@ -137,6 +148,7 @@ class _PredictionServicer(_Servicer, prediction_service_pb2_grpc.PredictionServi
     def _regress(
         self, request: regression_pb2.RegressionRequest, context: grpc.ServicerContext
     ) -> regression_pb2.RegressionResponse:
+        check_model_spec(request)
         lease = self._lease(request.model_spec)
         name = request.model_spec.signature_name
         numbers = self._await(context, lease, lambda finish: self._service.regress(lease, name, request.input, finish))
@@ -147,38 +159,50 @@ class _PredictionServicer(_Servicer, prediction_service_pb2_grpc.PredictionServi
     def _multi_inference(
         self, request: inference_pb2.MultiInferenceRequest, context: grpc.ServicerContext
     ) -> inference_pb2.MultiInferenceResponse:
-        names = [task.model_spec.name for task in request.tasks]
-        signatures = [task.model_spec.signature_name or DEFAULT_SIGNATURE for task in request.tasks]
-        if not names:
-            raise InvalidArgumentError("Inference request must have at least one task.")
-        if len(set(names)) > 1:
-            raise InvalidArgumentError("All ModelSpecs in a MultiInferenceRequest must access the same model name.")
-        for position, signature in enumerate(signatures):
-            if signature in signatures[:position]:
-                raise InvalidArgumentError(f"Duplicate evaluation of signature: {signature}")
+        if not request.tasks or not request.tasks[0].HasField("model_spec"):
+            raise InvalidArgumentError("ModelSpec has no name specified.")
         response = inference_pb2.MultiInferenceResponse()
-        for task, signature in zip(request.tasks, signatures, strict=True):
+        # Whatever version the other tasks name, the first one's answers all.
+        with self._lease(request.tasks[0].model_spec) as first:
+            self._check_tasks(request.tasks, first)
+            for task in request.tasks:
+                lease = self._service.lease(ModelSpec(first.model_name, first.version))
+                signature = task.model_spec.signature_name or DEFAULT_SIGNATURE
+                result = response.results.add(model_spec=answered_by(lease, signature))
+                run = self._service.classify if task.method_name == CLASSIFY else self._service.regress
+
+                def start(finish: Any, run: Any = run, lease: Lease = lease, signature: str = signature) -> Task:
+                    return run(lease, signature, request.input, finish)
+
+                answer = self._await(context, lease, start)
+                if task.method_name == CLASSIFY:
+                    result.classification_result.CopyFrom(classification(answer))
+                else:
+                    result.regression_result.CopyFrom(regression(answer))
+        return response
+
+    def _check_tasks(self, tasks: Iterable[inference_pb2.InferenceTask], lease: Lease) -> None:
+        signatures: set[str] = set()
+        for task in tasks:
+            if not task.model_spec.name:
+                raise InvalidArgumentError("Found ModelSpec with an empty model name.")
+            if task.model_spec.name != lease.model_name:
+                raise InvalidArgumentError("All ModelSpecs in a MultiInferenceRequest must access the same model name.")
+            signature = task.model_spec.signature_name or DEFAULT_SIGNATURE
+            if signature in signatures:
+                raise InvalidArgumentError(f"Duplicate evaluation of signature: {signature}")
+            signatures.add(signature)
+            if signature not in lease.servable.signatures:
+                raise InvalidArgumentError(f"Requested signature not found in model graph: {signature}")
             if task.method_name not in (CLASSIFY, REGRESS):
                 raise UnimplementedError(f"Unsupported signature method_name: {task.method_name}")
-            lease = self._lease(task.model_spec)
-            result = response.results.add(model_spec=answered_by(lease, signature))
-            run = self._service.classify if task.method_name == CLASSIFY else self._service.regress
-
-            def start(finish: Any, run: Any = run, lease: Lease = lease, signature: str = signature) -> Task:
-                return run(lease, signature, request.input, finish)
-
-            answer = self._await(context, lease, start)
-            if task.method_name == CLASSIFY:
-                result.classification_result.CopyFrom(classification(answer))
-            else:
-                result.regression_result.CopyFrom(regression(answer))
-        return response
+            check = check_classify if task.method_name == CLASSIFY else check_regress
+            check(lease.servable.meta_graph.signature_def[signature])
 
     def _metadata(
         self, request: get_model_metadata_pb2.GetModelMetadataRequest
     ) -> get_model_metadata_pb2.GetModelMetadataResponse:
-        if not request.HasField("model_spec"):
-            raise InvalidArgumentError(NO_SPEC)
+        check_model_spec(request)
         if not request.metadata_field:
             raise InvalidArgumentError("GetModelMetadataRequest must specify at least one metadata_field")
         for field in request.metadata_field:
@@ -207,8 +231,7 @@ class _ModelServicer(_Servicer, model_service_pb2_grpc.ModelServiceServicer):
     def _status(
         self, request: get_model_status_pb2.GetModelStatusRequest
     ) -> get_model_status_pb2.GetModelStatusResponse:
-        if not request.HasField("model_spec"):
-            raise InvalidArgumentError(NO_SPEC)
+        check_model_spec(request)
         response = get_model_status_pb2.GetModelStatusResponse()
         for version, state, error in self._service.status(model_spec(request.model_spec)):
             one = response.model_version_status.add(version=version, state=int(state))
@@ -217,8 +240,16 @@ class _ModelServicer(_Servicer, model_service_pb2_grpc.ModelServiceServicer):
         return response
 
     def _reload(self, request: model_management_pb2.ReloadConfigRequest) -> model_management_pb2.ReloadConfigResponse:
+        if request.config.WhichOneof("config") != "model_config_list":
+            raise InvalidArgumentError(
+                "ServerModelConfig type not supported by HandleReloadConfigRequest. Only ModelConfigList is currently "
+                "supported"
+            )
         self._service.repository.reconfigure(model_configs(request.config, "ReloadConfigRequest"))
-        return model_management_pb2.ReloadConfigResponse()
+        response = model_management_pb2.ReloadConfigResponse()
+        # The status is there even where it says nothing but OK.
+        response.status.SetInParent()
+        return response
 
 
 def make_server(
