@@ -71,6 +71,27 @@ def in_other_order(x: Any) -> Any:
     return tf.while_loop(lambda i, _: i < tf.shape(x)[0], step, [0, out])[1].stack()
 
 
+def loop(read: Callable[[Any, Any], Any], written: Callable[[Any, Any], Any]) -> Body:
+    """Returns a loop over the rows that reads and writes at places reckoned from counter and number of rows."""
+
+    def body(x: Any) -> Any:
+        count = tf.shape(x)[0]
+        rows = tf.TensorArray(tf.float32, count, element_shape=x.shape[1:]).unstack(x)
+        out = tf.TensorArray(tf.float32, count, element_shape=x.shape[1:])
+
+        def step(i: Any, out: Any) -> Any:
+            return i + 1, out.write(written(i, count), rows.read(read(i, count)))
+
+        return tf.while_loop(lambda i, _: i < count, step, [0, out])[1].stack()
+
+    return body
+
+
+IN_TURN = lambda i, count: i  # noqa: E731
+BACKWARDS = lambda i, count: count - 1 - i  # noqa: E731
+FIRST = lambda i, count: 0  # noqa: E731
+
+
 def running_sum(x: Any) -> Any:
     return tf.scan(lambda total, row: total + row, x)
 
@@ -166,6 +187,10 @@ RULES: list[tuple[str, list[int | None], Body, Body]] = [
         x, tf.reduce_sum(x) * 0.0)),
     ("map", CUBE, mapped(lambda row: tf.reverse(row, [0]) / tf.reduce_sum(row)), running_sum),
     ("loop over rows", CUBE, mapped(lambda row: row * 2.0), in_other_order),
+    ("rows read in turn", CUBE, loop(IN_TURN, IN_TURN), loop(BACKWARDS, IN_TURN)),
+    ("rows written in turn", CUBE, loop(IN_TURN, IN_TURN), loop(IN_TURN, BACKWARDS)),
+    ("each row read", CUBE, loop(IN_TURN, IN_TURN), loop(FIRST, IN_TURN)),
+    ("each row written", CUBE, loop(IN_TURN, IN_TURN), loop(IN_TURN, FIRST)),
     ("map with a condition", CUBE, mapped(lambda row: tf.cond(tf.reduce_sum(row) > 0.0, lambda: row, lambda: -row)),
      lambda x: tf.map_fn(lambda row: row[0] * tf.reduce_sum(x), x)),
     ("condition", CUBE, lambda x: tf.cond(tf.shape(x)[1] > 3, lambda: x, lambda: -x),

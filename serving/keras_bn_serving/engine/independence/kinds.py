@@ -1,16 +1,21 @@
 """What is known of a tensor: how it depends on the rows that a request brings."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import tensorflow as tf
 
+# Not tuples: two of different kinds must never be equal, and those without fields would be.
 
-class Fixed(NamedTuple):
+
+@dataclass(frozen=True)
+class Fixed:
     """The same whatever the rows hold and however many they are; it may depend on what requests of a group share."""
 
 
-class Rows(NamedTuple):
+@dataclass(frozen=True)
+class Rows:
     """Axis 0 is the rows', in their order, and what stands for one row depends on that row alone.
 
     Attributes:
@@ -20,13 +25,15 @@ class Rows(NamedTuple):
     per: int = 1
 
 
-class Multiple(NamedTuple):
+@dataclass(frozen=True)
+class Multiple:
     """The number of rows, times a factor."""
 
     factor: int
 
 
-class Sizes(NamedTuple):
+@dataclass(frozen=True)
+class Sizes:
     """A whole number, or a list of them, that may depend on the number of rows and on nothing else.
 
     Attributes:
@@ -36,27 +43,33 @@ class Sizes(NamedTuple):
     entries: tuple[int | Multiple | None, ...]
 
 
-class Every(NamedTuple):
+@dataclass(frozen=True)
+class Every:
     """True where something holds of every row by itself: for a group true if it is for each of its requests."""
 
 
-class RowList(NamedTuple):
+@dataclass(frozen=True)
+class RowList:
     """A list of tensors, one a row, each depending on its row alone."""
 
 
-class NewList(NamedTuple):
+@dataclass(frozen=True)
+class NewList:
     """An empty list for one tensor a row."""
 
 
-class Counter(NamedTuple):
+@dataclass(frozen=True)
+class Counter:
     """In a loop over the rows: the number of the row whose turn it is."""
 
 
-class Item(NamedTuple):
+@dataclass(frozen=True)
+class Item:
     """In a loop over the rows: something that depends on the row whose turn it is, and on no other."""
 
 
-class Unknown(NamedTuple):
+@dataclass(frozen=True)
+class Unknown:
     """Nothing is known.
 
     Attributes:
