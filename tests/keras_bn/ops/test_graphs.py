@@ -186,13 +186,11 @@ def _moved(x, direction, step):
     return np.asarray(x, "float64") + step * np.asarray(direction)
 
 
-# The branch of the fused way has no forward mode within a function that is called.
-@pytest.mark.parametrize(
-    ("mode", "kernel"),
-    [(mode, kernel) for mode in ("eager", "graph", "called") for kernel in ("auto", "fused", "plain")][:-2]
-    + [("called", "plain")],
-)
+@pytest.mark.parametrize("kernel", ["auto", "fused", "plain"])
+@pytest.mark.parametrize("mode", ["eager", "graph", "called"])
 def test_forward_mode_and_jacobians_equal_those_of_the_oracle(mode, kernel):
+    if (mode, kernel) == ("called", "fused"):
+        pytest.skip("TensorFlow's fused operation has no forward mode within a function that is called")
     x, direction = (tf.random.stateless_normal([5, 3], [0, seed]) for seed in (1, 2))
     gamma, beta = tf.constant([1.0, 2, 0.5]), tf.constant([0.0, 1, 2])
 
