@@ -200,7 +200,6 @@ def make_stand_in(embedded: str) -> str:
             "-r",
             "/models",
             "/config",
-            "/app/serving/config",
         )
         run("buildah", "run", *ISOLATION, "--user", "0", name, "--", "rm", "/usr/local/bin/model-available")
         run("buildah", "config", "--entrypoint", "[]", "--cmd", "", "--user", "0", name)

@@ -19,10 +19,8 @@ from tensorflow_serving.apis import (
     inference_pb2,
     model_management_pb2,
     model_pb2,
-    model_service_pb2,
     model_service_pb2_grpc,
     predict_pb2,
-    prediction_service_pb2,
     prediction_service_pb2_grpc,
     regression_pb2,
 )
@@ -37,6 +35,7 @@ from keras_bn_serving.engine.repository import Lease
 from keras_bn_serving.engine.servable import DEFAULT_SIGNATURE
 from keras_bn_serving.engine.service import ModelSpec, PredictionService
 from keras_bn_serving.errors import Code, InvalidArgumentError, ServingError, UnimplementedError
+from keras_bn_serving.rpc.descriptions import described_services
 from keras_bn_serving.rpc.messages import (
     answered_by,
     check_model_spec,
@@ -290,10 +289,7 @@ def make_server(
         _PredictionServicer(service, metrics, timeout_seconds), server
     )
     model_service_pb2_grpc.add_ModelServiceServicer_to_server(_ModelServicer(service, metrics, timeout_seconds), server)
-    names = [
-        prediction_service_pb2.DESCRIPTOR.services_by_name["PredictionService"].full_name,
-        model_service_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
-    ]
+    names = described_services()
     checks = health.HealthServicer()
     for name in ("", *names):
         checks.set(name, health_pb2.HealthCheckResponse.SERVING)
