@@ -13,7 +13,7 @@ help:  ## Show this list
 
 install: $(INSTALLED)  ## Make .venv and install everything into it
 
-$(INSTALLED): setup.cfg setup.py pyproject.toml keras_bn/_native.cc $(wildcard keras_bn/_native_*.h)
+$(INSTALLED): setup.cfg setup.py pyproject.toml $(wildcard keras_bn/ops/csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[serving,models,test,lint]'
 	touch $@

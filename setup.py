@@ -22,9 +22,9 @@ setup(
     cmdclass={"build_ext": BuildOrGoWithout},
     ext_modules=[
         Extension(
-            "keras_bn._native_operations",
-            ["keras_bn/_native.cc"],
-            depends=sorted(str(header) for header in Path("keras_bn").glob("_native_*.h")),
+            "keras_bn.ops._operations",
+            ["keras_bn/ops/csrc/ops.cc"],
+            depends=sorted(str(header) for header in Path("keras_bn/ops/csrc").glob("*.h")),
             language="c++",
             # TensorFlow, which is there before it loads them, has the symbols that stay open.
             extra_compile_args=[

@@ -8,6 +8,7 @@ from keras_bn.folding import fold
 from keras_bn.health import health
 from keras_bn.layer import BatchNormalization
 from keras_bn.modes import freeze, unfreeze, use_statistics
+from keras_bn.ops import compiled
 from keras_bn.population import recalibrate
 from keras_bn.population.callback import Recalibrate
 
@@ -15,6 +16,7 @@ __all__ = [
     "BatchNormalization",
     "Recalibrate",
     "__version__",
+    "compiled",
     "convert",
     "drift",
     "export",

@@ -9,15 +9,11 @@ from typing import TypeGuard
 
 import keras
 
-from keras_bn import statistics
+RENORM_LIMITS = ("rmax", "rmin", "dmax")
 
 
 def is_schedule(value: object) -> TypeGuard[keras.optimizers.schedules.LearningRateSchedule]:
     return isinstance(value, keras.optimizers.schedules.LearningRateSchedule)
-
-
-def clipping_limits(clipping):
-    return statistics.renorm_warmup() if clipping == "warmup" else clipping
 
 
 def axes(axis):
@@ -74,10 +70,10 @@ def clipping(clipping):
             "`renorm_clipping` must be a dictionary with some of the keys 'rmax', 'rmin', 'dmax', or 'warmup', or "
             f"None. Received: renorm_clipping={clipping!r}."
         )
-    unknown = sorted(set(clipping) - set(statistics.RENORM_LIMITS))
+    unknown = sorted(set(clipping) - set(RENORM_LIMITS))
     if unknown:
         raise ValueError(
-            f"`renorm_clipping` may have the keys {', '.join(map(repr, statistics.RENORM_LIMITS))}. Received invalid "
+            f"`renorm_clipping` may have the keys {', '.join(map(repr, RENORM_LIMITS))}. Received invalid "
             f"keys: {', '.join(map(repr, unknown))}."
         )
     limits = {

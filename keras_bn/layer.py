@@ -7,10 +7,10 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_bn import arguments, kernels, statistics
+from keras_bn import arguments, ops, updates
+from keras_bn.ops.where import either
+from keras_bn.statistics import aligned_weights, statistics_dtype
 from keras_bn.warning import warn
-
-_KERNELS = ("auto", "fused", "xla", "stable")
 
 
 @keras.saving.register_keras_serializable(package="keras_bn")
@@ -49,7 +49,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         beta_constraint: Optional, of beta.
         gamma_constraint: Optional, of gamma.
         renorm: Whether training corrects towards slower moving statistics (batch renormalization): the normalized
-            value becomes r * (x - mean) / sqrt(variance + epsilon) + d, see `keras_bn.statistics.renorm_correction`.
+            value becomes r * (x - mean) / sqrt(variance + epsilon) + d, see `keras_bn.updates.renorm_correction`.
         renorm_clipping: Limits of that correction: a dictionary with `rmax`, `rmin`, `dmax`, each a number or a
             `LearningRateSchedule` over the updates; or "warmup", the schedule of the paper. Default: no limits.
         renorm_momentum: As `momentum`, a float, for the statistics that `renorm` corrects towards.
@@ -62,10 +62,11 @@ class BatchNormalization(keras.layers.BatchNormalization):
         zero_debias: Whether the initial values of the moving statistics are left out of the averages: the moving
             statistics are divided by the weight of what was seen, 1 - product(momentum).
         activation: Optional, applied last.
-        kernel: How batch statistics are normalized with. "auto": the fastest way that is right where the layer runs.
-            "fused": TensorFlow's fused operation. "xla": the normalization compiled by itself, in a graph that is not.
-            "stable": plain operations in two passes. Under `jit_compile=True`, and with masks, groups or
-            synchronization, there is one way only.
+        kernel: What normalizes. "auto": what suits where the layer runs. "native": the compiled operations of this
+            package. "fused": TensorFlow's fused operation, for the statistics of the batch. "plain": TensorFlow's own
+            operations, everywhere; so that a `tf.function` that was traced by itself can be called within
+            `jit_compile=True`, or a training step can be loaded where this package is not. Under `jit_compile=True`,
+            in float64 and with masks, groups or synchronization all is plain.
         **kwargs: Of `keras.layers.Layer`: `name`, `dtype`, `trainable`.
 
     Call arguments:
@@ -136,7 +137,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         self.unbiased_variance = arguments.flag("unbiased_variance", unbiased_variance)
         self.zero_debias = arguments.flag("zero_debias", zero_debias)
         self.activation = keras.activations.get(activation)
-        self.kernel = arguments.choice("kernel", kernel, _KERNELS)
+        self.kernel = arguments.choice("kernel", kernel, ops.KERNELS)
         self.statistics = "auto"
         self._warned = False
         self.moving_stddev = self.renorm_mean = self.renorm_stddev = None
@@ -212,7 +213,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
             self.moving_stddev = add("moving_stddev", stddev)
             self.renorm_mean = add("renorm_mean", _cloned(self.moving_mean_initializer))
             self.renorm_stddev = add("renorm_stddev", stddev)
-        if self._counts_updates():
+        if updates.counts_updates(self):
             self.update_count = add("update_count", "zeros", dtype="float32")
         if self.zero_debias:
             self.initial_weight = add("initial_weight", "ones")
@@ -226,15 +227,21 @@ class BatchNormalization(keras.layers.BatchNormalization):
         elif self.statistics == "batch":
             y = self._normalize_with_batch(x, mask, update=training if self.trainable else False)
         else:
-            y = kernels.either(
+            y = either(
                 training,
                 lambda: self._normalize_with_batch(x, mask, update=True),
                 lambda: self._normalize_with_moving(x),
             )
-        return tf.cast(y, self.compute_dtype)
+        return tf.cast(self.activation(y), self.compute_dtype)
 
     def compute_output_shape(self, input_shape):
         return input_shape
+
+    @classmethod
+    def from_config(cls, config):
+        if config.get("kernel") in ("stable", "xla"):  # What earlier versions called it.
+            config = {**config, "kernel": "plain"}
+        return super().from_config(config)
 
     def get_config(self):
         config = super().get_config()
@@ -265,135 +272,47 @@ class BatchNormalization(keras.layers.BatchNormalization):
         return config
 
     def _normalize_with_moving(self, x):
-        dtype = kernels.statistics_dtype(x.dtype)
-        y = kernels.normalize_with(
-            x,
-            _flat(self.moving_mean, dtype),
-            _flat(self.moving_variance, dtype),
-            _flat(self.gamma, dtype) if self.scale else None,
-            _flat(self.beta, dtype) if self.center else None,
-            axes=self._axes,
-            epsilon=self.epsilon,
+        dtype = statistics_dtype(x.dtype)
+        mean, variance = (updates.value_of(moving, dtype) for moving in (self.moving_mean, self.moving_variance))
+        return ops.normalize(
+            x, mean, variance, *self._affine(dtype), axes=self._axes, epsilon=self.epsilon, kernel=self.kernel
         )
-        return self.activation(y)
 
     def _normalize_with_batch(self, x, mask, update):
-        dtype = kernels.statistics_dtype(x.dtype)
-        gamma = _flat(self.gamma, dtype) if self.scale else None
-        beta = _flat(self.beta, dtype) if self.center else None
-        weights = None if mask is None else statistics.aligned_weights(mask, x, self._axes)
-        options = {
-            "axes": self._axes,
-            "epsilon": self.epsilon,
-            "weights": weights,
-            "group_size": self.virtual_batch_size,
-            "synchronized": self.synchronized,
-            "kernel": self.kernel,
-        }
-        if update is True and isinstance(self.momentum, float) and not self.zero_debias and not self.renorm:
-            moving = kernels.Moving(
-                _flat(self.moving_mean, dtype),
-                _flat(self.moving_variance, dtype),
-                1.0 - self.momentum,
-                self.unbiased_variance,
-                self._assign_moving,
-            )
-            y, count = kernels.normalize_and_move(x, gamma, beta, moving, activation=self.activation, **options)
-            self._warn_of_single_value(count)
-            return y
-        if not self.renorm:
-            y, moments = kernels.normalize_with_batch(x, gamma, beta, activation=self.activation, **options)
-            self._warn_of_single_value(moments.count)
-            _when(update, lambda: self._update(moments))
-            return y
-        y, moments = kernels.normalize_with_batch(tf.cast(x, dtype), None, None, **options)
-        self._warn_of_single_value(moments.count)
-        batch = statistics.batch_statistics(moments, unbiased=False)
-        r, d = self._renorm_correction(batch)
-        y = kernels.scale_and_shift(y, r, d, axes=self._axes)
-        _when(update, lambda: self._update_with_renorm(batch))
-        return self.activation(kernels.scale_and_shift(y, gamma, beta, axes=self._axes))
-
-    def _renorm_correction(self, batch):
-        dtype = batch.mean.dtype
-        limits = {
-            name: limit(tf.reduce_max(_flat(self.update_count, dtype))) if arguments.is_schedule(limit) else limit
-            for name, limit in arguments.clipping_limits(self.renorm_clipping).items()
-        }
-        return statistics.renorm_correction(
-            batch, _flat(self.renorm_mean, dtype), _flat(self.renorm_stddev, dtype), limits, self.epsilon
+        dtype = statistics_dtype(x.dtype)
+        gamma, beta = self._affine(dtype)
+        y, moments, moved = ops.normalize_batch(
+            tf.cast(x, dtype) if self.renorm else x,
+            *(None, None) if self.renorm else (gamma, beta),
+            axes=self._axes,
+            epsilon=self.epsilon,
+            weights=None if mask is None else aligned_weights(mask, x, self._axes),
+            group_size=self.virtual_batch_size,
+            synchronized=self.synchronized,
+            kernel=self.kernel,
+            moving=updates.plain_average(self, dtype) if update is True else None,
         )
-
-    def _assign_moving(self, mean, variance):
-        _assign(self.moving_mean, mean)
-        _assign(self.moving_variance, variance)
-
-    def _update(self, moments):
-        batch = statistics.batch_statistics(moments, self.unbiased_variance)
-        rate = self._next_rate(batch)
-        _move(self.moving_mean, batch.mean, rate)
-        _move(self.moving_variance, batch.variance, rate)
-
-    def _update_with_renorm(self, batch):
-        stddev = tf.sqrt(batch.variance + self.epsilon)
-        rate = tf.where(batch.worth, tf.cast(1.0 - self.renorm_momentum, stddev.dtype), 0)
-        _move(self.renorm_mean, batch.mean, rate)
-        _move(self.renorm_stddev, stddev, rate)
-        rate = self._next_rate(batch)
-        _move(self.moving_mean, batch.mean, rate)
-        moving_stddev = _move(self.moving_stddev, stddev, rate)
-        moving_variance = tf.nn.relu(tf.square(moving_stddev) - self.epsilon)
-        _move(self.moving_variance, moving_variance, tf.cast(rate > 0, rate.dtype))
-
-    def _next_rate(self, batch):
-        """How much this batch weighs in the moving averages, per channel; counts it where that is asked for."""
-        dtype = batch.mean.dtype
-        if self.momentum is None:
-            rate = 1.0 / (_flat(self.update_count, dtype) + 1.0)
-        elif arguments.is_schedule(self.momentum):
-            rate = 1.0 - tf.cast(self.momentum(tf.reduce_max(_flat(self.update_count, dtype))), dtype)
+        self._warn_of_single_value(moments.count)
+        if self.renorm:
+            # Before the statistics move, which the correction goes towards.
+            y = ops.scale_and_shift(y, *updates.renorm_of(self, moments), axes=self._axes)
+            y = ops.scale_and_shift(y, gamma, beta, axes=self._axes)
+        if moved is None:
+            updates.when(update, lambda: updates.move(self, moments))
         else:
-            rate = tf.cast(1.0 - self.momentum, dtype)
-        rate = tf.where(batch.worth, rate, 0)
-        if self.update_count is not None:
-            _assign(self.update_count, _flat(self.update_count, dtype) + tf.cast(batch.worth, dtype))
-        if self.zero_debias:
-            initial_weight = _flat(self.initial_weight, dtype) * (1.0 - rate)
-            _assign(self.initial_weight, initial_weight)
-            rate = tf.math.divide_no_nan(rate, 1.0 - initial_weight)
-        return rate
+            updates.assign_moving(self, moved)
+        return y
+
+    def _affine(self, dtype):
+        return (
+            updates.value_of(self.gamma, dtype) if self.scale else None,
+            updates.value_of(self.beta, dtype) if self.center else None,
+        )
 
     def _warn_of_single_value(self, count):
         if isinstance(count, float) and count == 1.0 and not self._warned:
             self._warned = True
-            warn(f"{kernels.SINGLE_VALUE} Layer: {self.name!r}.")
-
-    def _counts_updates(self):
-        limits = arguments.clipping_limits(self.renorm_clipping).values() if self.renorm else ()
-        return self.momentum is None or any(arguments.is_schedule(value) for value in (self.momentum, *limits))
-
-
-def _when(condition, action):
-    if not isinstance(condition, bool) and tf.is_symbolic_tensor(condition):
-        tf.cond(tf.cast(condition, tf.bool), lambda: (action(), tf.no_op())[1], tf.no_op)
-    elif condition:
-        action()
-
-
-def _flat(variable, dtype):
-    # Converted first: a cast of Keras's variable would do so by way of a search for what converts it.
-    value = tf.cast(tf.convert_to_tensor(variable.value), dtype)
-    return value if len(value.shape) == 1 else tf.reshape(value, [-1])
-
-
-def _assign(variable, value):
-    variable.assign(value if len(variable.shape) == 1 else tf.reshape(value, variable.shape))
-
-
-def _move(moving, batch, rate):
-    value = statistics.moved(_flat(moving, batch.dtype), batch, rate)
-    _assign(moving, value)
-    return value
+            warn(f"{ops.SINGLE_VALUE} Layer: {self.name!r}.")
 
 
 def _cloned(initializer):

@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bn.layer import BatchNormalization
-from keras_bn.layouts import as_rows
+from keras_bn.ops.layouts import as_rows
 from keras_bn.statistics import Moments, aligned_weights, merged, weighted_moments
 
 

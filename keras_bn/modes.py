@@ -9,9 +9,10 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_bn import arguments, kernels
+from keras_bn import arguments, ops
 from keras_bn.layer import BatchNormalization
 from keras_bn.model import batch_norms_below, layers_below, optimized_variables
+from keras_bn.statistics import statistics_dtype
 
 STATISTICS = ("auto", "batch", "moving")
 
@@ -184,8 +185,8 @@ def _stock_call(layer: keras.layers.BatchNormalization, statistics: str) -> Call
         if training and layer.trainable:
             return type(layer).call(layer, inputs, training=True, mask=mask)
         x = tf.convert_to_tensor(inputs)
-        dtype = kernels.statistics_dtype(x.dtype)
-        y, _ = kernels.normalize_with_batch(
+        dtype = statistics_dtype(x.dtype)
+        y, *_ = ops.normalize_batch(
             x,
             tf.cast(layer.gamma, dtype) if layer.scale else None,
             tf.cast(layer.beta, dtype) if layer.center else None,

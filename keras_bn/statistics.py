@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import keras
-import numpy as np
 import tensorflow as tf
-
-RENORM_LIMITS = ("rmax", "rmin", "dmax")
 
 
 class Moments(NamedTuple):
@@ -29,21 +25,19 @@ class Moments(NamedTuple):
 
 
 class Moving(NamedTuple):
-    """Moving statistics, and how a batch moves them: see `moved_by`.
+    """Moving statistics, and how much a batch weighs in them: see `keras_bn.updates.moved`.
 
     Attributes:
         mean: Shape `(C,)`.
         variance: Likewise.
         rate: 1 - momentum.
         unbiased: Which variance is averaged.
-        assign: Called with both one step on, to keep them.
     """
 
     mean: tf.Tensor
     variance: tf.Tensor
     rate: float
     unbiased: bool
-    assign: Callable[[tf.Tensor, tf.Tensor], None]
 
 
 class BatchStatistics(NamedTuple):
@@ -58,6 +52,11 @@ class BatchStatistics(NamedTuple):
     mean: tf.Tensor
     variance: tf.Tensor
     worth: tf.Tensor
+
+
+def statistics_dtype(dtype: tf.DType) -> tf.DType:
+    """The dtype of the statistics of inputs of `dtype`: float64 for float64, else float32."""
+    return tf.float64 if dtype == tf.float64 else tf.float32
 
 
 def batch_statistics(moments: Moments, unbiased: bool) -> BatchStatistics:
@@ -191,145 +190,3 @@ def merged_across_replicas(moments: Moments, shift: tf.Tensor) -> Moments:
     common = tf.stop_gradient(tf.reduce_max(tf.where(counts > 0, shifts, shifts.dtype.min), 0))
     together = merged(Moments(counts, tf.where(counts > 0, means + (shifts - common), 0), m2s))
     return together._replace(mean=tf.where(together.count > 0, together.mean + (common - shift), 0))
-
-
-def moved(moving: tf.Tensor, batch: tf.Tensor, rate: tf.Tensor) -> tf.Tensor:
-    """One step of a moving average.
-
-    moved = moving + rate * (batch - moving)
-
-    where a rate of zero gives `moving` also when `batch` is NaN or infinite.
-
-    Args:
-        moving: Shape `(C,)`.
-        batch: Shape `(C,)`.
-        rate: 1 - momentum, shape `(C,)`.
-    """
-    return moving + tf.math.multiply_no_nan(batch - moving, rate)
-
-
-def moved_by(
-    mean: tf.Tensor, variance: tf.Tensor, moments: Moments, rate: float, unbiased: bool
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """Both moving statistics one step on, where a batch is worth it: see `batch_statistics` and `moved`.
-
-    Args:
-        mean: Moving mean, shape `(C,)`.
-        variance: Moving variance, shape `(C,)`.
-        moments: Of the batch.
-        rate: 1 - momentum.
-        unbiased: Which variance is averaged.
-    """
-    if tf.executing_eagerly() and len(moments.mean.shape) == 1:
-        return _moved_by_at_once(mean, variance, moments, rate, unbiased)
-    batch = batch_statistics(moments, unbiased)
-    rates = tf.where(batch.worth, tf.cast(rate, mean.dtype), 0)
-    return moved(mean, batch.mean, rates), moved(variance, batch.variance, rates)
-
-
-def _moved_by_at_once(mean, variance, moments, rate, unbiased):
-    """`moved_by` in NumPy, which takes less for all of it than TensorFlow takes to start one of a dozen operations."""
-    mean, variance, batch_mean, m2 = (tensor.numpy() for tensor in (mean, variance, moments.mean, moments.m2))
-    count = np.asarray(moments.count, m2.dtype)
-    with np.errstate(all="ignore"):
-        batch_variance = m2 / (count - 1 if unbiased else count)
-        worth = np.isfinite(m2) & (count > 1)
-        steps = (batch_mean - mean) * rate, (batch_variance - variance) * rate
-    return tuple(
-        tf.constant(moving + np.where(worth, step, 0)) for moving, step in zip((mean, variance), steps, strict=True)
-    )
-
-
-def renorm_correction(
-    batch: BatchStatistics,
-    renorm_mean: tf.Tensor,
-    renorm_stddev: tf.Tensor,
-    limits: Mapping[str, Any],
-    epsilon: float,
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """The correction of batch renormalization, which makes training see what inference will.
-
-    r = clip(stddev / renorm_stddev, rmin, rmax)
-    d = clip((mean - renorm_mean) / renorm_stddev, -dmax, dmax)
-
-    with stddev = sqrt(variance + epsilon), and renorm_stddev not below sqrt(epsilon). Not differentiated.
-
-    Args:
-        batch: With the biased variance.
-        renorm_mean: Shape `(C,)`.
-        renorm_stddev: Shape `(C,)`.
-        limits: `rmax`, `rmin`, `dmax`, each a number or a scalar tensor; those missing do not limit.
-        epsilon: Added to the variance.
-
-    Returns:
-        r and d, each of shape `(C,)`.
-
-    Reference: Ioffe 2017 (arXiv 1702.03275), Algorithm 1.
-    """
-    scale = tf.maximum(renorm_stddev, tf.cast(epsilon, renorm_stddev.dtype) ** 0.5)
-    r = tf.sqrt(batch.variance + epsilon) / scale
-    d = (batch.mean - renorm_mean) / scale
-    if "rmin" in limits:
-        r = tf.maximum(r, tf.cast(limits["rmin"], r.dtype))
-    if "rmax" in limits:
-        r = tf.minimum(r, tf.cast(limits["rmax"], r.dtype))
-    if "dmax" in limits:
-        dmax = tf.cast(limits["dmax"], d.dtype)
-        d = tf.clip_by_value(d, -dmax, dmax)
-    return tf.stop_gradient(r), tf.stop_gradient(d)
-
-
-@keras.saving.register_keras_serializable(package="keras_bn")
-class LinearRamp(keras.optimizers.schedules.LearningRateSchedule):
-    """Goes from one value to another in a straight line, and stays before and after.
-
-    value(step) = start + (end - start) * clip((step - begin) / (finish - begin), 0, 1)
-
-    Args:
-        start: The value up to step `begin`.
-        end: The value from step `finish` on.
-        begin: Step, an update of the moving statistics.
-        finish: Step, after `begin`.
-    """
-
-    def __init__(self, start: float, end: float, begin: int, finish: int):
-        super().__init__()
-        self.start, self.end, self.begin, self.finish = start, end, begin, finish
-
-    def __call__(self, step):
-        done = tf.clip_by_value((tf.cast(step, tf.float32) - self.begin) / (self.finish - self.begin), 0.0, 1.0)
-        return self.start + (self.end - self.start) * done
-
-    def get_config(self):
-        return {"start": self.start, "end": self.end, "begin": self.begin, "finish": self.finish}
-
-
-def renorm_warmup() -> dict[str, Any]:
-    """The clipping limits of the paper: plain batch norm for 5,000 steps, then ever looser up to rmax 3 and dmax 5.
-
-    Reference: Ioffe 2017 (arXiv 1702.03275), section 4.
-    """
-    return {
-        "rmax": LinearRamp(1.0, 3.0, 5_000, 40_000),
-        "rmin": _Reciprocal(LinearRamp(1.0, 3.0, 5_000, 40_000)),
-        "dmax": LinearRamp(0.0, 5.0, 5_000, 25_000),
-    }
-
-
-@keras.saving.register_keras_serializable(package="keras_bn")
-class _Reciprocal(keras.optimizers.schedules.LearningRateSchedule):
-    """1 / schedule: the paper clips r to [1 / rmax, rmax]."""
-
-    def __init__(self, schedule):
-        super().__init__()
-        self.schedule = schedule
-
-    def __call__(self, step):
-        return 1.0 / self.schedule(step)
-
-    def get_config(self):
-        return {"schedule": keras.saving.serialize_keras_object(self.schedule)}
-
-    @classmethod
-    def from_config(cls, config):
-        return cls(keras.saving.deserialize_keras_object(config["schedule"]))

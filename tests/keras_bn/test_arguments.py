@@ -87,7 +87,7 @@ _BAD = [
     (
         {"kernel": "cudnn"},
         ValueError,
-        "`kernel` must be one of 'auto', 'fused', 'xla', 'stable'. Received: kernel='cudnn'.",
+        "`kernel` must be one of 'auto', 'native', 'fused', 'plain'. Received: kernel='cudnn'.",
     ),
     *(
         ({name: "yes"}, TypeError, f"`{name}` must be True or False. Received: {name}='yes'.")

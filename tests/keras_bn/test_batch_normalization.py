@@ -104,7 +104,7 @@ def test_zero_debias_leaves_the_initial_values_out_of_the_average(mode):
     _close(layer.moving_variance, np.tensordot(weights, [oracle.biased_variance for oracle in oracles], 1))
 
 
-@pytest.mark.parametrize("kernel", ["auto", "stable"])
+@pytest.mark.parametrize("kernel", ["auto", "plain"])
 def test_unbiased_variance_averages_the_variance_with_one_value_less(kernel):
     layer, x = keras_bn.BatchNormalization(momentum=0.0, unbiased_variance=True, kernel=kernel), _x((5, 3))
     _close(layer(x, training=True), Reference(x, -1).y)
@@ -140,6 +140,21 @@ def test_a_hundred_steps_reach_the_population_variance_only_without_the_initial_
     assert np.mean(biased.moving_variance) == pytest.approx(4 + (initial - 4) * 0.99**100, abs=0.02)
     assert np.mean(biased.moving_variance) == pytest.approx(plain, abs=0.06)
     assert np.mean(debiased.moving_variance) == pytest.approx(4.0, abs=0.02)
+
+
+@pytest.mark.parametrize("options", [{"momentum": 0.0}, {"momentum": None}, {"zero_debias": True}], ids=str)
+@pytest.mark.parametrize("kernel", ["auto", "plain"])
+@pytest.mark.parametrize("mode", MODES)
+def test_first_batch_alone_is_averaged_to_the_last_digit_wherever_the_average_was(mode, kernel, options):
+    layer = keras_bn.BatchNormalization(
+        moving_mean_initializer=keras.initializers.Constant(1e6), kernel=kernel, **options
+    )
+    layer.build((16, 4))
+    x = _x(mean=1e-4, deviation=1e-4)
+    _call(layer, mode)(x)
+    oracle = Reference(x, -1)
+    np.testing.assert_allclose(layer.moving_mean, oracle.batch_mean, rtol=1e-5)
+    np.testing.assert_allclose(layer.moving_variance, oracle.biased_variance, rtol=1e-5)
 
 
 # Groups
@@ -237,7 +252,7 @@ def test_renorm_corrects_towards_its_own_moving_statistics(mode, limits):
 
 
 def test_renorm_warmup_is_plain_batch_norm_for_5000_updates_and_then_loosens():
-    limits = keras_bn.statistics.renorm_warmup()
+    limits = keras_bn.updates.renorm_warmup()
     at = {
         step: {name: float(limit(step)) for name, limit in limits.items()}
         for step in (0, 5000, 15000, 25000, 40000, 99999)
@@ -364,7 +379,7 @@ def test_list_of_axes_keeps_statistics_for_each_combination(mode, axis, channels
     ("options", "poison"),
     [
         *(({}, poison) for poison in (np.nan, np.inf, -np.inf)),
-        *((options, np.nan) for options in ({"kernel": "stable"}, {"virtual_batch_size": 16}, {"renorm": True})),
+        *((options, np.nan) for options in ({"kernel": "plain"}, {"virtual_batch_size": 16}, {"renorm": True})),
     ],
     ids=str,
 )
@@ -459,7 +474,7 @@ _CONFIGURATIONS = [
     {"momentum": None},
     {"momentum": keras.optimizers.schedules.ExponentialDecay(0.9, 10, 0.5)},
     {"virtual_batch_size": 8, "unbiased_variance": True},
-    {"zero_debias": True, "activation": "relu", "kernel": "stable"},
+    {"zero_debias": True, "activation": "relu", "kernel": "plain"},
     {"renorm": True, "renorm_clipping": "warmup"},
     {
         "renorm": True,
@@ -482,6 +497,16 @@ def test_every_option_survives_configuration_and_file(options, tmp_path):
     _close(reloaded(x, training=True), layer(x, training=True))
     for mine, theirs in zip(reloaded.weights, layer.weights, strict=True):
         _close(mine, theirs)
+
+
+@pytest.mark.parametrize("kernel", ["stable", "xla"])
+def test_files_that_name_a_kernel_of_earlier_versions_load_as_plain(kernel, tmp_path):
+    model = keras.Sequential([keras.Input((4,)), keras_bn.BatchNormalization(kernel="plain")])
+    model.layers[0].kernel = kernel
+    model.save(tmp_path / "model.keras")
+    assert keras.models.load_model(tmp_path / "model.keras").layers[0].kernel == "plain"
+    with pytest.raises(ValueError, match="`kernel` must be one of"):
+        keras_bn.BatchNormalization(kernel=kernel)
 
 
 def test_pure_half_precision_layer_keeps_its_policy():

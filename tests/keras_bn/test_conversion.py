@@ -269,7 +269,7 @@ def test_a_layer_that_its_configuration_does_not_describe_is_found_by_the_proof(
 
 
 def test_the_choice_of_kernel_does_not_hinder():
-    model = keras.Sequential([keras.Input((4,)), OURS(kernel="stable")])
+    model = keras.Sequential([keras.Input((4,)), OURS(kernel="plain")])
     assert types(keras_bn.revert(model)) == [STOCK]
 
 

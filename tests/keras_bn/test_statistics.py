@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from keras_bn import kernels, statistics
+from keras_bn import ops, statistics
 from tests.reference import Reference
 
 
@@ -69,36 +69,11 @@ def test_batch_statistics_are_worth_nothing_of_one_value_or_of_what_is_not_finit
     )
 
 
-def test_moved_goes_a_share_of_the_way_and_a_rate_of_zero_ignores_what_is_not_a_number():
-    moved = statistics.moved(np.array([1.0, 1.0, 1.0]), np.array([3.0, np.nan, np.inf]), np.array([0.25, 0.0, 0.0]))
-    np.testing.assert_array_equal(moved, [1.5, 1.0, 1.0])
-
-
-def test_renorm_correction_is_the_ratio_and_the_distance_within_the_limits():
-    batch = statistics.BatchStatistics(np.array([1.0, 5.0]), np.array([4.0, 0.25]), np.ones(2, bool))
-    mean, stddev = np.array([0.0, 1.0]), np.array([1.0, 2.0])
-    r, d = statistics.renorm_correction(batch, mean, stddev, {}, 0.0)
-    np.testing.assert_allclose(r, [2.0, 0.25])
-    np.testing.assert_allclose(d, [1.0, 2.0])
-    r, d = statistics.renorm_correction(batch, mean, stddev, {"rmax": 1.5, "rmin": 0.5, "dmax": 1.25}, 0.0)
-    np.testing.assert_allclose(r, [1.5, 0.5])
-    np.testing.assert_allclose(d, [1.0, 1.25])
-    r, _ = statistics.renorm_correction(batch, mean, np.zeros(2), {}, 0.01)
-    np.testing.assert_allclose(r, np.sqrt(batch.variance + 0.01) / 0.1)
-
-
-@pytest.mark.parametrize(("step", "value"), [(0, 2.0), (10, 2.0), (15, 3.0), (20, 4.0), (99, 4.0)])
-def test_linear_ramp_is_a_straight_line_between_two_steps(step, value):
-    ramp = statistics.LinearRamp(2.0, 4.0, 10, 20)
-    assert float(ramp(step)) == value
-    assert float(statistics.LinearRamp.from_config(ramp.get_config())(step)) == value
-
-
 @pytest.mark.parametrize("axes", [[2], [1], [0, 2]], ids=str)
 def test_scale_and_shift_is_one_multiply_add_per_channel(axes):
     x = _x((2, 3, 4))
     oracle = Reference(x, axes)
     channels = int(np.prod([x.shape[axis] for axis in axes]))
     gamma, beta = _x((channels,), 1), _x((channels,), 2)
-    got = kernels.scale_and_shift(x, gamma, beta, axes=axes)
+    got = ops.scale_and_shift(x, gamma, beta, axes=axes)
     np.testing.assert_allclose(got, oracle.along(gamma) * x + oracle.along(beta), rtol=1e-12)

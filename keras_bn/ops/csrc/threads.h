@@ -1,6 +1,4 @@
-// Threads that share the work on a large tensor.
-//
-// TensorFlow's C interface does not lend its own. One call at a time has them; others meanwhile work alone.
+// Threads that share the work on a large tensor: TensorFlow's C interface does not lend its own.
 
 #pragma once
 
@@ -8,6 +6,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 #if defined(__x86_64__)
@@ -16,32 +15,34 @@
 
 namespace {
 
+// One call at a time has the threads; others meanwhile work alone.
 class Threads {
  public:
-  static Threads& all() {
+  static Threads& shared() {
     // Never destroyed: they may be waiting when the process ends.
     static Threads* threads = new Threads;
     return *threads;
   }
 
-  // How many work together, whoever asks for it among them. Those there are already stay.
+  // How many work together, whoever asks for it among them. Those that run already stay.
   void limit(int count) {
     std::lock_guard<std::mutex> lock(mutex_);
-    wanted_ = count;
+    limit_ = count;
   }
 
   // Calls `work(i)` once for each i from 0 to `parts`, in any order. Nobody is waited for who has not begun a part.
+  // `work` must not throw.
   template <class Work>
-  void share(int64_t parts, const Work& work) {
-    std::unique_lock<std::mutex> alone(busy_, std::try_to_lock);
-    if (!alone.owns_lock() || parts < 2) {
+  void parallel_for(int64_t parts, const Work& work) {
+    std::unique_lock<std::mutex> alone(busy_, std::defer_lock);
+    if (parts < 2 || !alone.try_lock()) {
       for (int64_t i = 0; i < parts; ++i) work(i);
       return;
     }
     const Job job{[](const void* work, int64_t i) { (*static_cast<const Work*>(work))(i); }, &work, parts, modes()};
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      for (; started_ + 1 < wanted_; ++started_) std::thread([this] { serve(); }).detach();
+      start();
       next_ = 0;
       job_ = &job;
     }
@@ -59,6 +60,15 @@ class Threads {
     int64_t parts;
     unsigned modes;
   };
+
+  void start() {
+    try {
+      for (; started_ + 1 < limit_; ++started_) std::thread([this] { serve(); }).detach();
+    } catch (const std::system_error&) {
+      // The system gives no more of them: those there are do the work.
+      limit_ = started_ + 1;
+    }
+  }
 
   void take_parts(const Job& job) {
     for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < job.parts;) job.call(job.work, i);
@@ -91,7 +101,7 @@ class Threads {
   std::condition_variable begun_, left_;
   std::atomic<int64_t> next_{0};
   const Job* job_ = nullptr;
-  int wanted_ = 1, started_ = 0, inside_ = 0;
+  int limit_ = 1, started_ = 0, inside_ = 0;
 };
 
 }  // namespace
