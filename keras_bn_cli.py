@@ -84,8 +84,7 @@ def _print_version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
         return
     library = _library()
     click.echo(f"keras-bn {library.__version__}")
-    if hasattr(library, "compiled"):
-        click.echo(library.compiled())
+    click.echo(library.compiled())
     ctx.exit()
 
 

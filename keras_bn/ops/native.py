@@ -187,7 +187,11 @@ def _load() -> tuple[Any, str]:
     """The generated wrappers of the operations, or None and why there are none."""
     if not _path.exists():
         return None, "they were not built, for want of a C++ compiler, when keras_bn was installed"
+    # TensorFlow 2.19 keeps the symbols of its C interface to itself.
+    framework = Path(tf.sysconfig.get_lib(), "libtensorflow_framework.so.2")
     try:
+        if framework.exists():
+            ctypes.CDLL(str(framework), mode=ctypes.RTLD_GLOBAL)
         return tf.load_op_library(str(_path)), ""
     except (tf.errors.OpError, OSError) as error:
         warn(f"keras_bn goes without its compiled operations, which do not load: {error}")

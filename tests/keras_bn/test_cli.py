@@ -187,4 +187,4 @@ def test_without_the_extra_a_line_says_what_to_install(missing, arguments, tmp_p
 def test_version_says_whether_the_compiled_operations_are_there():
     version, *compiled = run("--version").stdout.splitlines()
     assert version == f"keras-bn {keras_bn.__version__}"
-    assert compiled == ([f"{keras_bn.compiled()}"] if hasattr(keras_bn, "compiled") else [])
+    assert compiled == [f"{keras_bn.compiled()}"]
