@@ -93,6 +93,7 @@ OK = Answer(200, {"predictions": [[0.25, 1]]})
         (Answer(200, {"predictions": [[0.25]]}), False),
         (Answer(200, {"outputs": [[0.25, 1]]}), False),
         (Answer(400, {"error": "no"}), False),
+        (OK._replace(status=206), False),
     ],
 )
 def test_answers_are_alike_up_to_the_rounding_of_floats(theirs, alike):
