@@ -391,3 +391,26 @@ def test_declarations_of_the_c_interface_are_those_of_the_installed_headers(tmp_
         command = [compiler, "-std=c++17", "-fsyntax-only", f"-I{tf.sysconfig.get_include()}", program]
         ran = subprocess.run(command, capture_output=True, text=True)
         assert (ran.returncode == 0) == compiles, ran.stderr
+
+
+@pytest.fixture
+def asked_anew():
+    """`keras_bn.compiled` as if it had not been asked, then and afterwards."""
+    native.compiled.cache_clear()
+    yield
+    native.compiled.cache_clear()
+
+
+def test_they_are_found_to_be_right_where_functions_run_eagerly(asked_anew):
+    tf.config.run_functions_eagerly(True)
+    try:
+        assert keras_bn.compiled()
+    finally:
+        tf.config.run_functions_eagerly(False)
+
+
+def test_they_are_found_to_be_right_within_a_tape(asked_anew):
+    x = tf.Variable([[1.0, 2.0], [3.0, 5.0]])
+    with tf.GradientTape():
+        tf.reduce_sum(x)
+        assert keras_bn.compiled()
