@@ -11,7 +11,7 @@ from typing import Any
 
 from keras_bn_serving.quiet import import_tensorflow
 
-from . import MODEL, CheckError, Skipped
+from . import MODEL, ROOT, CheckError, Skipped
 
 _SHOWN = 10
 _NEEDS_BINARY = "needs a tensorflow_model_server: make docker-check TF_SERVING_BINARY=/path/to/it"
@@ -197,9 +197,12 @@ def _check_image(report: _Report, stage: str, container: Any, pip: Any) -> None:
 
 def _ask_container(report: _Report, name: str, container: Any, code: int) -> dict[str, Any]:
     from . import image_checks, server
+    from .files import command_line
 
     rest, grpc = server.free_port(), server.free_port()
-    with container.running(f"--rest_api_port={rest}", f"--port={grpc}") as process:
+    # Batching and what else TensorFlow Serving's image has: answers are to be compared.
+    flags = [flag for flag in command_line(ROOT, "serving")[1:] if flag not in container.command]
+    with container.running(*flags, f"--rest_api_port={rest}", f"--port={grpc}") as process:
         if (
             report.step(f"{name}: its command line loads the network", image_checks.wait, container, process, rest)
             is None

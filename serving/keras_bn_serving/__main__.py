@@ -32,6 +32,8 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m keras
         print(f"Embedded model server, TensorFlow {metadata.version('tensorflow')}")
         return 0
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    # How the signatures of a version are run is told whenever one is loaded.
+    logging.getLogger("keras_bn_serving.engine").setLevel(logging.INFO)
     if options.log_requests:
         logging.getLogger("keras_bn_serving.requests").setLevel(logging.INFO)
     try:

@@ -93,6 +93,7 @@ OK = Answer(200, {"predictions": [[0.25, 1]]})
         (Answer(200, {"predictions": [[0.25]]}), False),
         (Answer(200, {"outputs": [[0.25, 1]]}), False),
         (Answer(400, {"error": "no"}), False),
+        (OK._replace(status=206), False),
     ],
 )
 def test_answers_are_alike_up_to_the_rounding_of_floats(theirs, alike):
@@ -166,7 +167,14 @@ def exported(tmp_path_factory) -> Path:
     return base_path
 
 
+@pytest.fixture
+def few_malformed(monkeypatch):
+    # The whole five thousand are for `make docker-check`, and for tests/serving/test_malformed.py.
+    monkeypatch.setattr(questions, "_MALFORMED", 100)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_malformed")
 def test_the_embedded_server_runs_the_images_command_line_and_gives_every_answer_right(exported):
     with server.running(None, exported) as running:
         wrong = [asked for group in questions.GROUPS for asked in group(running) if asked.problem]
@@ -175,6 +183,7 @@ def test_the_embedded_server_runs_the_images_command_line_and_gives_every_answer
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_malformed")
 def test_a_real_server_that_answers_otherwise_is_found(exported, tmp_path, capsys):
     # The embedded server without batches: it answers more rows than a batch may have.
     script = f'cd {ROOT}/serving && exec {sys.executable} -m keras_bn_serving "$@" --enable_batching=false '

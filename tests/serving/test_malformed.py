@@ -12,7 +12,8 @@ from typing import Any
 import grpc
 import pytest
 import tensorflow as tf
-from tensorflow_serving.apis import prediction_service_pb2_grpc
+from tensorflow.core.framework import types_pb2
+from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 
 from serving.check.malformed import malformed
 from tests.serving import saved_models
@@ -176,3 +177,18 @@ def test_where_a_signature_leaves_the_rank_open_the_graph_says_it(more_server: R
     response = connection.getresponse()
     assert response.status == 400
     assert json.loads(response.read())["error"] == "Input `x` must have a rank of 4. Received: shape [1,2]."
+
+
+@pytest.mark.parametrize("shape", [(0, 1, 1, 1, 2**31), (0, 2**20, 2**20, 1, 1), (2**31, 0, 1, 1, 1)])
+def test_an_empty_array_of_sizes_that_kernels_cannot_count_is_refused(
+    more_server: RunningServer, shape: tuple[int, ...]
+):
+    request = predict_pb2.PredictRequest()
+    request.model_spec.name, request.model_spec.signature_name = "open", "pooled"
+    request.inputs["x"].dtype = types_pb2.DT_FLOAT
+    for size in shape:
+        request.inputs["x"].tensor_shape.dim.add(size=size)
+    with grpc.insecure_channel(more_server.grpc_target) as channel:
+        code, details = outcome(prediction_service_pb2_grpc.PredictionServiceStub(channel), request)
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert "must multiply to 268435456 at most. Received: shape [" in details

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 import os
 import threading
 from collections.abc import Iterable, Mapping
@@ -27,6 +28,8 @@ from keras_bn_serving.errors import (
 
 _log = logging.getLogger(__name__)
 DEFAULT_SIGNATURE = "serving_default"
+# More than any request could carry. An empty array may claim any sizes, and kernels count the others in 32 bits.
+_MOST_ENTRIES = 2**28
 _TAG = "serve"
 _FILES = ("saved_model.pb", "saved_model.pbtxt")
 
@@ -210,7 +213,13 @@ def check_inputs(signature: Signature, inputs: Mapping[str, np.ndarray]) -> None
 
 
 def check_shapes(signature: Signature, inputs: Mapping[str, np.ndarray]) -> None:
-    """Raises an InvalidArgumentError if the inputs' shapes are not those of a signature that any other may harm."""
+    """Raises an InvalidArgumentError if shapes are not the signature's where that may do harm, or are none of data."""
+    for name, array in inputs.items():
+        if not array.size and math.prod(size for size in array.shape if size) > _MOST_ENTRIES:
+            raise InvalidArgumentError(
+                f"Input `{name}` has no entries, and its sizes but 0 must multiply to {_MOST_ENTRIES} at most. "
+                f"Received: shape {_shown(array.shape)}."
+            )
     if signature.findings.checks_shapes and (problem := signature.misfit(inputs)):
         raise InvalidArgumentError(problem)
 
