@@ -188,12 +188,15 @@ class _Data(NamedTuple):
         """The examples as `model` takes them: an array, or arrays in the structure of its inputs."""
         import keras
 
-        inputs = getattr(model, "inputs", None) or []
-        shapes = {tensor.name: tuple(tensor.shape[1:]) for tensor in inputs}
-        examples = self.read(shapes)
+        examples = self.by_name(model)
         if not isinstance(examples, dict):
             return examples
         return keras.tree.map_structure(lambda tensor: examples[tensor.name], model.input)
+
+    def by_name(self, model: Any) -> Any:
+        """The examples as an array, or for several inputs of `model` arrays by name."""
+        inputs = getattr(model, "inputs", None) or []
+        return self.read({tensor.name: tuple(tensor.shape[1:]) for tensor in inputs})
 
     def read(self, shapes: dict[str, Any]) -> Any:
         """The examples for inputs of some names, each with the shape of one example or None.
@@ -382,12 +385,19 @@ def export(
     _check_folder(model_base_path, "MODEL_BASE_PATH")
     names = None if labels is None else _lines_of(labels)
     with model.loaded() as loaded:
+        if pixels:
+            _check_takes_pixels(loaded)
+        examples = None if warmup is None else _Data(warmup, array_name).by_name(loaded)
+        if pixels and examples is not None and examples.dtype != "uint8":
+            raise ValueError(
+                f"--warmup must hold uint8 pictures with --pixels. Received: {examples.dtype} in {warmup}."
+            )
         exported = _library().export(
             loaded,
             model_base_path,
             labels=names,
             preprocess=_pixels_to_floats if pixels else None,
-            warmup=None if warmup is None else _Data(warmup, array_name).for_model(loaded),
+            warmup=examples,
             **options,
         )
     if as_json:
@@ -416,7 +426,8 @@ def drift(model: _Model, data: _Data, limit: Any, as_json: bool) -> None:
         with model.loaded() as loaded:
             rows = _library().drift(loaded, data.for_model(loaded), data.batch_size)
     if as_json:
-        click.echo(json.dumps({"layers": rows}, indent=2))
+        known = [{name: None if value != value else value for name, value in row.items()} for row in rows]
+        click.echo(json.dumps({"layers": known}, indent=2))
     else:
         from keras_bn.tables import table
 
@@ -547,6 +558,15 @@ def _first(examples: Any, count: int) -> Any:
     return keras.tree.map_structure(lambda array: array[:count], examples)
 
 
+def _check_takes_pixels(model: Any) -> None:
+    shapes = [tuple(tensor.shape) for tensor in getattr(model, "inputs", None) or []]
+    if shapes and (len(shapes) != 1 or len(shapes[0]) != 4):
+        raise ValueError(
+            "--pixels must be left out for a model that does not take one batch of pictures, of rank 4. "
+            f"Received: inputs of shapes {shapes}."
+        )
+
+
 def _pixels_to_floats(pictures: Any) -> Any:
     import tensorflow as tf
 
@@ -571,7 +591,9 @@ def _print(report: Any, as_json: bool) -> None:
 def _card(version: Path) -> Any:
     card = version / CARD
     if not card.exists():
-        raise ValueError(f"MODEL must be a version that keras_bn exported, with {CARD}. Received: {version}.")
+        versions = sorted((child for child in version.iterdir() if child.name.isdecimal()), key=lambda p: int(p.name))
+        hint = f", which has versions: give {versions[-1]}" if versions else ""
+        raise ValueError(f"MODEL must be a version that keras_bn exported, with {CARD}. Received: {version}{hint}.")
     return json.loads(card.read_text())
 
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bn.model import calls_replaced, channel_axes, inference_mode, named_batch_norms, observed_call
+from keras_bn.names import argument
 from keras_bn.statistics import aligned_weights
 
 SIGNATURE = "batch_norm_drift"
@@ -53,7 +55,7 @@ def drift(model: Any, inputs: Any, batch_size: int = 32) -> list[dict[str, Any]]
     Args:
         model: a built Keras model, or the folder of a version that `keras_bn.export` wrote.
         inputs: examples, the first axis along them: an array; or a dictionary of arrays by input name (for a model
-            also whatever structure it is called with).
+            also whatever structure it is called with; for a version the names as served, or as the model has them).
         batch_size: examples computed at a time.
 
     Returns:
@@ -62,7 +64,8 @@ def drift(model: Any, inputs: Any, batch_size: int = 32) -> list[dict[str, Any]]
 
     Raises:
         TypeError: when `model` is neither a model nor a path.
-        ValueError: when it has no normalization, or a version was exported with `drift=False`, or `inputs` do not fit.
+        ValueError: when it has no normalization, or a version was exported with `drift=False`, or `inputs` do not fit
+            or are not finite where a normalization sees them.
 
     Example:
 
@@ -89,10 +92,25 @@ def drift(model: Any, inputs: Any, batch_size: int = 32) -> list[dict[str, Any]]
         )
     parts: dict[str, list[RowFigures]] = {}
     for first in range(0, lengths.pop(), batch_size):
-        for name, figures in figures_of([array[first : first + batch_size] for array in arrays]).items():
+        try:
+            by_layer = figures_of([array[first : first + batch_size] for array in arrays])
+        except tf.errors.InvalidArgumentError as error:
+            raise ValueError(f"`inputs` must be what the model can compute with. Received: {reason(error)}") from error
+        for name, figures in by_layer.items():
             in_float64 = RowFigures(*map(_in_float64, figures))
+            _check_finite(name, in_float64, first)
             parts.setdefault(name, []).append(merged(in_float64, axis=0))
     return [{"layer": name, **plain(summary(pooled(_stacked(part))))} for name, part in parts.items()]
+
+
+def _check_finite(layer: str, figures: RowFigures, first: int) -> None:
+    finite = np.isfinite(figures.mean_shift) & np.isfinite(figures.variance_ratio)
+    (broken,) = np.nonzero(~finite.all(axis=1))
+    if broken.size:
+        raise ValueError(
+            f"`inputs` must be finite. Received: example {first + broken[0]} (counted from 0) with non-finite values "
+            f"at the input of layer {layer!r}."
+        )
 
 
 def distance(mean: Any, variance: Any, reference_mean: Any, reference_variance: Any, epsilon: float) -> Distance:
@@ -284,6 +302,7 @@ def _asked_of_model(model: keras.Model, inputs: Any) -> tuple[FiguresOf, list[An
 
 
 def _asked_of_version(folder: str | os.PathLike[str], inputs: Any) -> tuple[FiguresOf, list[Any]]:
+    _check_version(os.fspath(folder))
     loaded = tf.saved_model.load(os.fspath(folder))
     if SIGNATURE not in loaded.signatures:
         raise ValueError(
@@ -292,6 +311,8 @@ def _asked_of_version(folder: str | os.PathLike[str], inputs: Any) -> tuple[Figu
         )
     specs = loaded.signatures[SIGNATURE].structured_input_signature[1]
     by_name = inputs if isinstance(inputs, Mapping) else dict(zip(specs, [inputs], strict=False))
+    if by_name.keys() != specs.keys():
+        by_name = {argument(name): value for name, value in by_name.items()}
     if by_name.keys() != specs.keys():
         raise ValueError(
             f"`inputs` must be a dictionary of arrays with the names {sorted(specs)}, or an array where there is one. "
@@ -303,7 +324,34 @@ def _asked_of_version(folder: str | os.PathLike[str], inputs: Any) -> tuple[Figu
         tensors = {n: tf.constant(a) if specs[n].dtype == tf.string else tf.cast(a, specs[n].dtype) for n, a in pairs}
         return figures_by_layer(loaded.signatures[SIGNATURE](**tensors))
 
-    return figures_of, [np.asarray(by_name[name]) for name in specs]
+    arrays = {name: np.asarray(by_name[name]) for name in specs}
+    for name, spec in specs.items():
+        shape, dtype = arrays[name].shape, arrays[name].dtype
+        if not spec.shape.is_compatible_with(shape) or (dtype.kind in "OSU") != (spec.dtype == tf.string):
+            raise ValueError(
+                f"`inputs` must have shape {tuple(spec.shape)} and dtype {spec.dtype.name} for input {name!r}. "
+                f"Received: shape {shape}, dtype {dtype}."
+            )
+    return figures_of, list(arrays.values())
+
+
+def _check_version(folder: str) -> None:
+    if tf.saved_model.contains_saved_model(folder):
+        return
+    below = tf.io.gfile.listdir(folder) if tf.io.gfile.isdir(folder) else []
+    versions = sorted((name.rstrip("/") for name in below if name.rstrip("/").isdecimal()), key=int)
+    hint = f", which has versions: pass {os.path.join(folder, versions[-1])}" if versions else ""
+    raise ValueError(
+        f"`model` must be a `keras.Model` or the folder of an exported version. Received: model={folder!r}{hint}."
+    )
+
+
+def reason(error: tf.errors.OpError) -> str:
+    """The one line of TensorFlow's message that says it, without colours, nodes and what Keras puts around it."""
+    text = re.sub(r"\x1b\[[0-9;]*m|\{\{.*?\}\}", "", error.message)
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    said = [line for line in lines if not line.startswith(("Exception encountered", "Graph execution", "Detected at"))]
+    return next((line for line in said if "must" in line), (said or lines)[0])
 
 
 def figures_by_layer(answer: Mapping[str, tf.Tensor]) -> dict[str, RowFigures]:

@@ -160,10 +160,12 @@ class Health(NamedTuple):
         return {"layers": layers, "suspects": self.suspects, "findings": self.findings}
 
     def __str__(self) -> str:
-        headers = ["layer", "channels", "dead", "mean shift", "variance ratio", "KL", "batch KL"]
-        rows = [
-            [o.name, o.channels, len(o.dead), o.mean_shift, o.variance_ratio, o.kl, o.batch_kl] for o in self.layers
-        ]
+        headers = ["layer", "channels", "dead"]
+        rows = [[o.name, o.channels, len(o.dead)] for o in self.layers]
+        if any(one.unmeasured or not np.isnan(one.kl) for one in self.layers):  # There was data.
+            headers += ["mean shift", "variance ratio", "KL", "batch KL"]
+            for row, o in zip(rows, self.layers, strict=True):
+                row += [o.mean_shift, o.variance_ratio, o.kl, o.batch_kl]
         return "\n".join([table(headers, rows), *self.findings])
 
     def save_picture(self, path: str | PathLike[str]) -> None:

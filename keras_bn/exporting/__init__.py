@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bn.drift import SIGNATURE as DRIFT
+from keras_bn.drift import reason
 from keras_bn.exporting import signatures as _signatures
 from keras_bn.exporting import versions as _versions
 from keras_bn.exporting import warmup as _warmup
@@ -21,6 +22,7 @@ from keras_bn.folding import FoldingReport
 from keras_bn.folding import fold as fold_model
 from keras_bn.folding.proof import Errors, accepted_inputs
 from keras_bn.model import batch_norms_below, check_finite, check_model, default_tolerance, layers_below
+from keras_bn.names import argument
 from keras_bn.population.report import Recalibration
 
 # Called with the name of each stage as it is reached.
@@ -82,10 +84,14 @@ def export(
 
     Signatures:
 
-    - `serving_default`. Inputs are called as in `keras.Input(name=...)`, a single nameless picture `image`; outputs
-      that end in a softmax or sigmoid `probabilities`, others as their layer if it was given a name, else `outputs`.
+    - `serving_default`. Inputs are called as in `keras.Input(name=...)`, a single nameless picture `image`. TensorFlow
+      and Python take ASCII letters, digits and underscores, a letter first, no keyword and not `self`: other characters
+      become underscores, those in front are dropped, `1a` becomes `input_1a` and `class` `class_`; of names that are
+      then equal, each gets a number. Outputs that end in a softmax or sigmoid `probabilities`, others as their layer if
+      it was given a name, else `outputs`.
     - `image_bytes`, with `preprocess` and pictures of fixed size: the same for encoded pictures (PNG, JPEG, BMP, the
-      first frame of a GIF; as `{"b64": ...}` in JSON), resized to the model's size. Pictures of more than 2**25 pixels
+      first frame of a GIF; as `{"b64": ...}` in JSON), resized to the model's size. JPEG is decoded to the same pixels
+      as by Pillow, but not turned as its EXIF data say: the orientation is ignored. Pictures of more than 2**25 pixels
       (33 million, 100 MB once decoded) are refused before they are decoded.
     - `batch_norm_drift`, for models with a normalization: what `keras_bn.drift` needs to know of each row. `layer` and
       `channels` name the normalizations and their widths; `count`, `mean_shift` and `variance_ratio`, for all channels
@@ -107,8 +113,9 @@ def export(
             channels): such as `keras.applications.resnet50.preprocess_input`, other TensorFlow operations, or a Keras
             layer. With it, pixels are posted as they are, uint8. What is served is compared with this function and the
             model, called one after the other.
-        warmup: examples of what `serving_default` takes: an array, or a dictionary by input name. They are what is
-            checked; without, random numbers are, of sizes that the model takes.
+        warmup: examples of what `serving_default` takes (with `preprocess`, uint8 pictures): an array, or a dictionary
+            by input name, as served or as in `keras.Input(name=...)`. They are what is checked; without, random numbers
+            are, of sizes that the model takes.
         jit_compile: whether XLA compiles the model in the signatures; a server has to be started to allow that. Inputs
             are checked before it and pictures decoded, as XLA can do neither.
         overwrite: whether a given version that is there is replaced.
@@ -140,16 +147,17 @@ def export(
         _warmup.require()
     if tolerance is None:
         tolerance = default_tolerance(model)
+    original = _signatures.Serving(model, preprocess, jit_compile)
+    least = original.least_sizes()
+    examples = None if warmup is None else _examples(warmup, original, least)
     served_model, folding = model, None
     if fold:
-        served_model, folding = fold_model(model, _fold_check(model, preprocess, warmup), tolerance)
+        check = None if examples is None else original.model_inputs(examples)
+        served_model, folding = fold_model(model, check, tolerance)
     observed = model if drift and batch_norms_below(model) else None
-    original = _signatures.Serving(model, preprocess, jit_compile)
     serving = _signatures.Serving(served_model, preprocess, jit_compile, named_after=original)
-    examples = None if warmup is None else _examples(warmup, serving.inputs)
     with _versions.temporary_sibling(base) as folder:
         _reached("folder made")
-        least = original.least_sizes()
         signatures = _trace(serving, labels, least)
         if observed is not None:
             signatures[DRIFT] = original.concrete(original.drift, original.inputs, least)
@@ -191,38 +199,52 @@ def _reached(stage: str) -> None:
         hook(stage)
 
 
-def _fold_check(model: keras.Model, preprocess: Callable[[tf.Tensor], Any] | None, warmup: Any) -> Any:
-    """The warm-up examples as the model itself takes them, to prove the folding on them too."""
-    if warmup is None or not getattr(model, "inputs", None):
-        return None
-    if preprocess is not None:
-        return preprocess(tf.cast(next(iter(keras.tree.flatten(warmup))), tf.float32))
-    serving = _signatures.Serving(model)
-    examples = _examples(warmup, serving.inputs)
-    return keras.tree.pack_sequence_as(_signatures.input_structure(model), [examples[name] for name in serving.inputs])
-
-
-def _examples(warmup: Any, inputs: Mapping[str, tf.TensorSpec]) -> dict[str, tf.Tensor]:
-    by_name = warmup if isinstance(warmup, dict) else {next(iter(inputs)): warmup} if len(inputs) == 1 else None
-    if by_name is None or set(by_name) != set(inputs):
+def _examples(warmup: Any, original: _signatures.Serving, least: Mapping[str, list[int]]) -> dict[str, tf.Tensor]:
+    inputs = original.inputs
+    by_name = warmup if isinstance(warmup, Mapping) else dict(zip(inputs, [warmup], strict=False))
+    if by_name.keys() != inputs.keys():
+        by_name = {argument(name): value for name, value in by_name.items()}
+    if by_name.keys() != inputs.keys() or (len(inputs) > 1 and not isinstance(warmup, Mapping)):
         raise ValueError(
             f"`warmup` must be a dictionary with the inputs {sorted(inputs)}, or an array where there is one input. "
-            f"Received: warmup={sorted(by_name) if by_name else type(warmup).__name__}."
+            f"Received: warmup={sorted(warmup) if isinstance(warmup, Mapping) else type(warmup).__name__}."
         )
-    examples = {}
-    for name, spec in inputs.items():
-        value = np.asarray(by_name[name])
-        if spec.dtype == tf.uint8 and value.dtype != np.uint8:
-            raise ValueError(f"`warmup` must be uint8 pictures where `preprocess` is given. Received: {value.dtype}.")
-        examples[name] = (
-            tf.convert_to_tensor(value, spec.dtype) if value.dtype.kind in "OSU" else tf.cast(value, spec.dtype)
-        )
-        if not spec.shape.is_compatible_with(examples[name].shape) or not len(value):
-            raise ValueError(
-                f"`warmup` must have shape {tuple(spec.shape)} for input {name!r}, with one example at least. "
-                f"Received: shape {value.shape}."
-            )
+    examples = {name: _example(name, by_name[name], spec, least[name]) for name, spec in inputs.items()}
+    try:
+        original.predict(examples)
+    except tf.errors.InvalidArgumentError as error:
+        raise ValueError(f"`warmup` must be what the model can compute with. Received: {reason(error)}") from error
     return examples
+
+
+def _example(name: str, given: Any, spec: tf.TensorSpec, least: list[int]) -> tf.Tensor:
+    """What is given for one input, as a tensor that the model can compute with."""
+    try:
+        value = np.asarray(given)
+    except ValueError as error:
+        raise ValueError(
+            f"`warmup` must have one shape for all examples of input {name!r}. Received: {error}"
+        ) from error
+    if spec.dtype == tf.uint8 and value.dtype != np.uint8:
+        shape = tuple(spec.shape[1:])
+        raise ValueError(
+            f"`warmup` must be uint8 pictures of shape (n, {', '.join(map(str, shape))}) for input {name!r}, decoded. "
+            f"Received: dtype {_dtype_text(value)}, shape {value.shape}."
+        )
+    if (value.dtype.kind in "OSU") != (spec.dtype == tf.string):
+        wanted = "strings" if spec.dtype == tf.string else "numbers"
+        raise ValueError(f"`warmup` must be {wanted} for input {name!r}. Received: dtype {_dtype_text(value)}.")
+    fits = spec.shape.is_compatible_with(value.shape)
+    if not fits or any(size < smallest for size, smallest in zip(value.shape, least, strict=True)):
+        raise ValueError(
+            f"`warmup` must have shape {tuple(spec.shape)} for input {name!r}, with sizes of at least {least}. "
+            f"Received: shape {value.shape}."
+        )
+    return tf.convert_to_tensor(value, spec.dtype) if spec.dtype == tf.string else tf.cast(value, spec.dtype)
+
+
+def _dtype_text(value: Any) -> str:
+    return {"S": "bytes", "U": "str"}.get(value.dtype.kind, str(value.dtype))
 
 
 def _trace(

@@ -55,9 +55,20 @@ def decoded(contents: tf.Tensor, height: int, width: int, channels: int) -> tf.T
     )
     with tf.control_dependencies([is_bounded]):
         contents = tf.identity(contents)
-    picture = tf.io.decode_image(contents, channels=channels, expand_animations=False)
+    picture = tf.case([(jpeg, lambda: _from_jpeg(contents, channels))], default=lambda: _from_any(contents, channels))
     picture = tf.image.resize(picture, (height, width), antialias=True)
     return tf.cast(tf.round(tf.clip_by_value(picture, 0.0, 255.0)), tf.uint8)
+
+
+def _from_any(contents: tf.Tensor, channels: int) -> tf.Tensor:
+    return tf.io.decode_image(contents, channels=channels, expand_animations=False)
+
+
+def _from_jpeg(contents: tf.Tensor, channels: int) -> tf.Tensor:
+    """As other decoders do it, Pillow's among them: TensorFlow's default is up to 6 levels off."""
+    if channels == 4:  # No JPEG has an alpha channel, and the error that says so comes at run time.
+        return _from_any(contents, channels)
+    return tf.io.decode_jpeg(contents, channels=channels, dct_method="INTEGER_ACCURATE")
 
 
 def _begins(contents: tf.Tensor, magic: bytes) -> tf.Tensor:

@@ -11,6 +11,7 @@ from keras_bn.drift import RowFigures, row_figures
 from keras_bn.exporting import inputs as _inputs
 from keras_bn.exporting import pictures as _pictures
 from keras_bn.model import inference_mode
+from keras_bn.names import argument, identifier, unique
 
 Tensors = Mapping[str, tf.Tensor]
 SERVING, BYTES = "serving_default", "image_bytes"
@@ -112,7 +113,7 @@ class Serving:
 
     def drift(self, tensors: Tensors) -> dict[str, tf.Tensor]:
         """For each row its own figures at each normalization, all channels side by side, as `drift.row_figures`."""
-        figures = self._compiled(lambda values: row_figures(self._model, self._model_inputs(values)))(tensors)
+        figures = self._compiled(lambda values: row_figures(self._model, self.model_inputs(values)))(tensors)
         rows = tf.shape(next(iter(tensors.values())))[:1]
         widths = [one.count.shape[1] for one in figures.values()]
 
@@ -164,9 +165,10 @@ class Serving:
 
     def _run(self, tensors: Tensors) -> Any:
         with inference_mode(self._model):
-            return self._model(self._model_inputs(tensors), training=False)
+            return self._model(self.model_inputs(tensors), training=False)
 
-    def _model_inputs(self, tensors: Tensors) -> Any:
+    def model_inputs(self, tensors: Tensors) -> Any:
+        """What the model itself is called with."""
         values = [tensors[name] for name in self.inputs]
         if self._preprocess is not None:
             values = [self._preprocess(tf.cast(values[0], tf.float32))]
@@ -200,32 +202,33 @@ def _input_names(leaves: list[keras.KerasTensor]) -> list[str]:
     if len(leaves) == 1 and given[0] is None:
         shape = leaves[0].shape
         return ["image" if len(shape) == 4 and shape[-1] in (1, 3, 4) else "inputs"]
-    return _unique([name or f"input_{i + 1}" for i, name in enumerate(given)])
+    return unique([name or f"input_{i + 1}" for i, name in enumerate(given)])
 
 
 def _input_name(leaf: keras.KerasTensor) -> str | None:
-    return None if re.fullmatch(r"(input_layer|keras_tensor|input)(_\d+)?", leaf.name) else leaf.name
+    """The name a person gave, cleaned; None if Keras gave it, or nothing of it can stay."""
+    return None if re.fullmatch(r"(input_layer|keras_tensor|input)(_\d+)?", leaf.name) else argument(leaf.name) or None
 
 
 def _output_names(model: keras.Model, flat: Any) -> list[str]:
     """Names of the flattened outputs: dictionary keys, else what the last operation says, else the layer's own name."""
     structure = getattr(model, "_outputs_struct", None)
     if isinstance(structure, dict) and not any(keras.tree.is_nested(value) for value in structure.values()):
-        return [_identifier(key) for key in sorted(structure)]
+        return unique([identifier(key) for key in sorted(structure)])
     tensors = keras.tree.flatten(flat.structured_outputs)
     symbolic = getattr(model, "outputs", None)
     given = [_layer_name(tensor) for tensor in symbolic] if symbolic else [None] * len(tensors)
     kinds = ["probabilities" if _is_probability(output) else None for output in flat.outputs]
     if len(tensors) == 1:
         return [kinds[0] or given[0] or "outputs"]
-    return _unique([g or k or f"output_{i + 1}" for i, (g, k) in enumerate(zip(given, kinds, strict=True))])
+    return unique([g or k or f"output_{i + 1}" for i, (g, k) in enumerate(zip(given, kinds, strict=True))])
 
 
 def _layer_name(tensor: keras.KerasTensor) -> str | None:
     """The name of the layer that made `tensor` if a person gave it, None if Keras did."""
     layer = tensor._keras_history.operation
     automatic = type(layer).__name__.lower()  # Keras calls the second `BatchNormalization` batch_normalization_1.
-    return None if re.sub(r"_\d+$", "", layer.name).replace("_", "") == automatic else _identifier(layer.name)
+    return None if re.sub(r"_\d+$", "", layer.name).replace("_", "") == automatic else identifier(layer.name)
 
 
 def _is_probability(tensor: tf.Tensor) -> bool:
@@ -233,20 +236,3 @@ def _is_probability(tensor: tf.Tensor) -> bool:
     while operation.type in ("Identity", "Cast", "Reshape"):
         operation = operation.inputs[0].op
     return operation.type in ("Softmax", "Sigmoid")
-
-
-def _identifier(name: str) -> str:
-    return re.sub(r"\W", "_", name)
-
-
-def _unique(names: list[str]) -> list[str]:
-    """Numbers the names that come twice, from 1."""
-    seen: dict[str, int] = {}
-    for name in names:
-        seen[name] = seen.get(name, 0) + 1
-    counters: dict[str, int] = {}
-    unique = []
-    for name in names:
-        counters[name] = counters.get(name, 0) + 1
-        unique.append(name if seen[name] == 1 else f"{name}_{counters[name]}")
-    return unique

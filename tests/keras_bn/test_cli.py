@@ -188,3 +188,45 @@ def test_version_says_whether_the_compiled_operations_are_there():
     version, *compiled = run("--version").stdout.splitlines()
     assert version == f"keras-bn {keras_bn.__version__}"
     assert compiled == [f"{keras_bn.compiled()}"]
+
+
+def test_pixels_are_spoken_of_as_the_option_they_are(model_file, data_file, tmp_path):
+    keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]).save(tmp_path / "rows.keras")
+    said = run("export", tmp_path / "rows.keras", tmp_path / "served", "--pixels", code=1).stderr
+    assert said.startswith("Error: --pixels must be left out for a model that does not take one batch of pictures")
+    warmup = ["--pixels", "--warmup", tmp_path / "x.npy"]
+    said = run("export", model_file, tmp_path / "served", *warmup, code=1).stderr
+    assert said.startswith("Error: --warmup must hold uint8 pictures with --pixels. Received: float32 in ")
+
+
+def test_warmup_of_several_inputs_is_a_file_of_their_names(tmp_path):
+    inputs = [keras.Input((4,), name=name) for name in ("x-ray", "age")]
+    keras.Model(inputs, keras.layers.Add()(inputs)).save(tmp_path / "two.keras")
+    np.savez(tmp_path / "two.npz", **{"x-ray": np.zeros((3, 4)), "age": np.ones((3, 4))})
+    run("export", tmp_path / "two.keras", tmp_path / "served", "--warmup", tmp_path / "two.npz")
+    assert (tmp_path / "served/1/assets.extra/tf_serving_warmup_requests").stat().st_size
+
+
+def test_inspect_without_data_has_no_columns_of_what_needs_it(model_file, data_file, tmp_path):
+    assert run("inspect", model_file).stdout.splitlines()[0].split() == ["layer", "channels", "dead"]
+    output = run("inspect", model_file, "--data", tmp_path / "x.npy").stdout
+    assert output.splitlines()[0].endswith("batch KL")
+
+
+def test_a_base_path_in_place_of_a_version_is_told_the_version(model_file, data_file, tmp_path):
+    run("export", model_file, tmp_path / "served")
+    for command in (["inspect"], ["drift", "--data", tmp_path / "x.npy"]):
+        said = run(*command, tmp_path / "served", code=1).stderr
+        assert f"which has versions: give {tmp_path / 'served' / '1'}." in said
+
+
+def test_drift_of_nothing_is_null_in_json(tmp_path):
+    x = keras.Input((6, 3))
+    model = keras.Model(x, keras.layers.BatchNormalization()(keras.layers.Masking()(x)))
+    model.save(tmp_path / "masked.keras")
+    np.save(tmp_path / "zeros.npy", np.zeros((2, 6, 3), "float32"))
+    output = run("drift", tmp_path / "masked.keras", "--data", tmp_path / "zeros.npy", "--json").stdout
+    assert '"kl": null' in output
+    np.save(tmp_path / "nan.npy", np.full((2, 6, 3), np.nan, "float32"))
+    said = run("drift", tmp_path / "masked.keras", "--data", tmp_path / "nan.npy", code=1).stderr
+    assert said.startswith("Error: `inputs` must be finite.")

@@ -184,3 +184,58 @@ def test_wrong_arguments_of_drift_are_named(tmp_path):
     version = keras_bn.export(plain, tmp_path).path
     with pytest.raises(ValueError, match=r"`model` must be a version with the signature batch_norm_drift"):
         keras_bn.drift(version, normal(7, 3))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_data_that_is_not_finite_is_refused_with_its_place(value, tmp_path):
+    model = single(keras.layers.BatchNormalization(name="norm"), (6,), name="x")
+    x = normal(7, 6)
+    x[4, 2] = value
+    for asked in (model, keras_bn.export(model, tmp_path).path):
+        with pytest.raises(ValueError, match=r"`inputs` must be finite. Received: example 4 .* input of layer 'norm'"):
+            keras_bn.drift(asked, x, batch_size=3)
+
+
+def test_what_a_version_does_not_take_is_refused_in_words(tmp_path):
+    x = keras.Input((None, None, 3), name="x")
+    norm = keras.layers.BatchNormalization()(keras.layers.Conv2D(2, 5)(x))
+    model = keras.Model(x, keras.layers.GlobalAveragePooling2D()(norm))
+    version = keras_bn.export(model, tmp_path).path
+    with pytest.raises(ValueError, match=r"`inputs` must have shape \(None, None, None, 3\).*'x'.*shape \(2, 9, 3\)"):
+        keras_bn.drift(version, normal(2, 9, 3))
+    with pytest.raises(ValueError, match=r"`inputs` must have .* dtype float32 for input 'x'.*dtype <U1"):
+        keras_bn.drift(version, np.full((2, 9, 9, 3), "a"))
+    for asked in (version, model):
+        with pytest.raises(
+            ValueError, match=r"^`inputs` must be what the model can compute with. Received: [^\x1b\n]*$"
+        ):
+            keras_bn.drift(asked, normal(2, 3, 3, 3))
+
+
+def test_a_base_path_in_place_of_a_version_is_told_the_version(tmp_path):
+    model = single(keras.layers.BatchNormalization(), (6,))
+    for number in (9, 10):
+        keras_bn.export(model, tmp_path, version=number)
+    with pytest.raises(ValueError, match=r"`model` must be .* which has versions: pass .*/10\.$"):
+        keras_bn.drift(tmp_path, normal(2, 6))
+    with pytest.raises(ValueError, match=r"`model` must be .* Received: model='.*nowhere'\.$"):
+        keras_bn.drift(tmp_path / "nowhere", normal(2, 6))
+
+
+def test_the_client_refuses_data_that_is_not_finite_too():
+    model = single(keras.layers.BatchNormalization(name="norm"), (6,), name="x")
+    x = normal(7, 6)
+    x[4, 2] = np.nan
+
+    def predict(rows):
+        yield
+        figures = row_figures(model, rows)["norm"]._asdict()
+        shape = (len(rows), 1)
+        return {"layer": np.full(shape, "norm"), "channels": np.full(shape, 6)} | {
+            k: v.numpy() for k, v in figures.items()
+        }
+
+    with pytest.raises(ValueError, match=r"`inputs` must be finite. Received: example 4 "):
+        list(client_drift.operation(predict, x, 3))
+    x[4, 2] = 0
+    assert len(list(client_drift.operation(predict, x, 3))) == 3

@@ -10,6 +10,7 @@ import pytest
 import tensorflow as tf
 
 import keras_bn
+from keras_bn.exporting import pictures
 from keras_bn.exporting.pictures import MOST_PIXELS
 from tests.sessions import plain_session
 
@@ -156,3 +157,13 @@ def test_a_picture_that_is_cut_off_is_refused(kind, share, ask):
 def test_a_gif_of_nothing_but_small_pieces_comes_to_an_end(ask):
     file = b"GIF89a\x10\0\x10\0\0\0\0" + b"\x21\xfe" + b"\1x" * 200_000
     assert "must have from 1 to" in refusal(ask, file)
+
+
+@pytest.mark.parametrize("options", [{}, {"quality": 60}, {"subsampling": 0}, {"progressive": True}], ids=str)
+def test_a_jpeg_has_the_pixels_that_pillow_gives_it(options):
+    noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), "uint8")
+    file = io.BytesIO()
+    Image.fromarray(noise // 2 + pixels() // 2).save(file, "JPEG", **options)
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        ours = session.run(pictures.decoded(tf.constant(file.getvalue()), 48, 64, 3))
+    np.testing.assert_array_equal(ours, np.asarray(Image.open(file)))

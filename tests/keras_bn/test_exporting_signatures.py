@@ -256,3 +256,102 @@ def test_several_inputs_and_outputs_are_served_in_inference_mode(tmp_path):
     answer = ask(keras_bn.export(model, tmp_path).path, **inputs)
     for name in ("sum", "chance"):
         np.testing.assert_allclose(answer[name], expected[name], atol=1e-6)
+
+
+NAMES = {
+    "a-b": "a_b",
+    "a b": "a_b",
+    "a.b": "a_b",
+    "1a": "input_1a",
+    "_a": "a",
+    "ü": "inputs",
+    "größe": "gr__e",
+    "self": "self_",
+    "class": "class_",
+    "True": "True_",
+    "kwargs": "kwargs",
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_legal_keras_name_becomes_one_that_a_signature_takes(name, tmp_path):
+    x = keras.Input((4,), name=name)
+    model = keras.Model(x, keras.layers.BatchNormalization()(x))
+    rows = np.random.default_rng(0).normal(size=(5, 4)).astype("float32")
+    exported = keras_bn.export(model, tmp_path, drift=True)
+    assert list(exported.inputs) == [NAMES[name]]
+    np.testing.assert_allclose(ask(exported.path, **{NAMES[name]: rows})["outputs"], model(rows), rtol=1e-5)
+    assert keras_bn.drift(exported.path, {NAMES[name]: rows}) == keras_bn.drift(exported.path, rows)
+
+
+@pytest.mark.parametrize(
+    ("names", "served"),
+    [
+        (("x-ray", "age (years)"), ["x_ray", "age__years_"]),
+        (("a-b", "a b"), ["a_b_1", "a_b_2"]),
+        (("a-b", "a b", "a_b_1"), ["a_b_2", "a_b_3", "a_b_1"]),
+        (("ü", "ö"), ["input_1", "input_2"]),
+        (("class", "class_"), ["class__1", "class__2"]),
+    ],
+)
+def test_several_names_stay_apart_once_they_are_cleaned(names, served, tmp_path):
+    pytest.importorskip("tensorflow_serving.apis")
+    inputs = [keras.Input((4,), name=name) for name in names]
+    scaled_apart = [keras.layers.Rescaling(i + 1.0)(x) for i, x in enumerate(inputs)]
+    model = keras.Model(inputs, keras.layers.BatchNormalization()(keras.layers.Add()(scaled_apart)))
+    rows = [np.random.default_rng(i).normal(size=(5, 4)).astype("float32") for i in range(len(names))]
+    examples = dict(zip(served, rows, strict=True))
+    exported = keras_bn.export(model, tmp_path, warmup=examples)
+    assert list(exported.inputs) == served
+    np.testing.assert_allclose(ask(exported.path, **examples)["outputs"], model(rows), rtol=1e-5, atol=1e-6)
+    assert keras_bn.drift(exported.path, examples)[0]["kl"] > 0
+
+
+def test_warmup_and_drift_take_the_names_of_the_model_too(tmp_path):
+    pytest.importorskip("tensorflow_serving.apis")
+    inputs = [keras.Input((4,), name=name) for name in ("x-ray", "age (years)")]
+    model = keras.Model(inputs, keras.layers.BatchNormalization()(keras.layers.Add()(inputs)))
+    rows = np.random.default_rng(0).normal(size=(5, 4)).astype("float32")
+    path = keras_bn.export(model, tmp_path, warmup={"x-ray": rows, "age (years)": rows}).path
+    given = keras_bn.drift(path, {"x-ray": rows, "age (years)": rows})
+    assert given == keras_bn.drift(path, {"x_ray": rows, "age__years_": rows})
+
+
+def test_outputs_whose_names_are_equal_once_cleaned_are_all_answered(tmp_path):
+    x = keras.Input((4,), name="x")
+    outputs = {"a-b": keras.layers.Rescaling(2.0)(x), "a b": keras.layers.Rescaling(3.0)(x)}
+    exported = keras_bn.export(keras.Model(x, outputs), tmp_path)
+    answer = ask(exported.path, x=np.ones((1, 4), "float32"))
+    assert {name: value[0, 0] for name, value in answer.items()} == {"a_b_1": 3.0, "a_b_2": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("warmup", "words"),
+    [
+        ([b"\x89PNG"], r"uint8 pictures of shape \(n, 8, 8, 1\) for input 'image'.*dtype bytes, shape \(1,\)"),
+        (np.zeros((2, 8, 8, 1)), r"uint8 pictures of shape \(n, 8, 8, 1\).*dtype float64"),
+        (np.zeros((2, 8, 8), "uint8"), r"have shape \(None, 8, 8, 1\).*shape \(2, 8, 8\)"),
+        (np.zeros((0, 8, 8, 1), "uint8"), r"sizes of at least \[1, 8, 8, 1\].*shape \(0, 8, 8, 1\)"),
+        ([[1], [1, 2]], r"one shape for all examples of input 'image'"),
+        ({"picture": np.zeros((2, 8, 8, 1), "uint8")}, r"dictionary with the inputs \['image'\].*\['picture'\]"),
+    ],
+)
+def test_warmup_that_is_no_batch_of_pictures_is_refused_in_words(warmup, words, tmp_path, model):
+    pytest.importorskip("tensorflow_serving.apis")
+    with pytest.raises(ValueError, match=f"`warmup` must .*{words}"):
+        keras_bn.export(model, tmp_path, preprocess=scaled, warmup=warmup)
+
+
+def test_warmup_that_the_model_cannot_compute_with_is_refused_in_words(tmp_path):
+    pytest.importorskip("tensorflow_serving.apis")
+    x = keras.Input((None, None, 3), name="x")
+    y = keras.layers.BatchNormalization()(keras.layers.Conv2D(2, 5)(x))
+    model = keras.Model(x, keras.layers.GlobalAveragePooling2D()(y))
+    with pytest.raises(ValueError, match=r"`warmup` must have shape .* at least \[1, 5, 5, 3\].*shape \(2, 3, 3, 3\)"):
+        keras_bn.export(model, tmp_path, warmup=np.zeros((2, 3, 3, 3), "float32"))
+    x = keras.Input((2,), dtype="int32", name="x")
+    model = keras.Model(x, keras.layers.Embedding(5, 3)(x))
+    with pytest.raises(ValueError, match=r"^`warmup` must be what the model can compute with. Received: [^\x1b\n]*9"):
+        keras_bn.export(model, tmp_path, warmup=np.array([[1, 9]]), fold=False)
+    with pytest.raises(ValueError, match=r"`warmup` must be numbers for input 'x'. Received: dtype str"):
+        keras_bn.export(model, tmp_path, warmup=np.array([["a", "b"]]), fold=False)

@@ -136,7 +136,7 @@ class _Operations:
 
         Raises:
             ServingError: As for `predict`; also if the model has no such signature.
-            ValueError: If there is no example.
+            ValueError: If there is no example, or one is not finite where a normalization sees it.
         """
         target = _target(model_name, version, label)
 

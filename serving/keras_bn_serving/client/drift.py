@@ -21,7 +21,7 @@ def operation(
         batch_size: Examples in a request.
 
     Raises:
-        ValueError: There is no example, or not as many for each input.
+        ValueError: There is no example, or not as many for each input, or one is not finite where it is measured.
     """
     arrays = inputs if isinstance(inputs, Mapping) else {"": inputs}
     lengths = {len(array) for array in arrays.values()}
@@ -34,8 +34,19 @@ def operation(
     for first in range(0, lengths.pop(), batch_size):
         some = {name: array[first : first + batch_size] for name, array in arrays.items()}
         answer = yield from predict(some if isinstance(inputs, Mapping) else some[""])
+        _check_finite(answer, first)
         parts.append(_merged([answer[name] for name in _FIGURES]))
     return pooled({**answer, **dict(zip(_FIGURES, map(np.stack, zip(*parts, strict=True)), strict=True))})
+
+
+def _check_finite(answer: Mapping[str, np.ndarray], first: int) -> None:
+    finite = np.isfinite(answer["mean_shift"]) & np.isfinite(answer["variance_ratio"])
+    (broken,) = np.nonzero(~finite.all(axis=1))
+    if broken.size:
+        raise ValueError(
+            f"`inputs` must be finite. Received: example {first + broken[0]} (counted from 0) with non-finite values "
+            "at the input of a normalization."
+        )
 
 
 def pooled(answer: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
