@@ -42,7 +42,7 @@ FROM dependencies AS builder
 ARG TF_SERVING_VERSION
 COPY pyproject.toml README.md LICENSE ./
 COPY keras_bn keras_bn
-COPY keras_bn_cli.py ./
+COPY keras_bn_cli keras_bn_cli
 COPY serving/keras_bn_serving serving/keras_bn_serving
 RUN --mount=type=cache,target=/root/.cache/pip \
     --mount=type=secret,id=pip_config,target=/etc/pip.conf \
@@ -50,7 +50,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     && /opt/tools/bin/pip --python /opt/venv/bin/python install --no-compile \
         "$(echo /wheels/keras_bn-*.whl)[models]" --constraint "constraints/${TF_SERVING_VERSION}.txt" \
     # What exports is the wheel, not the checkout.
-    && rm -rf keras_bn keras_bn_cli.py serving
+    && rm -rf keras_bn keras_bn_cli serving
 COPY models models
 RUN TF_CPP_MIN_LOG_LEVEL=2 /opt/venv/bin/python -m models.pretrained export /models/fashion_cnn --version 1
 

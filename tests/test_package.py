@@ -138,10 +138,12 @@ def test_wheel_holds_library_command_and_server(built):
     (path,) = built.glob("*.whl")
     names = zipfile.ZipFile(path).namelist()
     ours = [name for name in names if ".dist-info/" not in name]
-    assert {name.split("/")[0] for name in ours} == {"keras_bn", "keras_bn_cli.py", "keras_bn_serving"}
+    assert {name.split("/")[0] for name in ours} == {"keras_bn", "keras_bn_cli", "keras_bn_serving"}
     assert "keras_bn/py.typed" in names
-    modules = {str(path.relative_to(ROOT)).removeprefix("serving/") for path in _modules("keras_bn", SERVER)}
-    assert {name for name in ours if name.endswith(".py")} == modules | {"keras_bn_cli.py"}
+    modules = {
+        str(path.relative_to(ROOT)).removeprefix("serving/") for path in _modules("keras_bn", "keras_bn_cli", SERVER)
+    }
+    assert {name for name in ours if name.endswith(".py")} == modules
     page = {f"keras_bn_serving/rest/page/{name}" for name in ("index.html", "page.css", "page.js")}
     assert page == {name for name in ours if not name.endswith((".py", "py.typed", ".so"))}
     if any(shutil.which(compiler) for compiler in ("c++", "g++")):

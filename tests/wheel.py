@@ -13,8 +13,8 @@ from tests.pythons import path_of
 ROOT = Path(__file__).resolve().parent.parent
 VERSIONS = ("3.10", "3.11", "3.12", "3.13")
 # Of the checkout, what a build reads. A build leaves files behind that the next one would take, so it gets a copy.
-SOURCES = ("setup.cfg", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "keras_bn_cli.py")
-PACKAGES = ("keras_bn", "serving/keras_bn_serving")
+SOURCES = ("setup.cfg", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
+PACKAGES = ("keras_bn", "keras_bn_cli", "serving/keras_bn_serving")
 
 
 def build(folder: Path, **environment: str) -> str:

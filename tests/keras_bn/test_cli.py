@@ -56,33 +56,33 @@ def test_help_names_every_command_and_imports_no_tensorflow():
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for word in ("inspect", "recalibrate", "fold", "export", "drift", "Exit codes"):
+    for word in ("health", "inspect", "recalibrate", "fold", "export", "drift", "Exit codes"):
         assert word in done.stdout
     assert "heavy: []" in done.stdout
 
 
 def test_the_installed_command_knows_the_layer_in_a_file(model_file):
     program = "import sys; sys.argv[0] = 'keras-bn'\nfrom keras_bn_cli import main\nmain(sys.argv[1:])"
-    command = [sys.executable, "-c", program, "inspect", str(model_file), "--json"]
+    command = [sys.executable, "-c", program, "health", str(model_file), "--json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["layers"][0]["name"] == "norm"
 
 
-@pytest.mark.parametrize("command", ["inspect", "recalibrate", "fold", "export", "drift"])
+@pytest.mark.parametrize("command", ["health", "inspect", "recalibrate", "fold", "export", "drift"])
 def test_every_command_explains_itself(command):
     output = run(command, "--help").output
     assert "--json" in output
-    assert "MODEL" in output
+    assert ("VERSION" if command == "inspect" else "MODEL") in output
 
 
-def test_inspect_names_the_layer_behind_a_gap(model_file, data_file):
-    output = run("inspect", model_file, "--data", data_file, "--array", "x_train").output
+def test_health_names_the_layer_behind_a_gap(model_file, data_file):
+    output = run("health", model_file, "--data", data_file, "--array", "x_train").output
     assert "because of: norm." in output
 
 
-def test_inspect_prints_json_and_nothing_else(model_file, data_file):
-    output = run("inspect", model_file, "--data", data_file, "--array", "x_train", "--json").stdout
+def test_health_prints_json_and_nothing_else(model_file, data_file):
+    output = run("health", model_file, "--data", data_file, "--array", "x_train", "--json").stdout
     assert json.loads(output)["suspects"] == ["norm"]
 
 
@@ -145,9 +145,9 @@ def test_export_takes_pixels_as_they_are(model_file, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["inspect", "MODEL", "--data", "DATA"], "--array must be one of ['x_train', 'y_train'], those in"),
-        (["drift", "DIR", "--data", "X"], "MODEL must be a version that keras_bn exported"),
-        (["inspect", "DIR"], "MODEL must be a version that keras_bn exported"),
+        (["health", "MODEL", "--data", "DATA"], "--array must be one of ['x_train', 'y_train'], those in"),
+        (["drift", "DIR", "--data", "X"], "The folder must be a version that keras_bn exported"),
+        (["inspect", "DIR"], "The folder must be a version that keras_bn exported"),
         (["fold", "X", "-o", "OUT"], "MODEL must be a .keras, .h5, .hdf5 file."),
         (["fold", "MODEL", "-o", "OUT", "--tolerance", "1e-15"], "`tolerance` must be above the error"),
     ],
@@ -207,9 +207,9 @@ def test_warmup_of_several_inputs_is_a_file_of_their_names(tmp_path):
     assert (tmp_path / "served/1/assets.extra/tf_serving_warmup_requests").stat().st_size
 
 
-def test_inspect_without_data_has_no_columns_of_what_needs_it(model_file, data_file, tmp_path):
-    assert run("inspect", model_file).stdout.splitlines()[0].split() == ["layer", "channels", "dead"]
-    output = run("inspect", model_file, "--data", tmp_path / "x.npy").stdout
+def test_health_without_data_has_no_columns_of_what_needs_it(model_file, data_file, tmp_path):
+    assert run("health", model_file).stdout.splitlines()[0].split() == ["layer", "channels", "dead"]
+    output = run("health", model_file, "--data", tmp_path / "x.npy").stdout
     assert output.splitlines()[0].endswith("batch KL")
 
 

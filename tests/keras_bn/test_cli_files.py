@@ -91,7 +91,7 @@ def compiled_with_own_loss(path):
 )
 def test_a_file_whose_loss_or_optimizer_does_not_load_is_worked_on(save, name, data, tmp_path):
     save(tmp_path / name)
-    assert json.loads(run("inspect", tmp_path / name, "--json").stdout)["layers"][0]["name"] == "norm"
+    assert json.loads(run("health", tmp_path / name, "--json").stdout)["layers"][0]["name"] == "norm"
     run("recalibrate", tmp_path / name, "--data", data, "-o", tmp_path / "exact.keras")
     exact = keras.models.load_model(tmp_path / "exact.keras", compile=False)
     np.testing.assert_allclose(exact.get_layer("norm").moving_mean, np.load(data).mean(0), rtol=1e-5)
@@ -120,7 +120,7 @@ def test_several_inputs_come_from_a_npz_file_by_name(tmp_path):
     near = json.loads(run("drift", tmp_path / "exact.keras", "--data", tmp_path / "two.npz", "--json").stdout)
     assert max(row["kl"] for row in near["layers"]) < 1e-3
     np.savez(tmp_path / "one.npz", a=values["a"])
-    said = run("inspect", tmp_path / "two.keras", "--data", tmp_path / "one.npz", code=1).stderr
+    said = run("health", tmp_path / "two.keras", "--data", tmp_path / "one.npz", code=1).stderr
     assert "must hold an array for each input, ['a', 'b']" in said
 
 
@@ -130,19 +130,19 @@ def test_layers_of_ones_own_are_imported_by_name(here, data):
     small_model(namespace["Shifted"]()).save(here / "own.keras")
     del namespace
     keras.saving.get_custom_objects().pop("mine>Shifted")
-    assert "--import MODULE names the module that has it." in run("inspect", "own.keras", code=1).stderr
+    assert "--import MODULE names the module that has it." in run("health", "own.keras", code=1).stderr
     run("recalibrate", "own.keras", "--import", "shifted_layers", "--data", data, "-o", "exact.keras")
-    assert "norm" in run("inspect", "exact.keras", "--import", "shifted_layers").stdout
-    assert "--import must name a module" in run("inspect", "own.keras", "--import", "nowhere", code=1).stderr
+    assert "norm" in run("health", "exact.keras", "--import", "shifted_layers").stdout
+    assert "--import must name a module" in run("health", "own.keras", "--import", "nowhere", code=1).stderr
 
 
 @pytest.mark.parametrize("suffix", ["keras", "h5"])
 def test_code_in_a_file_runs_only_when_it_is_trusted(suffix, tmp_path):
     path = tmp_path / f"code.{suffix}"
     small_model(keras.layers.Lambda(lambda x: x * 2.0)).save(path)
-    said = run("inspect", path, code=1).stderr
+    said = run("health", path, code=1).stderr
     assert said == f"Error: {path} cannot be loaded: it holds Python code (a Lambda layer), which only --trust runs.\n"
-    assert "norm" in run("inspect", path, "--trust").stdout
+    assert "norm" in run("health", path, "--trust").stdout
 
 
 def test_output_goes_into_a_folder_that_is_made_in_the_format_that_its_name_says(tmp_path):

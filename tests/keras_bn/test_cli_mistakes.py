@@ -11,7 +11,7 @@ import keras_bn
 from keras_bn_cli import main
 
 COUNT = 200
-COMMANDS = ("inspect", "recalibrate", "fold", "export", "drift")
+COMMANDS = ("health", "recalibrate", "fold", "export", "drift")
 WRONG_MODELS = (
     *("nowhere.keras", "empty.keras", "text.keras", "cut.keras", "text.h5", "code.keras", "own.keras", "x.npy"),
     "folder",
@@ -21,7 +21,7 @@ WRONG_DATA = (
     *("wide.npy", "one_number.npy", "no_rows.npy", "words.npy", "folder"),
 )
 WRONG_OPTIONS = {
-    "inspect": (["--picture", "p.txt"], ["--picture", "p.png"], ["--batch-size", "0"]),
+    "health": (["--picture", "p.txt"], ["--picture", "p.png"], ["--batch-size", "0"]),
     "recalibrate": (["--method", "poled"], ["--order", "last"], ["--batch-size", "x"], ["--divide-by", "0"]),
     "fold": (["--tolerance", "-1"], ["--tolerance", "nan"], ["--tolerance", "1e-30"]),
     "export": (
@@ -90,7 +90,7 @@ def mistaken(draw):
     kinds = draw.sample(["model", "data", "output", "option", "unknown", "stray"], draw.choice([1, 1, 2]))
     if command == "export":
         kinds = ["option" if kind in ("data", "output") else kind for kind in kinds]
-    if command in ("inspect", "drift"):
+    if command in ("health", "drift"):
         kinds = ["data" if kind == "output" else kind for kind in kinds]
     words = [command, draw.choice(WRONG_MODELS) if "model" in kinds else "model.keras"]
     if command == "export":

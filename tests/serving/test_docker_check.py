@@ -42,7 +42,7 @@ GRPC, POD_MONITOR = (
 )
 SPOILT = [
     (files.lint_dockerfile, "Dockerfile", "WORKDIR /src", "WORKDIR src", "DL3000"),
-    (files.check_build_context, ".dockerignore", "!keras_bn_cli.py\n", "", "['keras_bn_cli.py']"),
+    (files.check_build_context, ".dockerignore", "!keras_bn_cli\n", "", "['keras_bn_cli']"),
     (
         files.check_constraints,
         CONSTRAINTS,

@@ -1,0 +1,191 @@
+"""What the command reads and writes: models, data, versions."""
+
+import contextlib
+import importlib
+import json
+import os
+import sys
+import textwrap
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from keras_bn_cli.shell import library, tell, warnings_in_a_line
+
+CARD = "assets.extra/keras_bn.json"
+MODEL_SUFFIXES = (".keras", ".h5", ".hdf5")
+
+
+class Model(NamedTuple):
+    """MODEL and how it is to be loaded."""
+
+    path: Path
+    modules: Sequence[str]
+    trust: bool
+
+    @contextlib.contextmanager
+    def loaded(self, keep_compiled: bool = False) -> Iterator[Any]:
+        """The model, for work whose progress, and whatever else is printed in it, goes to stderr.
+
+        Args:
+            keep_compiled: Whether loss and optimizer are loaded too, where they can be.
+        """
+        if self.path.suffix.lower() not in MODEL_SUFFIXES:
+            raise ValueError(f"MODEL must be a {', '.join(MODEL_SUFFIXES)} file. Received: {self.path}.")
+        if self.path.suffix.lower() == ".keras" and not zipfile.is_zipfile(self.path):
+            raise ValueError(f"MODEL must be a whole .keras file, which is a zip file. Received: {self.path}.")
+        with contextlib.redirect_stdout(sys.stderr), warnings_in_a_line():
+            library()  # A file names our layer, Keras has to know it.
+            import keras
+
+            with keras.saving.custom_object_scope(_custom_objects(self.modules)):
+                yield self._load(keras.models.load_model, keep_compiled)
+
+    def _load(self, load_model: Callable[..., Any], keep_compiled: bool) -> Any:
+        problem = None
+        if keep_compiled:
+            try:
+                return load_model(self.path, compile=True, safe_mode=not self.trust)
+            except Exception as error:  # Whatever the constructors of losses and optimizers raise.
+                problem = error
+        try:
+            model = load_model(self.path, compile=False, safe_mode=not self.trust)
+        except Exception as error:
+            raise ValueError(f"{self.path} cannot be loaded: {_advice(error)}") from error
+        if problem is not None:
+            tell(f"Loss and optimizer of {self.path} do not load, the new file is without them: {_advice(problem)}")
+        return model
+
+
+class Data(NamedTuple):
+    """--data and how it is to be read."""
+
+    path: Path
+    array_name: str | None
+    divide_by: float | None = None
+    batch_size: int = 32
+
+    def for_model(self, model: Any) -> Any:
+        """The examples as `model` takes them: an array, or arrays in the structure of its inputs."""
+        import keras
+
+        examples = self.by_name(model)
+        if not isinstance(examples, dict):
+            return examples
+        return keras.tree.map_structure(lambda tensor: examples[tensor.name], model.input)
+
+    def by_name(self, model: Any) -> Any:
+        """The examples as an array, or for several inputs of `model` arrays by name."""
+        inputs = getattr(model, "inputs", None) or []
+        return self.read({tensor.name: tuple(tensor.shape[1:]) for tensor in inputs})
+
+    def read(self, shapes: dict[str, Any]) -> Any:
+        """The examples for inputs of some names, each with the shape of one example or None.
+
+        Returns:
+            An array; or for several inputs, arrays by name.
+        """
+        import numpy as np
+
+        try:
+            content = np.load(self.path, allow_pickle=False)
+            arrays = {"": content} if isinstance(content, np.ndarray) else dict(content)
+        except Exception as error:  # zipfile, zlib and numpy have their own.
+            raise ValueError(f"{self.path} cannot be read as .npy or .npz: {error}") from error
+        if len(shapes) > 1:
+            if not shapes.keys() <= arrays.keys() or self.divide_by is not None or self.array_name is not None:
+                raise ValueError(
+                    f"{self.path} must hold an array for each input, {sorted(shapes)}, without --array and "
+                    f"--divide-by. Received: {sorted(filter(None, arrays)) or 'one array'}."
+                )
+            chosen = {name: arrays[name] for name in shapes}
+        else:
+            if "" not in arrays and self.array_name not in arrays and (self.array_name is not None or len(arrays) != 1):
+                raise ValueError(
+                    f"--array must be one of {sorted(arrays)}, those in {self.path}. Received: {self.array_name}."
+                )
+            array = arrays[self.array_name] if self.array_name in arrays else next(iter(arrays.values()))
+            chosen = {next(iter(shapes), ""): array}
+        for name, array in chosen.items():
+            self._check(array, shapes.get(name))
+        if len({len(array) for array in chosen.values()}) > 1:
+            lengths = {name: len(array) for name, array in chosen.items()}
+            raise ValueError(f"The arrays in {self.path} must be of one length. Received: {lengths}.")
+        if len(chosen) > 1:
+            return chosen
+        return array if self.divide_by is None else (array / self.divide_by).astype("float32")
+
+    def _check(self, array: Any, shape: tuple[int | None, ...] | None) -> None:
+        if array.ndim == 0 or not len(array):
+            raise ValueError(f"{self.path} must hold examples along its first axis. Received: shape {array.shape}.")
+        if shape is None:
+            return
+        # A last axis of size 1 may be left out: Keras adds it.
+        fitting = [shape, shape[:-1]] if shape and shape[-1] == 1 else [shape]
+        if not any(
+            len(sizes) == array.ndim - 1
+            and all(a is None or a == b for a, b in zip(sizes, array.shape[1:], strict=True))
+            for sizes in fitting
+        ):
+            sizes = ", ".join("any" if size is None else str(size) for size in shape)
+            raise ValueError(f"{self.path} must hold examples of shape ({sizes}). Received: {array.shape[1:]}.")
+
+
+def lines_of(path: Path) -> list[str]:
+    try:
+        return path.read_text("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--labels must be a text file in UTF-8. Received: {path}.") from error
+
+
+def first(examples: Any, count: int) -> Any:
+    import keras
+
+    return keras.tree.map_structure(lambda array: array[:count], examples)
+
+
+def save(model: Any, path: Path) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.writing{path.suffix}")
+    try:
+        model.save(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def card_of(version: Path) -> Any:
+    card = version / CARD
+    if not card.exists():
+        versions = sorted((child for child in version.iterdir() if child.name.isdecimal()), key=lambda p: int(p.name))
+        hint = f", which has versions: give {versions[-1]}" if versions else ""
+        raise ValueError(
+            f"The folder must be a version that keras_bn exported, with {CARD}. Received: {version}{hint}."
+        )
+    return json.loads(card.read_text())
+
+
+def _custom_objects(modules: Sequence[str]) -> dict[str, Any]:
+    sys.path.insert(0, os.getcwd())
+    objects: dict[str, Any] = {}
+    for name in modules:
+        try:
+            module = importlib.import_module(name)
+        except (Exception, SystemExit) as error:  # Whatever a module of somebody's does.
+            raise ValueError(f"--import must name a module that can be imported. Received: {name}: {error}") from error
+        objects.update({key: value for key, value in vars(module).items() if callable(value) and key[0] != "_"})
+    return objects
+
+
+def _advice(error: Exception) -> str:
+    """What Keras says is in the way of loading, and which option is the way out."""
+    # Keras nests what is wrong in the configurations of all that it is in.
+    text = str(error).split("Exception encountered:")[-1].split("Full object config")[0]
+    text = textwrap.shorten(text, 300)
+    if "safe_mode" in text or "Lambda" in text:
+        return "it holds Python code (a Lambda layer), which only --trust runs."
+    if "Could not locate" in text or "Unknown" in text:
+        return f"{text} --import MODULE names the module that has it."
+    return text or type(error).__name__

@@ -1,0 +1,133 @@
+"""How the command talks: results on stdout, all else on stderr, every mistake in one line."""
+
+import contextlib
+import math
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+class Commands(click.Group):
+    """Commands whose mistakes end in one line on stderr, also those that nobody has thought of."""
+
+    def main(  # type: ignore[override]
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        try:
+            code = super().main(args, prog_name, standalone_mode=False, **extra) or 0
+        except click.Abort:
+            code = fail("Interrupted.", 130)
+        except click.UsageError as error:
+            path = error.ctx.command_path if error.ctx else "keras-bn"
+            code = fail(f"{error.format_message()} See {path} --help.", error.exit_code)
+        except click.ClickException as error:
+            code = fail(error.format_message(), error.exit_code)
+        if standalone_mode:
+            sys.exit(code)
+        return code
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:
+            if ctx.params["traceback"]:
+                raise
+            kind = "" if isinstance(error, ValueError | TypeError | OSError) else f"{type(error).__name__}: "
+            raise click.ClickException(f"{kind}{error}") from error
+
+
+class PassesOn(click.Command):
+    """A command whose arguments, --help among them, are read by what it calls."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.args = args
+        return args
+
+
+class Positive(click.FloatRange):
+    """A number above 0 that is finite."""
+
+    def __init__(self) -> None:
+        super().__init__(min=0, min_open=True)
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not finite.", param, ctx)
+        return number
+
+
+@contextlib.contextmanager
+def what_to_install() -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise click.ClickException(
+            f"{error.name} is not installed: python -m pip install 'keras-bn[serving]'"
+        ) from error
+
+
+def fail(message: str, code: int) -> int:
+    tell(f"Error: {message}")
+    return code
+
+
+def tell(message: str) -> None:
+    """One line for a person, who may be reading the result elsewhere."""
+    click.echo(" ".join(message.split()), err=True)
+
+
+@contextlib.contextmanager
+def warnings_in_a_line() -> Iterator[None]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("default", UserWarning)
+        warnings.filterwarnings("ignore", module=r"keras\.|tensorflow\.|h5py")
+        # The layer's point at the line that calls it, which is often one of Keras's.
+        warnings.filterwarnings("default", "keras_bn", UserWarning)
+        yield
+    for warning in caught:
+        tell(f"Warning: {warning.message}")
+
+
+def verbose() -> int:
+    """A progress bar is for a person who looks on."""
+    return int(sys.stderr.isatty())
+
+
+def library() -> Any:
+    """keras_bn, imported without what TensorFlow and Keras say that is none of a person's business."""
+    from keras_bn_serving.quiet import import_tensorflow
+
+    import_tensorflow()
+    from absl import logging
+
+    logging.set_verbosity(logging.ERROR)
+    import keras_bn
+
+    return keras_bn
+
+
+def check_output(path: Path, suffixes: Sequence[str], option: str) -> None:
+    if path.suffix.lower() not in suffixes:
+        raise click.UsageError(f"{option} must end in {', '.join(suffixes)}. Received: {path}.")
+    check_folder(path.parent, option)
+
+
+def check_folder(folder: Path, option: str) -> None:
+    """That a folder is there or can be made."""
+    there = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        problem = "cannot be written to" if there.is_dir() else "is no folder"
+        raise click.UsageError(f"{option} must be where a file can be written. Received: {folder}; {there} {problem}.")
