@@ -28,6 +28,7 @@ _MALFORMED = 5000
 # Rows that are run together, or by another TensorFlow, are added up in another order.
 _TOLERANCE = 1e-4
 _REFUSALS = ("OK", "INVALID_ARGUMENT")
+_ANY_LENGTH = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
 _PICTURES = [path.read_bytes() for path in sorted((ROOT / "models/pretrained/examples").glob("*.png"))]
 
 
@@ -203,7 +204,7 @@ def _last_words(server: Server) -> str:
 
 @contextlib.contextmanager
 def _stub(server: Server) -> Iterator[Any]:
-    with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}", [("grpc.max_send_message_length", -1)]) as channel:
+    with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}", _ANY_LENGTH) as channel:
         yield prediction_service_pb2_grpc.PredictionServiceStub(channel)
 
 

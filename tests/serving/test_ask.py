@@ -1,5 +1,7 @@
 """keras-bn ask against a real server: what a person types, and what is printed."""
 
+import base64
+import io
 import json
 import subprocess
 import sys
@@ -7,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import ExifTags, Image
 from keras_bn_serving.client import command
 
 from tests.serving.servers import ROOT, RunningServer, environment
@@ -29,8 +32,7 @@ def ask(server: RunningServer, capsys: pytest.CaptureFixture[str]):
 
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, Path]:
-    image = pytest.importorskip("PIL.Image")
-    image.fromarray(PIXELS).save(tmp_path / "shoe.png")
+    Image.fromarray(PIXELS).save(tmp_path / "shoe.png")
     np.save(tmp_path / "batch.npy", PIXELS.reshape(1, 2, 2, 1))
     np.save(tmp_path / "example.npy", PIXELS.reshape(2, 2, 1))
     np.savez(tmp_path / "batch.npz", image=PIXELS.reshape(1, 2, 2, 1))
@@ -47,6 +49,27 @@ def files(tmp_path: Path) -> dict[str, Path]:
 )
 def test_a_file_of_any_kind_is_asked_about(ask, files, name: str):
     assert json.loads(ask("--model_name=image", "--json", files[name]))["mean"] == [95.75]
+
+
+@pytest.mark.parametrize("name", ["turned.png", "turned.webp"])
+def test_a_picture_is_asked_about_upright(ask, tmp_path: Path, name: str):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # What the sensor saw is to be turned clockwise.
+    Image.fromarray(PIXELS).save(tmp_path / name, exif=exif, lossless=True)
+    scaled = json.loads(ask("--model_name=image", "--json", tmp_path / name))["scaled"]
+    np.testing.assert_allclose(np.squeeze(scaled) * 255, np.rot90(PIXELS, -1), rtol=1e-6)
+
+
+def test_encoded_pictures_are_sent_as_signatures_decode_them(ask, tmp_path: Path):
+    def sent(name: str, **options: object) -> bytes:
+        Image.fromarray(PIXELS).save(tmp_path / name, **options)
+        (text,) = json.loads(ask("--model_name=strings", "--json", tmp_path / name))["raw_bytes"]
+        return base64.b64decode(text["b64"])
+
+    assert sent("shoe.gif") == (tmp_path / "shoe.gif").read_bytes()
+    decoded = Image.open(io.BytesIO(sent("shoe.webp", lossless=True)))
+    assert decoded.format == "PNG"
+    np.testing.assert_array_equal(np.asarray(decoded)[..., 0], PIXELS)
 
 
 def test_numbers_are_asked_about(ask):
@@ -126,7 +149,6 @@ def test_a_mistake_is_one_line(ask, arguments: list[str], words: str):
     ],
 )
 def test_a_broken_file_is_one_line_that_names_it(ask, tmp_path: Path, name: str, content: bytes):
-    pytest.importorskip("PIL.Image")
     (tmp_path / name).write_bytes(content)
     assert str(tmp_path / name) in ask("--model_name=image", tmp_path / name, code=1)
 

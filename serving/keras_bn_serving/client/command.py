@@ -2,14 +2,17 @@
 
 import argparse
 import base64
+import contextlib
+import io
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+from PIL import ExifTags, Image, ImageOps
 
 from keras_bn_serving.client import Client
 from keras_bn_serving.errors import ServingError
@@ -22,7 +25,7 @@ _PICTURE_SIGNATURE = "image_bytes"
 _TOP = 5
 _HELP = """
 INPUT is one of
-  picture.png, .jpg, .gif, .bmp, .webp  one picture: as it is to a signature image_bytes where the model has one;
+  picture.png, .jpg, .gif, .bmp, .webp  one picture, upright: to a signature image_bytes where the model has one;
                                         else scaled to the model's input, 0 to 255 for integers, 0 to 1 for floats
   examples.npy, examples.npz            a batch or one example; .npz for several inputs, by their names
   examples.json                         what goes under `inputs`, or a whole request with `inputs` or `instances`
@@ -197,7 +200,7 @@ def _fitting(content: Any, infos: dict[str, Any]) -> Any:
         )
     (info,) = infos.values()
     if isinstance(content, Path):
-        return [content.read_bytes()] if info["dtype"] == "DT_STRING" else _picture(content, info)
+        return [_encoded(content)] if info["dtype"] == "DT_STRING" else _picture(content, info)
     if isinstance(content, list) and content and all(isinstance(item, str) for item in content):
         return content if info["dtype"] == "DT_STRING" else _numbers(content, info)
     sizes = _sizes(info)
@@ -225,22 +228,38 @@ def _numbers(texts: list[str], info: dict[str, Any]) -> Any:
     return numbers.reshape(1 if -1 in example else -1, *example)
 
 
+def _encoded(path: Path) -> bytes:
+    """The bytes of a file; of WebP, which no signature decodes, and of what a camera says is turned, an upright PNG."""
+    with _opened(path) as (image, upright):
+        if image.format != "WEBP" and upright is image:
+            return path.read_bytes()
+        content = io.BytesIO()
+        upright.convert("RGB").save(content, "PNG")
+        return content.getvalue()
+
+
 def _picture(path: Path, info: dict[str, Any]) -> np.ndarray:
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise _InputError("Reading a picture needs pillow: python -m pip install pillow") from error
     shape = _sizes(info) or []
     channels = shape[3] if len(shape) == 4 else 1
     if len(shape) not in (3, 4) or channels not in (1, 3) or min(shape[1:3]) < 1:
         raise _InputError(f"The input is no picture: {_describe(info)}.")
-    try:
-        with Image.open(path) as image:
-            pixels = np.asarray(image.convert("L" if channels == 1 else "RGB").resize((shape[2], shape[1])))
-    except Exception as error:  # Each of pillow's readers has its own.
-        raise _InputError(f"{path} cannot be read as a picture: {error}") from error
+    with _opened(path) as (_, upright):
+        image = upright.convert("L" if channels == 1 else "RGB")
+        # As a signature `image_bytes` does it: linearly, and with smoothing where it gets smaller.
+        pixels = np.asarray(image.resize((shape[2], shape[1]), Image.Resampling.BILINEAR))
     batch = pixels.reshape(1, *shape[1:])
     return batch / np.float32(255) if info["dtype"] in _FLOATS else batch
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[Image.Image, Image.Image]]:
+    """The picture in a file; and the same, or where its EXIF data says that it is turned, another that is upright."""
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+            yield image, ImageOps.exif_transpose(image) if turned else image
+    except Exception as error:  # Each of pillow's readers has its own.
+        raise _InputError(f"{path} cannot be read as a picture: {error}") from error
 
 
 def _print_model(versions: list[Any], signatures: dict[str, Any]) -> None:
@@ -292,11 +311,16 @@ def _describe(info: dict[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Arrays as lists, bytes as text."""
+    """Arrays as lists, bytes as text, or where they are none as TensorFlow Serving's JSON has them."""
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, np.ndarray):
         return _plain(value.tolist())
     if isinstance(value, list):
         return [_plain(item) for item in value]
-    return value.decode(errors="replace") if isinstance(value, bytes) else value
+    if not isinstance(value, bytes):
+        return value
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return {"b64": base64.b64encode(value).decode()}
