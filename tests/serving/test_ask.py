@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image
 from keras_bn_serving.client import command
+from PIL import ExifTags, Image
 
 from tests.serving.servers import ROOT, RunningServer, environment
 
