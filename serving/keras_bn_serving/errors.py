@@ -16,6 +16,9 @@ ServingError
 import enum
 
 
+NO_MEMORY = "What the request needs does not fit into memory."
+
+
 class Code(enum.IntEnum):
     """The canonical codes, numbered as gRPC numbers them."""
 

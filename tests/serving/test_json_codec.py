@@ -9,7 +9,7 @@ from keras_bn_serving.codec.answer import encode_predict
 from keras_bn_serving.codec.examples import decode_examples
 from keras_bn_serving.codec.tensor import decode_predict
 from keras_bn_serving.codec.tensor_spec import TensorSpec
-from keras_bn_serving.errors import InvalidArgumentError
+from keras_bn_serving.errors import InvalidArgumentError, ResourceExhaustedError
 
 
 def read(body: bytes, **types: str) -> dict[str, np.ndarray]:
@@ -101,3 +101,10 @@ def test_types_that_json_is_not_written_for_are_refused_unless_there_are_no_valu
 @pytest.mark.parametrize("dtype", ["half", "bfloat16", "complex64", "string", "uint16"])
 def test_an_empty_list_is_of_any_type(dtype: str):
     assert read(b'{"inputs": []}', x=dtype)["x"].shape == (0,)
+
+
+@pytest.mark.parametrize("row_format", [True, False])
+def test_answers_of_more_values_than_memory_holds_as_text_are_refused(row_format: bool):
+    vast = np.broadcast_to(np.float32(0), (2**13, 2**13 + 1))
+    with pytest.raises(ResourceExhaustedError, match="The answer has 67117056 values; in JSON at most 67108864"):
+        encode_predict({"y": vast}, row_format=row_format)

@@ -83,7 +83,9 @@ def misfits(inputs: Any, shapes: Any) -> bool:
 
 def check_rest(status: int, text: str, about_shape: bool, one: Any) -> None:
     unsupported = status == 501 and "Conversion of " in text
-    assert status == 200 or 400 <= status < 500 or unsupported, (status, text, one)
+    # Inputs that broadcast against each other: millions of numbers in JSON take longer than --rest_api_timeout_in_ms.
+    late = status == 504 and "took too long" in text and len(one.request.inputs) > 1
+    assert status == 200 or 400 <= status < 500 or unsupported or late, (status, text, one)
     message = "" if status == 200 else json.loads(text)["error"]
     assert (status == 200) != bool(message)
     if about_shape:

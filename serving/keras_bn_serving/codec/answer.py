@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from keras_bn_serving.codec import document as json_document
-from keras_bn_serving.errors import InvalidArgumentError
+from keras_bn_serving.errors import InvalidArgumentError, ResourceExhaustedError
 
 _INDENT = "    "
 _FULL_PRECISION = {np.dtype(np.float32): "%.9g", np.dtype(np.float64): "%.17g"}
@@ -16,6 +16,8 @@ _FULL_PRECISION = {np.dtype(np.float32): "%.9g", np.dtype(np.float64): "%.17g"}
 _INTEGERS = set(map(np.dtype, ("int8", "int16", "int32", "int64", "uint8", "uint32", "uint64")))
 _TYPE_NAMES = {"float16": "half"}
 _BYTES_SUFFIX = "_bytes"
+# Each is a Python string of some 60 bytes until all is written, so that this is 4 GB.
+_MOST_VALUES = 2**26
 
 
 def encode_error(message: str) -> bytes:
@@ -32,9 +34,13 @@ def encode_predict(outputs: Mapping[str, np.ndarray], row_format: bool) -> bytes
 
     Raises:
         InvalidArgumentError: If rows are asked for and the outputs are not batches of one size.
+        ResourceExhaustedError: If there are more values than can be written.
     """
     if not outputs:
         raise InvalidArgumentError("Cannot convert empty tensor map to JSON")
+    count = sum(array.size for array in outputs.values())
+    if count > _MOST_VALUES:
+        raise ResourceExhaustedError(f"The answer has {count} values; in JSON at most {_MOST_VALUES} are written.")
     return _encode_rows(outputs) if row_format else _encode_columns(outputs)
 
 

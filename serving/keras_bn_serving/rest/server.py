@@ -22,7 +22,7 @@ from keras_bn_serving.engine.arrivals import Arrivals
 from keras_bn_serving.engine.metrics import Metrics
 from keras_bn_serving.engine.repository import Lease
 from keras_bn_serving.engine.service import ModelSpec, PredictionService
-from keras_bn_serving.errors import Code, InvalidArgumentError, ServingError
+from keras_bn_serving.errors import NO_MEMORY, Code, InvalidArgumentError, ServingError
 from keras_bn_serving.rest.extras import Extras
 from keras_bn_serving.rest.http_messages import Request, Response, html_error, path_of
 
@@ -138,6 +138,9 @@ class RestServer:
         except (TimeoutError, asyncio.TimeoutError):
             code = Code.DEADLINE_EXCEEDED
             response = Response(HTTP_STATUS[code], encode_error("The request took too long."))
+        except MemoryError:
+            code = Code.RESOURCE_EXHAUSTED
+            response = Response(HTTP_STATUS[code], encode_error(NO_MEMORY))
         except Exception:
             _log.exception("%s %s failed", request.method, request.target)
             code = Code.INTERNAL

@@ -34,7 +34,7 @@ from keras_bn_serving.engine.metrics import Metrics
 from keras_bn_serving.engine.repository import Lease
 from keras_bn_serving.engine.servable import DEFAULT_SIGNATURE
 from keras_bn_serving.engine.service import ModelSpec, PredictionService
-from keras_bn_serving.errors import Code, InvalidArgumentError, ServingError, UnimplementedError
+from keras_bn_serving.errors import NO_MEMORY, Code, InvalidArgumentError, ServingError, UnimplementedError
 from keras_bn_serving.rpc.descriptions import described_services
 from keras_bn_serving.rpc.messages import (
     answered_by,
@@ -68,6 +68,8 @@ class _Servicer:
             message, code = error.message, error.code
         except FutureTimeoutError:
             message, code = "The request took too long.", Code.DEADLINE_EXCEEDED
+        except MemoryError:
+            message, code = NO_MEMORY, Code.RESOURCE_EXHAUSTED
         except Exception:
             _log.exception("a gRPC call failed")
             message, code = "Internal error", Code.INTERNAL
