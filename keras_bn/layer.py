@@ -58,7 +58,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
             last smaller group is a group of its own. The moving averages get the mean of the groups, weighted by size.
             Inference is not affected. Default: the whole batch.
         unbiased_variance: Whether the moving variance averages m2 / (count - 1), as Algorithm 2 of the paper does,
-            instead of the biased m2 / count.
+            instead of the biased m2 / count; under a `mask` of floats m2 / (sum(w) - sum(w**2) / sum(w)).
         zero_debias: Whether the initial values of the moving statistics are left out of the averages: the moving
             statistics are divided by the weight of what was seen, 1 - product(momentum).
         activation: Optional, applied last.
@@ -72,8 +72,10 @@ class BatchNormalization(keras.layers.BatchNormalization):
     Call arguments:
         inputs: Floating-point tensor of rank 2 or more. Half types are accumulated in float32.
         training: Whether the statistics of the batch are used and averaged: a bool or a scalar boolean tensor.
-        mask: Which values count, as booleans, or how often, as weights. Any shape that broadcasts to that of the
-            inputs, with or without the channel axes. All values are normalized, also those that do not count.
+        mask: What each value weighs. Booleans and integers are frequencies: a value of weight 2 is two values. Floats
+            are reliabilities: only their proportions say how many values there are, sum(w)**2 / sum(w**2); see
+            `keras_bn.statistics.Moments`. Any shape that broadcasts to that of the inputs, with or without the channel
+            axes. All values are normalized, also those of weight 0.
 
     Raises:
         ValueError: If an argument is not in its range, or two exclude each other.

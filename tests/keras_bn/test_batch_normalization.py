@@ -316,6 +316,45 @@ def test_masks_of_every_shape_say_what_counts(case, mode, kind):
     _close(layer.moving_variance.numpy()[counted], oracle.biased_variance[counted], 3e-5)
 
 
+@pytest.mark.parametrize(
+    "weights",
+    [
+        np.full(16, 1.04 / 16),
+        np.linspace(0, 0.1, 16),
+        np.linspace(0, 5, 16),
+        np.arange(16) % 3,
+        np.arange(16) % 3 > 0,
+    ],
+    ids=["like weights of sum 1.04", "sum 0.8", "sum 40", "integers", "booleans"],
+)
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [("eager", {}), ("graph", {"synchronized": True}), ("jit_compile", {"virtual_batch_size": 16})],
+    ids=MODES,
+)
+def test_unbiased_variance_under_weights_is_that_of_frequencies_or_of_reliabilities(mode, options, weights):
+    x = _x()
+    layer = keras_bn.BatchNormalization(momentum=0.0, unbiased_variance=True, **options)
+    layer.build(x.shape)
+    weights = weights.astype("float32") if weights.dtype == "float64" else weights
+    _call(layer, mode, mask=weights)(x)
+    oracle = Reference(x, -1, weights=weights[:, None])
+    _close(layer.moving_mean, oracle.batch_mean)
+    _close(layer.moving_variance, oracle.unbiased_variance, 3e-5)
+
+
+@pytest.mark.parametrize("alone", [True, 1, 0.3, 7.0], ids=str)
+@pytest.mark.parametrize("options", [{}, {"unbiased_variance": True}, {"renorm": True}], ids=str)
+def test_one_value_that_counts_moves_nothing_whatever_it_weighs(options, alone):
+    layer = keras_bn.BatchNormalization(momentum=0.5, **options)
+    layer.build((16, 4))
+    before, mask = _state(layer), np.zeros(16, type(alone))
+    mask[5] = alone
+    layer(_x(), training=True, mask=mask)
+    for name, value in _state(layer).items():
+        np.testing.assert_array_equal(value, before[name], err_msg=name)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_gradients_under_a_mask_equal_the_oracle(mode):
     x, dy = tf.constant(_x((8, 5, 3))), tf.constant(_x((8, 5, 3), seed=1))
