@@ -36,7 +36,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
         axis: Int or list of ints, the axis or axes that keep statistics of their own: the channels. Default: the last.
         momentum: Weight of the past in the moving averages, in [0, 1]. None averages all batches alike: with k batches
             seen the next one weighs 1 / (k + 1). A `keras.optimizers.schedules.LearningRateSchedule` gives the momentum
-            for each update, counted from 0.
+            for each update, counted from 0. A policy of pure half precision keeps the moving statistics in it, as
+            Keras does: steps below its digits are lost; "mixed_bfloat16" and "mixed_float16" keep them in float32.
         epsilon: Added to the variance, not negative; its unit is that of the input squared.
         center: Whether there is a beta.
         scale: Whether there is a gamma.
@@ -218,7 +219,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
         if updates.counts_updates(self):
             self.update_count = add("update_count", "zeros", dtype="float32")
         if self.zero_debias:
-            self.initial_weight = add("initial_weight", "ones")
+            # In half precision a product of momenta near 1 would stay 1.
+            dtype = statistics_dtype(tf.as_dtype(self.variable_dtype)).name
+            self.initial_weight = add("initial_weight", "ones", dtype=dtype)
 
     def call(self, inputs, training=None, mask=None):
         x = tf.convert_to_tensor(inputs)

@@ -63,6 +63,38 @@ def test_layer_that_is_not_trainable_normalizes_with_the_moving_statistics(mode)
 # Averages
 
 
+_SLOW = keras.optimizers.schedules.PolynomialDecay(0.9, 100, 0.999)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"momentum": 0.999, "zero_debias": True},
+        {"momentum": _SLOW, "zero_debias": True},
+        {"momentum": _SLOW},
+        {"momentum": None},
+        {"momentum": 0.9, "renorm": True, "renorm_clipping": "warmup"},
+    ],
+    ids=["debiased", "debiased schedule", "schedule", "cumulative", "renorm"],
+)
+def test_averages_over_many_updates_are_those_of_float32_whatever_the_precision(options, dtype):
+    layer, in_float32 = (keras_bn.BatchNormalization(dtype=one, **options) for one in (dtype, "float32"))
+    batches = np.stack([_x((32, 2), seed=seed, mean=seed % 7) for seed in range(100)])
+    for one in (layer, in_float32):
+        one.build((32, 2))
+
+    @tf.function(autograph=False)
+    def step(x):
+        return [one(tf.cast(x, one.compute_dtype), training=True) for one in (layer, in_float32)]
+
+    for x in batches:
+        step(x)
+    tolerance = {"bfloat16": 2e-2, "float16": 4e-3, "float64": 1e-5}[dtype]
+    for mine, theirs in zip(layer.non_trainable_weights, in_float32.non_trainable_weights, strict=True):
+        _close(mine.numpy().astype("float64"), theirs, tolerance)
+
+
 def test_momentum_none_averages_all_batches_alike():
     layer = keras_bn.BatchNormalization(momentum=None)
     batches = [_x(seed=seed) for seed in range(5)]
