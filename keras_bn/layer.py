@@ -30,7 +30,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
     them needs to remember something.
 
     A channel whose batch holds a NaN or an infinity, or one value only, leaves its moving statistics as they are. One
-    value per channel gives beta.
+    value per channel gives beta; with `renorm` gamma * d + beta, as with Keras's layer.
 
     Args:
         axis: Int or list of ints, the axis or axes that keep statistics of their own: the channels. Default: the last.

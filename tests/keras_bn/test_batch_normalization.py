@@ -482,12 +482,16 @@ def test_empty_batch_gives_an_empty_output_and_moves_nothing(mode):
 
 @pytest.mark.parametrize("options", [{}, {"unbiased_variance": True}, {"momentum": None}, {"renorm": True}], ids=str)
 @pytest.mark.parametrize("mode", MODES)
-def test_one_value_per_channel_gives_beta_and_moves_nothing(mode, options):
+def test_one_value_per_channel_gives_beta_or_with_renorm_what_stock_gives_and_moves_nothing(mode, options):
     layer = keras_bn.BatchNormalization(beta_initializer="ones", **options)
     layer.build((None, 4))
     before = _state(layer)
     y = _call(layer, mode, signature=[tf.TensorSpec([None, 4])])(_x((1, 4)))
-    if "renorm" not in options:
+    if "renorm" in options:
+        stock = keras.layers.BatchNormalization(beta_initializer="ones", **options)
+        _close(y, stock(_x((1, 4)), training=True))
+        assert np.abs(y - 1).max() > 0.5
+    else:
         np.testing.assert_array_equal(y, np.ones((1, 4)))
     for name, value in _state(layer).items():
         np.testing.assert_array_equal(value, before[name], err_msg=name)
@@ -495,7 +499,7 @@ def test_one_value_per_channel_gives_beta_and_moves_nothing(mode, options):
 
 def test_one_value_per_channel_is_warned_of_once():
     layer = keras_bn.BatchNormalization(name="lonely")
-    with pytest.warns(UserWarning, match=r"one value per channel.*drop_remainder=True.*Layer: 'lonely'"):
+    with pytest.warns(UserWarning, match=r"one value per channel.*`renorm`, by its mean.*drop_remainder=True.*Layer: 'lonely'"):
         layer(_x((1, 4)), training=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -524,6 +528,24 @@ def test_last_batch_of_one_does_not_end_a_training_and_is_said_once(capfd):
     model.fit(_x((9, 4)), _x((9, 1)), batch_size=4, epochs=3, verbose=0)
     assert np.all(np.isfinite(model.predict(_x((9, 4)), verbose=0)))
     assert capfd.readouterr().err.count("one value per channel") == 1
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("mode", MODES)
+def test_vectorized_map_over_a_layer_does_what_it_does_over_the_stock_one(mode, training):
+    x = tf.constant(_x((5, 16, 4)))
+    results = []
+    for kind in (keras_bn.BatchNormalization, keras.layers.BatchNormalization):
+        layer = kind(momentum=0.5)
+        layer.build((16, 4))
+
+        def call(x, layer=layer):
+            return tf.vectorized_map(lambda part: layer(part, training=training), x)
+
+        run = call if mode == "eager" else tf.function(call, jit_compile=mode == "jit_compile", autograph=False)
+        results.append([run(x), *_state(layer).values()])
+    for ours, theirs in zip(*results, strict=True):
+        _close(ours, theirs)
 
 
 # Activation, configuration, precision
