@@ -499,7 +499,8 @@ def test_one_value_per_channel_gives_beta_or_with_renorm_what_stock_gives_and_mo
 
 def test_one_value_per_channel_is_warned_of_once():
     layer = keras_bn.BatchNormalization(name="lonely")
-    with pytest.warns(UserWarning, match=r"one value per channel.*`renorm`, by its mean.*drop_remainder=True.*Layer: 'lonely'"):
+    message = r"one value per channel.*`renorm`, by its mean alone.*drop_remainder=True.*Layer: 'lonely'"
+    with pytest.warns(UserWarning, match=message):
         layer(_x((1, 4)), training=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
