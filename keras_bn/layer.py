@@ -30,13 +30,14 @@ class BatchNormalization(keras.layers.BatchNormalization):
     them needs to remember something.
 
     A channel whose batch holds a NaN or an infinity, or one value only, leaves its moving statistics as they are. One
-    value per channel gives beta.
+    value per channel gives beta; with `renorm` gamma * d + beta, as with Keras's layer.
 
     Args:
         axis: Int or list of ints, the axis or axes that keep statistics of their own: the channels. Default: the last.
         momentum: Weight of the past in the moving averages, in [0, 1]. None averages all batches alike: with k batches
             seen the next one weighs 1 / (k + 1). A `keras.optimizers.schedules.LearningRateSchedule` gives the momentum
-            for each update, counted from 0.
+            for each update, counted from 0. A policy of pure half precision keeps the moving statistics in it, as
+            Keras does: steps below its digits are lost; "mixed_bfloat16" and "mixed_float16" keep them in float32.
         epsilon: Added to the variance, not negative; its unit is that of the input squared.
         center: Whether there is a beta.
         scale: Whether there is a gamma.
@@ -58,7 +59,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
             last smaller group is a group of its own. The moving averages get the mean of the groups, weighted by size.
             Inference is not affected. Default: the whole batch.
         unbiased_variance: Whether the moving variance averages m2 / (count - 1), as Algorithm 2 of the paper does,
-            instead of the biased m2 / count.
+            instead of the biased m2 / count; under a `mask` of floats m2 / (sum(w) - sum(w**2) / sum(w)).
         zero_debias: Whether the initial values of the moving statistics are left out of the averages: the moving
             statistics are divided by the weight of what was seen, 1 - product(momentum).
         activation: Optional, applied last.
@@ -72,8 +73,10 @@ class BatchNormalization(keras.layers.BatchNormalization):
     Call arguments:
         inputs: Floating-point tensor of rank 2 or more. Half types are accumulated in float32.
         training: Whether the statistics of the batch are used and averaged: a bool or a scalar boolean tensor.
-        mask: Which values count, as booleans, or how often, as weights. Any shape that broadcasts to that of the
-            inputs, with or without the channel axes. All values are normalized, also those that do not count.
+        mask: What each value weighs. Booleans and integers are frequencies: a value of weight 2 is two values. Floats
+            are reliabilities: only their proportions say how many values there are, sum(w)**2 / sum(w**2); see
+            `keras_bn.statistics.Moments`. Any shape that broadcasts to that of the inputs, with or without the channel
+            axes. All values are normalized, also those of weight 0.
 
     Raises:
         ValueError: If an argument is not in its range, or two exclude each other.
@@ -216,7 +219,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
         if updates.counts_updates(self):
             self.update_count = add("update_count", "zeros", dtype="float32")
         if self.zero_debias:
-            self.initial_weight = add("initial_weight", "ones")
+            # In half precision a product of momenta near 1 would stay 1.
+            dtype = statistics_dtype(tf.as_dtype(self.variable_dtype)).name
+            self.initial_weight = add("initial_weight", "ones", dtype=dtype)
 
     def call(self, inputs, training=None, mask=None):
         x = tf.convert_to_tensor(inputs)

@@ -256,23 +256,27 @@ def input_moments(
         layer: tells the channel axes.
         inputs: any rank and floating dtype.
         mask: boolean or weights, aligned with `inputs` as the layer does it.
-        sample_weight: shape `(batch,)`; a sample of weight 2 counts as two.
+        sample_weight: shape `(batch,)`; of masks and sample weights the product counts, as frequencies where both are
+            integers or booleans, else as reliabilities: see `Moments`.
 
     Returns:
         Moments, each of shape `(C,)` (of the rank of `axis` where that is a list). All zero where nothing counts.
     """
     rank = len(inputs.shape)
-    channels = [axis % rank for axis in channel_axes(layer)]
-    weights = tf.ones([1] * rank, tf.float64)
+    channels = sorted(axis % rank for axis in channel_axes(layer))
+    weights = tf.ones([1] * rank, tf.int32)
     if mask is not None:
-        weights *= tf.cast(aligned_weights(mask, inputs, sorted(channels)), tf.float64)
+        weights = aligned_weights(mask, inputs, channels)
     if sample_weight is not None:
-        weights *= tf.reshape(tf.cast(sample_weight, tf.float64), [-1] + [1] * (rank - 1))
+        sample_weight = tf.reshape(tf.convert_to_tensor(sample_weight), [-1] + [1] * (rank - 1))
+        dtype = tf.float64 if weights.dtype.is_floating or sample_weight.dtype.is_floating else tf.int64
+        weights = tf.cast(weights, dtype) * tf.cast(sample_weight, dtype)
     weights = tf.ensure_shape(tf.broadcast_to(weights, tf.shape(inputs)), inputs.shape)
-    sizes = [inputs.shape[axis] for axis in sorted(channels)]
-    rows, _ = as_rows(tf.cast(inputs, tf.float64), sorted(channels))
-    moments = weighted_moments(rows, as_rows(weights, sorted(channels))[0])
-    return Moments(*(tf.reshape(part, sizes) for part in moments))
+    sizes = [inputs.shape[axis] for axis in channels]
+    rows, _ = as_rows(tf.cast(inputs, tf.float64), channels)
+    moments = weighted_moments(rows, as_rows(weights, channels)[0])
+    unit = tf.broadcast_to(tf.cast(moments.unit, tf.float64), tf.shape(moments.count))
+    return Moments(*(tf.reshape(part, sizes) for part in moments._replace(unit=unit)))
 
 
 def merge(parts: Sequence[Moments]) -> Moments:

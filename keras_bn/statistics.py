@@ -7,21 +7,33 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+# Below so many values that count, as `Moments` has it, a variance is one value's: float32 keeps no digits of the rest.
+_MORE_THAN_ONE = 1.001
+
 
 class Moments(NamedTuple):
-    """Count, mean and sum of squared deviations from the mean (m2), per channel.
+    """Count, mean and sum of squared deviations from the mean (m2), per channel, of values of weight w.
 
-    variance = m2 / count (biased)
+    variance = m2 / count (biased) or m2 / (count - unit) (unbiased)
+
+    with unit = 1 where the weights are frequencies, so that a value of weight 2 is two values; and
+    unit = sum(w**2) / sum(w) where they are reliabilities, whose scale says nothing. Without weights they are the same.
+    There are count / unit values: the sum of frequencies, or Kish's effective number sum(w)**2 / sum(w**2).
 
     Attributes:
-        count: Number of values behind each channel: a Python number, a scalar, or of a shape that broadcasts to `mean`.
+        count: `sum(w)`: a Python number, a scalar, or of a shape that broadcasts to `mean`.
         mean: Shape `(C,)`, or `(G, C)` for G groups that are normalized separately.
-        m2: `sum((x - mean)**2)`, the shape of `mean`, never negative.
+        m2: `sum(w (x - mean)**2)`, the shape of `mean`, never negative.
+        unit: What one value weighs: 1, or of the shape of `count`.
+
+    Reference: GNU Scientific Library, "Weighted Samples" (`gsl_stats_wvariance`), for reliabilities; Kish 1965, "Survey
+        Sampling", for their effective number.
     """
 
     count: Any
     mean: tf.Tensor
     m2: tf.Tensor
+    unit: Any = 1.0
 
 
 class Moving(NamedTuple):
@@ -62,20 +74,20 @@ def statistics_dtype(dtype: tf.DType) -> tf.DType:
 def batch_statistics(moments: Moments, unbiased: bool) -> BatchStatistics:
     """The mean and variance that a batch contributes to the moving averages.
 
-    variance = m2 / count (biased) or m2 / (count - 1) (unbiased)
+    variance = m2 / count (biased) or m2 / (count - unit) (unbiased)
 
     Of several groups, the averages weighted by their counts, without the channels of a group that are not finite or
-    have one value only.
+    have one value only: count / unit <= 1.001.
 
     Args:
         moments: Of the batch, or of its groups.
         unbiased: Which variance.
     """
-    count, mean, m2 = moments
+    count, mean, m2, unit = moments
     worth = tf.math.is_finite(m2)
     if not isinstance(count, float):
-        worth &= count > 1
-        variance = tf.math.divide_no_nan(m2, count - 1 if unbiased else count)
+        worth &= has_variance(moments)
+        variance = tf.math.divide_no_nan(m2, count - unit if unbiased else count)
     elif count > 1:
         variance = m2 / (count - 1 if unbiased else count)
     else:
@@ -91,27 +103,41 @@ def batch_statistics(moments: Moments, unbiased: bool) -> BatchStatistics:
     return BatchStatistics(average(mean), average(variance), total > 0)
 
 
+def has_variance(moments: Moments) -> Any:
+    """Which channels have more than one value, of the shape of `count`."""
+    return moments.count > moments.unit * _MORE_THAN_ONE
+
+
 def weighted_moments(x: tf.Tensor, weights: tf.Tensor | None) -> Moments:
-    """Moments over the last axis but one, each value counted as often as its weight says.
+    """Moments over the last axis but one of values that have weights.
 
     count = sum(w), mean = sum(w x) / count, m2 = sum(w (x - mean)**2)
+    unit = 1 (frequencies) or sum(w**2) / sum(w) (reliabilities)
 
-    A value of weight 0 has no influence, whatever it is. Where all weights are 0, everything is 0.
+    A value of weight 0 has no influence, whatever it is. Where all weights are 0, count, mean and m2 are 0.
 
     Args:
         x: Shape `(..., M, C)`.
-        weights: Shape `(..., M, C)` or `(..., M, 1)`, or None for ones.
+        weights: Shape `(..., M, C)` or `(..., M, 1)`, or None for ones. Booleans and integers are frequencies,
+            floats are reliabilities: see `Moments`.
 
     Returns:
         Moments with a count of shape `(..., C)` or `(..., 1)`, differentiable.
     """
     if weights is None:
-        weights = tf.ones_like(x[..., :1])
+        weights = tf.ones(tf.shape(x[..., :1]), tf.int32)
+    weights = tf.convert_to_tensor(weights)
+    reliabilities = weights.dtype.is_floating
+    weights = tf.cast(weights, x.dtype)
     x = tf.where(weights > 0, x, 0)
     count = tf.reduce_sum(weights, -2)
     mean = tf.math.divide_no_nan(tf.reduce_sum(weights * x, -2), count)
     m2 = tf.reduce_sum(weights * tf.square(x - mean[..., None, :]), -2)
-    return Moments(count, mean, m2)
+    if not reliabilities:
+        return Moments(count, mean, m2)
+    # The square of a tiny weight would be zero.
+    shares = tf.math.divide_no_nan(weights, count[..., None, :])
+    return Moments(count, mean, m2, tf.reduce_sum(weights * shares, -2))
 
 
 def aligned_weights(mask: Any, x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
@@ -154,6 +180,7 @@ def merged(moments: Moments) -> Moments:
     """Merges moments stacked along the first axis: Chan's parallel formula for any number of parts.
 
     count = sum(count_i), mean = sum(count_i mean_i) / count, m2 = sum(m2_i + count_i (mean_i - mean)**2)
+    unit = sum(count_i unit_i) / count
 
     Empty parts (count 0) change nothing.
 
@@ -162,7 +189,8 @@ def merged(moments: Moments) -> Moments:
     count = tf.reduce_sum(moments.count, 0)
     mean = tf.math.divide_no_nan(tf.reduce_sum(moments.count * moments.mean, 0), count)
     m2 = tf.reduce_sum(moments.m2 + moments.count * tf.square(moments.mean - mean), 0)
-    return Moments(count, mean, m2)
+    unit = tf.math.divide_no_nan(tf.reduce_sum(moments.count * moments.unit, 0), count)
+    return Moments(count, mean, m2, unit)
 
 
 def merged_across_replicas(moments: Moments, shift: tf.Tensor) -> Moments:
@@ -179,14 +207,14 @@ def merged_across_replicas(moments: Moments, shift: tf.Tensor) -> Moments:
     context = tf.distribute.get_replica_context()
     if context is None or context.num_replicas_in_sync == 1:
         return moments
-    count = tf.broadcast_to(moments.count, tf.shape(moments.mean))
-    packed = tf.stack([count, shift, moments.mean, moments.m2])
+    count, unit = (tf.broadcast_to(value, tf.shape(moments.mean)) for value in (moments.count, moments.unit))
+    packed = tf.stack([count, shift, moments.mean, moments.m2, unit])
     slots = tf.scatter_nd(
         tf.reshape(tf.cast(context.replica_id_in_sync_group, tf.int32), [1, 1]),
         packed[None],
         tf.concat([[context.num_replicas_in_sync], tf.shape(packed)], 0),
     )
-    counts, shifts, means, m2s = tf.unstack(context.all_reduce(tf.distribute.ReduceOp.SUM, slots), axis=1)
+    counts, shifts, means, m2s, units = tf.unstack(context.all_reduce(tf.distribute.ReduceOp.SUM, slots), axis=1)
     common = tf.stop_gradient(tf.reduce_max(tf.where(counts > 0, shifts, shifts.dtype.min), 0))
-    together = merged(Moments(counts, tf.where(counts > 0, means + (shifts - common), 0), m2s))
+    together = merged(Moments(counts, tf.where(counts > 0, means + (shifts - common), 0), m2s, units))
     return together._replace(mean=tf.where(together.count > 0, together.mean + (common - shift), 0))

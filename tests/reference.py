@@ -34,7 +34,8 @@ class Reference:
     Args:
         x: Any shape; taken as float64.
         axes: The channel axes.
-        weights: How often each value counts, the shape of x.
+        weights: What each value counts, of a shape that broadcasts to that of x: integers are frequencies, floats are
+            reliabilities.
     """
 
     def __init__(self, x, axes, gamma=1.0, beta=0.0, epsilon=1e-3, weights=None):
@@ -43,7 +44,8 @@ class Reference:
         self.axes = [axis % self.x.ndim for axis in axes]
         self.others = tuple(axis for axis in range(self.x.ndim) if axis not in self.axes)
         self.gamma, self.beta, self.epsilon = self.along(gamma), self.along(beta), epsilon
-        self.weights = np.ones_like(self.x) if weights is None else np.broadcast_to(weights, self.x.shape)
+        weights = np.ones(self.x.shape, int) if weights is None else np.broadcast_to(weights, self.x.shape)
+        self.weights, self.frequencies = weights.astype("float64"), not np.issubdtype(weights.dtype, np.floating)
         # Far from zero float64 itself has no digits to spare, so the offset goes first.
         offset = self.x[tuple(slice(None) if axis in self.axes else slice(0, 1) for axis in range(self.x.ndim))]
         shifted = self.x - offset
@@ -86,7 +88,9 @@ class Reference:
 
     @property
     def unbiased_variance(self):
-        return self.channels(self.m2 / (self.count - 1))
+        """sum(w d**2) / (V1 - 1) for frequencies, / (V1 - V2 / V1) for reliabilities; V1 = sum(w), V2 = sum(w**2)."""
+        squares = (self.weights**2).sum(self.others, keepdims=True)
+        return self.channels(self.m2 / (self.count - (1 if self.frequencies else squares / self.count)))
 
     def gradients(self, dy):
         """Of sum(dy * y) with respect to x, gamma and beta, statistics included.

@@ -58,7 +58,8 @@ def normalize_batch(
         beta: Shape `(C,)`, or None for zeros.
         axes: The channel axes, not negative, ascending.
         epsilon: Added to the variance; its unit is that of `x` squared.
-        weights: How often each value counts, of a shape that broadcasts to that of `x`. Default: once.
+        weights: Of each value, of a shape that broadcasts to that of `x`: booleans and integers are frequencies, floats
+            reliabilities, see `keras_bn.statistics.Moments`. Default: 1.
         group_size: Number of examples (along axis 0) that are normalized together; the last group may be smaller.
             Default: all.
         synchronized: Whether the statistics are those of all replicas' batches together.

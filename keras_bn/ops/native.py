@@ -19,8 +19,9 @@ from keras_bn.statistics import Moments, Moving
 from keras_bn.warning import warn
 
 SINGLE_VALUE = (
-    "keras_bn: a batch with one value per channel was normalized to beta, and its statistics were not averaged. Larger "
-    "batches, or `drop_remainder=True` where the last one is of a single example, avoid it."
+    "keras_bn: a batch with one value per channel has no variance: it was normalized to beta (with `renorm`, by its "
+    "mean alone), and its statistics were not averaged. Larger batches, or `drop_remainder=True` where the last one is "
+    "of a single example, avoid it."
 )
 
 

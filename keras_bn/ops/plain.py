@@ -29,7 +29,7 @@ def normalize_batch(
 
     rows, restore = as_rows(x, axes)
     if weights is not None:
-        weights, _ = as_rows(tf.broadcast_to(tf.cast(weights, gamma.dtype), tf.shape(x)), axes)
+        weights, _ = as_rows(tf.broadcast_to(weights, tf.shape(x)), axes)
         weights = tf.ensure_shape(weights, rows.shape)
 
     def normalize_part(rows, weights):
@@ -45,7 +45,7 @@ def normalize_batch(
     part_weights = [None, None] if weights is None else _split_groups(weights, examples, group_size)
     normalized = [normalize_part(*part) for part in zip(parts, part_weights, strict=True)]
     y = tf.concat([tf.reshape(y, [-1, channel_count(x, axes)]) for y, _ in normalized], 0)
-    fields = zip(*(_with_count_per_channel(part) for _, part in normalized), strict=True)
+    fields = zip(*(_per_channel(part) for _, part in normalized), strict=True)
     return restore(tf.ensure_shape(y, rows.shape)), Moments(*(tf.concat(field, 0) for field in fields))
 
 
@@ -158,8 +158,9 @@ def _normalize_weighted(rows, gamma, beta, epsilon, weights, synchronized):
         shift = central_value(rows, [len(rows.shape) - 2])
     else:
         # The largest value that counts: a value of the channel, whatever the others hold.
-        largest = tf.reduce_max(tf.where(weights > 0, values, gamma.dtype.min), -2, keepdims=True)
-        shift = tf.stop_gradient(tf.where(tf.reduce_any(weights > 0, -2, keepdims=True), largest, 0))
+        counts = tf.cast(weights, gamma.dtype) > 0
+        largest = tf.reduce_max(tf.where(counts, values, gamma.dtype.min), -2, keepdims=True)
+        shift = tf.stop_gradient(tf.where(tf.reduce_any(counts, -2, keepdims=True), largest, 0))
     shifted = values - shift
     moments = weighted_moments(shifted, weights)
     if synchronized:
@@ -167,11 +168,8 @@ def _normalize_weighted(rows, gamma, beta, epsilon, weights, synchronized):
     variance = tf.math.divide_no_nan(moments.m2, moments.count)
     inverse_std = tf.math.rsqrt(variance + epsilon)
     y = (shifted - moments.mean[..., None, :]) * (inverse_std * gamma)[..., None, :] + beta
-    return tf.cast(y, rows.dtype), Moments(
-        tf.stop_gradient(moments.count),
-        tf.stop_gradient(moments.mean + tf.squeeze(shift, -2)),
-        tf.stop_gradient(moments.m2),
-    )
+    moments = moments._replace(mean=moments.mean + tf.squeeze(shift, -2))
+    return tf.cast(y, rows.dtype), Moments(*map(tf.stop_gradient, moments))
 
 
 def _split_groups(rows: tf.Tensor, examples: tf.Tensor, group_size: int) -> list[tf.Tensor]:
@@ -186,6 +184,6 @@ def _split_groups(rows: tf.Tensor, examples: tf.Tensor, group_size: int) -> list
     ]
 
 
-def _with_count_per_channel(moments: Moments) -> Moments:
-    count = tf.cast(moments.count, moments.mean.dtype)
-    return moments._replace(count=tf.broadcast_to(count, tf.shape(moments.mean)))
+def _per_channel(moments: Moments) -> Moments:
+    mean = moments.mean
+    return Moments(*(tf.broadcast_to(tf.cast(value, mean.dtype), tf.shape(mean)) for value in moments))

@@ -51,7 +51,8 @@ def recalibrate(
         data: an array, a list or dictionary of arrays for several inputs, or a tuple of such inputs, targets and
             weights or shorter; a `tf.data.Dataset`, `keras.utils.PyDataset`, generator or iterable of batches, each the
             inputs or a tuple `(inputs, targets, sample_weight)` or shorter. A list of arrays is batches where the model
-            has one input. A sample of weight 2 counts as two, one of weight 0 not at all. Masks are obeyed.
+            has one input. A sample of weight 2 counts as two, one of weight 0 not at all, and masks are obeyed; for the
+            unbiased variances of `"algorithm2"` floats are reliabilities, as the `mask` of the layer.
         steps: number of batches, or None for all.
         method: `"pooled"` or `"algorithm2"`.
         order: `"sequential"` or `"joint"`.

@@ -6,7 +6,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bn.model import merge
-from keras_bn.statistics import Moments
+from keras_bn.statistics import Moments, has_variance
 
 METHODS = ("pooled", "algorithm2")
 
@@ -52,12 +52,12 @@ class Accumulator:
         if not calls or not counts:
             return
         batch = merge(calls)
-        count, m2 = np.asarray(batch.count), np.asarray(batch.m2)
-        several = (count > 1).astype("float64")  # Of one value there is no unbiased variance.
+        count, m2, unit = (np.asarray(part) for part in (batch.count, batch.m2, batch.unit))
+        several = np.asarray(has_variance(batch)).astype("float64")  # Of one value there is no unbiased variance.
         self._pooled = batch if self._pooled is None else merge([self._pooled, batch])
-        as_value = Moments(tf.constant(several), batch.mean, tf.zeros_like(batch.m2))
+        as_value = Moments(tf.constant(several), batch.mean, tf.zeros_like(batch.m2), tf.ones_like(batch.m2))
         self._means = as_value if self._means is None else merge([self._means, as_value])
-        self._sum_unbiased = self._sum_unbiased + several * m2 / np.where(several > 0, count - 1, 1)
+        self._sum_unbiased = self._sum_unbiased + several * m2 / np.where(several > 0, count - unit, 1)
         biased = m2 / np.where(several > 0, count, 1)
         self._sum_biased = self._sum_biased + several * biased
         self._sum_log = self._sum_log + several * np.log(biased + self._epsilon)
@@ -95,7 +95,7 @@ class Accumulator:
         """
         if self._means is None:
             return np.full_like(mean, np.nan)
-        count, center, m2 = (np.asarray(part) for part in self._means)
+        count, center, m2, _ = (np.asarray(part) for part in self._means)
         n = np.where(count > 0, count, np.nan)
         r = variance + self._epsilon
         from_mean = m2 / n + (center - mean) ** 2

@@ -52,17 +52,21 @@ def main(path):
         for where, offset in offsets.items():
             x = (rng.normal(1, 2, (12, 5, 4)) + offset).astype("float32")
             parts = [tf.constant(x[: sizes[0]]), tf.constant(x[sizes[0] :])]
-            mask = (rng.uniform(size=(12, 5)) < 0.7).astype("float32")
-            for masked in (False, True):
+            masks = {
+                "plain": None,
+                "masked": rng.uniform(size=(12, 5)) < 0.7,
+                "weighted": rng.uniform(0, 0.04, (12, 5)).astype("float32"),
+            }
+            for kind, mask in masks.items():
                 with strategy.scope():
-                    layer = keras_bn.BatchNormalization(momentum=0.0, synchronized=True)
+                    layer = keras_bn.BatchNormalization(momentum=0.0, synchronized=True, unbiased_variance=True)
                     layer.build((None, 5, 4))
-                masks = [tf.constant(mask[: sizes[0]]), tf.constant(mask[sizes[0] :])] if masked else None
-                y, gradient = _step(strategy, layer, parts, masks, False)
-                key = f"{name}-{where}-{'masked' if masked else 'plain'}"
+                split = None if mask is None else [tf.constant(mask[: sizes[0]]), tf.constant(mask[sizes[0] :])]
+                y, gradient = _step(strategy, layer, parts, split, False)
+                key = f"{name}-{where}-{kind}"
                 results |= {
                     f"{key}/x": x,
-                    f"{key}/mask": mask if masked else np.ones_like(mask),
+                    f"{key}/mask": np.ones((12, 5), int) if mask is None else mask,
                     f"{key}/y": np.concatenate(y),
                     f"{key}/dx": np.concatenate(gradient),
                     f"{key}/mean": layer.moving_mean.numpy(),

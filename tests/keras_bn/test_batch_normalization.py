@@ -63,6 +63,38 @@ def test_layer_that_is_not_trainable_normalizes_with_the_moving_statistics(mode)
 # Averages
 
 
+_SLOW = keras.optimizers.schedules.PolynomialDecay(0.9, 100, 0.999)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"momentum": 0.999, "zero_debias": True},
+        {"momentum": _SLOW, "zero_debias": True},
+        {"momentum": _SLOW},
+        {"momentum": None},
+        {"momentum": 0.9, "renorm": True, "renorm_clipping": "warmup"},
+    ],
+    ids=["debiased", "debiased schedule", "schedule", "cumulative", "renorm"],
+)
+def test_averages_over_many_updates_are_those_of_float32_whatever_the_precision(options, dtype):
+    layer, in_float32 = (keras_bn.BatchNormalization(dtype=one, **options) for one in (dtype, "float32"))
+    batches = np.stack([_x((32, 2), seed=seed, mean=seed % 7) for seed in range(100)])
+    for one in (layer, in_float32):
+        one.build((32, 2))
+
+    @tf.function(autograph=False)
+    def step(x):
+        return [one(tf.cast(x, one.compute_dtype), training=True) for one in (layer, in_float32)]
+
+    for x in batches:
+        step(x)
+    tolerance = {"bfloat16": 2e-2, "float16": 4e-3, "float64": 1e-5}[dtype]
+    for mine, theirs in zip(layer.non_trainable_weights, in_float32.non_trainable_weights, strict=True):
+        _close(mine.numpy().astype("float64"), theirs, tolerance)
+
+
 def test_momentum_none_averages_all_batches_alike():
     layer = keras_bn.BatchNormalization(momentum=None)
     batches = [_x(seed=seed) for seed in range(5)]
@@ -316,6 +348,45 @@ def test_masks_of_every_shape_say_what_counts(case, mode, kind):
     _close(layer.moving_variance.numpy()[counted], oracle.biased_variance[counted], 3e-5)
 
 
+@pytest.mark.parametrize(
+    "weights",
+    [
+        np.full(16, 1.04 / 16),
+        np.linspace(0, 0.1, 16),
+        np.linspace(0, 5, 16),
+        np.arange(16) % 3,
+        np.arange(16) % 3 > 0,
+    ],
+    ids=["like weights of sum 1.04", "sum 0.8", "sum 40", "integers", "booleans"],
+)
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [("eager", {}), ("graph", {"synchronized": True}), ("jit_compile", {"virtual_batch_size": 16})],
+    ids=MODES,
+)
+def test_unbiased_variance_under_weights_is_that_of_frequencies_or_of_reliabilities(mode, options, weights):
+    x = _x()
+    layer = keras_bn.BatchNormalization(momentum=0.0, unbiased_variance=True, **options)
+    layer.build(x.shape)
+    weights = weights.astype("float32") if weights.dtype == "float64" else weights
+    _call(layer, mode, mask=weights)(x)
+    oracle = Reference(x, -1, weights=weights[:, None])
+    _close(layer.moving_mean, oracle.batch_mean)
+    _close(layer.moving_variance, oracle.unbiased_variance, 3e-5)
+
+
+@pytest.mark.parametrize("alone", [True, 1, 0.3, 7.0], ids=str)
+@pytest.mark.parametrize("options", [{}, {"unbiased_variance": True}, {"renorm": True}], ids=str)
+def test_one_value_that_counts_moves_nothing_whatever_it_weighs(options, alone):
+    layer = keras_bn.BatchNormalization(momentum=0.5, **options)
+    layer.build((16, 4))
+    before, mask = _state(layer), np.zeros(16, type(alone))
+    mask[5] = alone
+    layer(_x(), training=True, mask=mask)
+    for name, value in _state(layer).items():
+        np.testing.assert_array_equal(value, before[name], err_msg=name)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_gradients_under_a_mask_equal_the_oracle(mode):
     x, dy = tf.constant(_x((8, 5, 3))), tf.constant(_x((8, 5, 3), seed=1))
@@ -411,12 +482,16 @@ def test_empty_batch_gives_an_empty_output_and_moves_nothing(mode):
 
 @pytest.mark.parametrize("options", [{}, {"unbiased_variance": True}, {"momentum": None}, {"renorm": True}], ids=str)
 @pytest.mark.parametrize("mode", MODES)
-def test_one_value_per_channel_gives_beta_and_moves_nothing(mode, options):
+def test_one_value_per_channel_gives_beta_or_with_renorm_what_stock_gives_and_moves_nothing(mode, options):
     layer = keras_bn.BatchNormalization(beta_initializer="ones", **options)
     layer.build((None, 4))
     before = _state(layer)
     y = _call(layer, mode, signature=[tf.TensorSpec([None, 4])])(_x((1, 4)))
-    if "renorm" not in options:
+    if "renorm" in options:
+        stock = keras.layers.BatchNormalization(beta_initializer="ones", **options)
+        _close(y, stock(_x((1, 4)), training=True))
+        assert np.abs(y - 1).max() > 0.5
+    else:
         np.testing.assert_array_equal(y, np.ones((1, 4)))
     for name, value in _state(layer).items():
         np.testing.assert_array_equal(value, before[name], err_msg=name)
@@ -424,7 +499,8 @@ def test_one_value_per_channel_gives_beta_and_moves_nothing(mode, options):
 
 def test_one_value_per_channel_is_warned_of_once():
     layer = keras_bn.BatchNormalization(name="lonely")
-    with pytest.warns(UserWarning, match=r"one value per channel.*drop_remainder=True.*Layer: 'lonely'"):
+    message = r"one value per channel.*`renorm`, by its mean alone.*drop_remainder=True.*Layer: 'lonely'"
+    with pytest.warns(UserWarning, match=message):
         layer(_x((1, 4)), training=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -453,6 +529,24 @@ def test_last_batch_of_one_does_not_end_a_training_and_is_said_once(capfd):
     model.fit(_x((9, 4)), _x((9, 1)), batch_size=4, epochs=3, verbose=0)
     assert np.all(np.isfinite(model.predict(_x((9, 4)), verbose=0)))
     assert capfd.readouterr().err.count("one value per channel") == 1
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("mode", MODES)
+def test_vectorized_map_over_a_layer_does_what_it_does_over_the_stock_one(mode, training):
+    x = tf.constant(_x((5, 16, 4)))
+    results = []
+    for kind in (keras_bn.BatchNormalization, keras.layers.BatchNormalization):
+        layer = kind(momentum=0.5)
+        layer.build((16, 4))
+
+        def call(x, layer=layer):
+            return tf.vectorized_map(lambda part: layer(part, training=training), x)
+
+        run = call if mode == "eager" else tf.function(call, jit_compile=mode == "jit_compile", autograph=False)
+        results.append([run(x), *_state(layer).values()])
+    for ours, theirs in zip(*results, strict=True):
+        _close(ours, theirs)
 
 
 # Activation, configuration, precision

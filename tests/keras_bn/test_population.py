@@ -11,6 +11,7 @@ import pytest
 import tensorflow as tf
 
 import keras_bn
+from tests.reference import Reference
 
 SPLIT = (2, 2, 4, 8, 16, 32, 64)
 
@@ -97,6 +98,18 @@ def test_algorithm2_leaves_out_a_last_batch_of_one():
     model = keras.Sequential([keras.Input((5,)), keras.layers.BatchNormalization()])
     recalibrated(in_batches(x, (8, 1)), model, method="algorithm2")
     np.testing.assert_allclose(model.layers[0].moving_variance, x[:8].var(0, ddof=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1, 0.01], ids=["frequencies", "reliabilities"])
+def test_algorithm2_takes_weights_as_the_layer_takes_a_mask(scale):
+    x, weights = np.random.default_rng(0).normal(3, 2, (9, 5)).astype("float32"), scale * np.arange(9)
+    model = keras.Sequential([keras.Input((5,)), keras.layers.BatchNormalization()])
+    recalibrated(in_batches(x, (8, 1), np.zeros(9), weights), model, method="algorithm2")
+    # A last batch of one example has no variance as a reliability; of weight 8 it is eight equal ones.
+    parts = [Reference(part, -1, weights=w[:, None]) for part, w in ((x[:8], weights[:8]), (x[8:], weights[8:]))]
+    parts = parts[: 1 if scale < 1 else 2]
+    want = np.mean([part.unbiased_variance for part in parts], 0)
+    np.testing.assert_allclose(model.layers[0].moving_variance, want, rtol=1e-5)
 
 
 def test_joint_order_feeds_each_layer_from_batch_normalized_predecessors():

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from keras_bn import ops, statistics
 from tests.reference import Reference
@@ -13,14 +14,14 @@ def _x(shape=(40, 3), seed=0):
 
 def _moments(x):
     oracle = Reference(x, -1)
-    return statistics.Moments(np.full(3, float(len(x))), oracle.batch_mean, oracle.channels(oracle.m2))
+    return statistics.Moments(np.full(3, float(len(x))), oracle.batch_mean, oracle.channels(oracle.m2), np.ones(3))
 
 
 @pytest.mark.parametrize("shape", [(40, 3), (4, 10, 3)], ids=["rows", "groups"])
 def test_weighted_moments_are_sums_over_what_counts(shape):
     x, weights = _x(shape), np.random.default_rng(1).uniform(0, 2, (*shape[:-1], 1))
     weights[..., 3, :] = 0
-    count, mean, m2 = statistics.weighted_moments(x, weights)
+    count, mean, m2, _ = statistics.weighted_moments(x, weights)
     for index in np.ndindex(shape[:-2]):
         w, values = weights[index], x[index]
         np.testing.assert_allclose(count[index], w.sum(0), rtol=1e-12)
@@ -40,13 +41,70 @@ def test_weighted_moments_of_nothing_are_zero():
         np.testing.assert_array_equal(value, np.zeros_like(value))
 
 
+@pytest.mark.parametrize("scale", [1e-3, 0.026, 1.0, 1e3])
+@pytest.mark.parametrize("kind", ["frequencies", "reliabilities"])
+def test_unbiased_variance_of_weights_is_that_of_the_oracle_and_of_numpy(kind, scale):
+    x, rng = _x(), np.random.default_rng(1)
+    reliable = kind == "reliabilities"
+    weights = scale * rng.uniform(0, 1, 40) if reliable else rng.integers(0, max(2, int(scale)), 40)
+    batch = statistics.batch_statistics(statistics.weighted_moments(x, weights[:, None]), unbiased=True)
+    np.testing.assert_allclose(batch.variance, Reference(x, -1, weights=weights[:, None]).unbiased_variance, rtol=1e-9)
+    by_numpy = np.diag(np.cov(x.T, **{"aweights" if reliable else "fweights": weights}))
+    np.testing.assert_allclose(batch.variance, by_numpy, rtol=1e-9)
+    assert np.all(batch.worth)
+
+
+def test_frequencies_are_repeated_values_and_the_scale_of_reliabilities_says_nothing():
+    x, counts = _x(), np.random.default_rng(1).integers(0, 4, 40)
+    repeated = statistics.batch_statistics(_moments(np.repeat(x, counts, 0)), unbiased=True)
+    weighted = statistics.batch_statistics(statistics.weighted_moments(x, counts[:, None]), unbiased=True)
+    scaled = [
+        statistics.batch_statistics(statistics.weighted_moments(x, scale * counts[:, None]), unbiased=True)
+        for scale in (1.0, 1e-30)
+    ]
+    np.testing.assert_allclose(weighted.variance, repeated.variance, rtol=1e-12)
+    np.testing.assert_allclose(scaled[1].variance, scaled[0].variance, rtol=1e-12)
+    assert np.all(scaled[1].worth)
+    assert not np.allclose(scaled[0].variance, weighted.variance, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("weights", "worth"),
+    [
+        ([False, True, False], False),
+        ([0, 1, 0], False),
+        ([0, 2, 0], True),
+        ([0.0, 1.0, 0.0], False),
+        ([0.0, 0.3, 0.0], False),
+        ([0.0, 7.3, 0.0], False),
+        ([0.0, 0.3, 1e-9], False),
+        ([0.0, 0.3, 0.01], True),
+        ([0.0, 1e-3, 1e-3], True),
+    ],
+    ids=str,
+)
+def test_one_value_alone_has_no_variance_whatever_it_weighs(weights, worth):
+    x = tf.constant([[1.0], [2.0], [3.0]])
+    moments = statistics.weighted_moments(x, tf.constant(weights)[:, None])
+    assert bool(statistics.batch_statistics(moments, False).worth[0]) == worth
+
+
 @pytest.mark.parametrize("splits", [[20], [1, 2, 39], [0, 7, 7, 40]], ids=str)
 def test_merged_parts_equal_the_whole_whatever_the_split(splits):
     x = _x() + 1e6
-    empty = statistics.Moments(np.zeros(3), np.full(3, 1e9), np.zeros(3))
+    empty = statistics.Moments(np.zeros(3), np.full(3, 1e9), np.zeros(3), np.ones(3))
     parts = [_moments(part) if len(part) else empty for part in np.split(x, splits)]
     merged = statistics.merged(statistics.Moments(*(np.stack(field) for field in zip(*parts, strict=True))))
     for got, want in zip(merged, _moments(x), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-9)
+
+
+def test_merged_parts_of_weighted_values_equal_the_whole():
+    x, weights = _x(), np.random.default_rng(1).uniform(0, 0.05, (40, 1))
+    pairs = zip(np.split(x, [3, 15]), np.split(weights, [3, 15]), strict=True)
+    parts = [statistics.weighted_moments(*pair) for pair in pairs]
+    merged = statistics.merged(statistics.Moments(*(tf.stack(field) for field in zip(*parts, strict=True))))
+    for got, want in zip(merged, statistics.weighted_moments(x, weights), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-9)
 
 
