@@ -15,7 +15,6 @@ ServingError
 
 import enum
 
-
 NO_MEMORY = "What the request needs does not fit into memory."
 
 
