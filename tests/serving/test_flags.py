@@ -1,6 +1,7 @@
 """What the flags beside the models change: metrics, CORS, encryption, sockets, XLA, batching, the list of models."""
 
 import json
+import re
 import subprocess
 import urllib.error
 import urllib.request
@@ -11,12 +12,15 @@ import grpc
 import numpy as np
 import pytest
 import tensorflow as tf
+from google.protobuf import text_format
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from keras_bn_serving.client import Client
-from keras_bn_serving.errors import Code, ServingError
+from keras_bn_serving.config.files import model_configs
+from keras_bn_serving.errors import Code, InvalidArgumentError, ServingError
 from tensorflow_serving.apis import inference_pb2, input_pb2, model_management_pb2, model_service_pb2_grpc
 from tensorflow_serving.apis import prediction_service_pb2_grpc as prediction_stubs
+from tensorflow_serving.config import model_server_config_pb2
 
 from tests.serving import saved_models
 from tests.serving.servers import RunningServer, running_server
@@ -197,3 +201,20 @@ def test_a_reloaded_configuration_takes_the_place_of_the_old_one(models_folder: 
             with pytest.raises(grpc.RpcError, match="does not exist"):
                 stub.HandleReloadConfigRequest(request, timeout=60)
             assert client.predict("two", [2.0]).tolist() == [4.0]
+
+
+@pytest.mark.parametrize(("models", "text"), [
+    ('config { name: "a" base_path: "" }', "Expected model a to have an absolute path or URI; got base_path()="),
+    ('config { name: "a" base_path: "b/c" }', "Expected model a to have an absolute path or URI; got base_path()=b/c"),
+    ('config { name: "a" base_path: "/b" } config { name: "a" }', "Illegal to list model a multiple times"),
+    ('config { name: "a" base_path: "/b" model_platform: "x" }', "Model a requests unsupported platform x"),
+    (
+        'config { name: "served" base_path: "/b" model_platform: "x" }',
+        "Illegal to change a model's platform. For model served platform was tensorflow and new platform requested is ",
+    ),
+    ('config { name: "a" base_path: "gs://b/c" }', "Illegal setting neither ModelServerConfig::model_type"),
+])  # fmt: skip
+def test_lists_of_models_are_refused_in_the_words_of_tensorflow_serving(models: str, text: str):
+    message = text_format.Parse(f"model_config_list {{ {models} }}", model_server_config_pb2.ModelServerConfig())
+    with pytest.raises(InvalidArgumentError, match=re.escape(text)):
+        model_configs(message, "here", served={"served"})

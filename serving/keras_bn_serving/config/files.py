@@ -1,6 +1,8 @@
 """Configuration in text protos, read with protobuf's own parser."""
 
 import os
+import re
+from collections.abc import Container
 from typing import TypeVar
 
 from google.protobuf import text_format
@@ -14,6 +16,7 @@ from keras_bn_serving.errors import InvalidArgumentError, NotFoundError
 _Message = TypeVar("_Message", bound=Message)
 _METRICS_PATH = "/monitoring/prometheus/metrics"
 _PLATFORM = "tensorflow"
+_SCHEME = re.compile(r"[a-zA-Z][0-9a-zA-Z.]*://")
 
 
 def read_model_configs(path: str) -> list[ModelConfig]:
@@ -26,13 +29,39 @@ def read_model_configs(path: str) -> list[ModelConfig]:
     return model_configs(read_message(path, model_server_config_pb2.ModelServerConfig()), path)
 
 
-def model_configs(message: model_server_config_pb2.ModelServerConfig, source: str) -> list[ModelConfig]:
-    """Turns a `ModelServerConfig` into what the repository understands."""
+def model_configs(
+    message: model_server_config_pb2.ModelServerConfig, source: str, served: Container[str] = ()
+) -> list[ModelConfig]:
+    """Turns a `ModelServerConfig` into what the repository understands, checked in TensorFlow Serving's order.
+
+    Args:
+        message: What to serve.
+        source: Where it comes from, for errors.
+        served: Names of models that are served already.
+    """
     if message.WhichOneof("config") != "model_config_list":
         raise InvalidArgumentError(f"{source}: `model_config_list` is required. Received: none.")
+    listed = message.model_config_list.config
+    names: set[str] = set()
+    for one in listed:
+        if one.name in names:
+            raise InvalidArgumentError(f"Illegal to list model {one.name} multiple times in config list")
+        names.add(one.name)
+    for one in listed:
+        if not os.path.isabs(one.base_path) and not _SCHEME.match(one.base_path):
+            raise InvalidArgumentError(
+                f"Expected model {one.name} to have an absolute path or URI; got base_path()={one.base_path}"
+            )
+    for one in listed:
+        if one.name in served and _platform(one) != _PLATFORM:
+            raise InvalidArgumentError(
+                f"Illegal to change a model's platform. For model {one.name} platform was {_PLATFORM} and new "
+                f"platform requested is {_platform(one)}"
+            )
     configs = []
-    for one in message.model_config_list.config:
-        _check_platform(one)
+    for one in listed:
+        if _platform(one) != _PLATFORM:
+            raise InvalidArgumentError(f"Model {one.name} requests unsupported platform {_platform(one)}")
         choice = one.model_version_policy
         kind = choice.WhichOneof("policy_choice")
         policy = VersionPolicy(
@@ -44,7 +73,7 @@ def model_configs(message: model_server_config_pb2.ModelServerConfig, source: st
     return configs
 
 
-def _check_platform(config: model_server_config_pb2.ModelConfig) -> None:
+def _platform(config: model_server_config_pb2.ModelConfig) -> str:
     platform = config.model_platform
     if config.model_type != model_server_config_pb2.MODEL_TYPE_UNSPECIFIED:
         if platform:
@@ -54,14 +83,13 @@ def _check_platform(config: model_server_config_pb2.ModelConfig) -> None:
             )
         if config.model_type != model_server_config_pb2.TENSORFLOW:
             raise InvalidArgumentError(f"ModelServerConfig::model_type choice {config.model_type} not supported.")
-        platform = _PLATFORM
+        return _PLATFORM
     if not platform:
         raise InvalidArgumentError(
             "Illegal setting neither ModelServerConfig::model_type (deprecated) nor "
             f"ModelServerConfig::model_platform, model name is {config.name}"
         )
-    if platform != _PLATFORM:
-        raise InvalidArgumentError(f"Model {config.name} requests unsupported platform {platform}")
+    return platform
 
 
 def read_metrics_path(path: str) -> str:

@@ -54,10 +54,6 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if not self.name:
             raise InvalidArgumentError("`name` of a model must not be empty. Received: name=''.")
-        if not os.path.isabs(self.base_path):
-            raise InvalidArgumentError(
-                f"`base_path` of model {self.name} must be an absolute path. Received: base_path={self.base_path!r}."
-            )
 
     def find_versions(self) -> dict[int, str]:
         """Returns the folders of the versions that exist now, by version.

@@ -112,11 +112,7 @@ class ModelRepository:
         Raises:
             ServingError: If a new model has no version, or one that should be served cannot be.
         """
-        by_name: dict[str, ModelConfig] = {}
-        for config in configs:
-            if config.name in by_name:
-                raise InvalidArgumentError(f"Illegal to list model {config.name} multiple times in config list")
-            by_name[config.name] = config
+        by_name = {config.name: config for config in configs}
         with self._managing:
             new = [config for name, config in by_name.items() if config != self._configs.get(name)]
             for config in new:

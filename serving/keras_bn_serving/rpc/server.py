@@ -246,7 +246,8 @@ class _ModelServicer(_Servicer, model_service_pb2_grpc.ModelServiceServicer):
                 "ServerModelConfig type not supported by HandleReloadConfigRequest. Only ModelConfigList is currently "
                 "supported"
             )
-        self._service.repository.reconfigure(model_configs(request.config, "ReloadConfigRequest"))
+        repository = self._service.repository
+        repository.reconfigure(model_configs(request.config, "ReloadConfigRequest", served=repository.names()))
         response = model_management_pb2.ReloadConfigResponse()
         # The status is there even where it says nothing but OK.
         response.status.SetInParent()
