@@ -119,6 +119,7 @@ def test_a_rank_said_to_be_unknown_is_that_of_the_sizes_given():
 
 def test_a_tensor_without_elements_may_carry_anything():
     assert read('dtype: DT_FLOAT tensor_shape { dim { size: 0 } } tensor_content: "abc"').shape == (0,)
+    assert read('dtype: DT_STRING tensor_shape { dim { size: 0 } } tensor_content: "abc"').shape == (0,)
 
 
 @pytest.mark.parametrize("text", [

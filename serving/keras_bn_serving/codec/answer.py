@@ -16,8 +16,9 @@ _FULL_PRECISION = {np.dtype(np.float32): "%.9g", np.dtype(np.float64): "%.17g"}
 _INTEGERS = set(map(np.dtype, ("int8", "int16", "int32", "int64", "uint8", "uint32", "uint64")))
 _TYPE_NAMES = {"float16": "half"}
 _BYTES_SUFFIX = "_bytes"
-# Each is a Python string of some 60 bytes until all is written, so that this is 4 GB.
-_MOST_VALUES = 2**26
+# Each is a Python string of some 60 bytes until all is written, a million in a second: 1 GB, and as long as a caller
+# waits. Over gRPC there is no such limit.
+_MOST_VALUES = 2**24
 
 
 def encode_error(message: str) -> bytes:
@@ -40,7 +41,7 @@ def encode_predict(outputs: Mapping[str, np.ndarray], row_format: bool) -> bytes
         raise InvalidArgumentError("Cannot convert empty tensor map to JSON")
     count = sum(array.size for array in outputs.values())
     if count > _MOST_VALUES:
-        raise ResourceExhaustedError(f"The answer has {count} values; in JSON at most {_MOST_VALUES} are written.")
+        raise ResourceExhaustedError(f"The answer has {count} values; in JSON at most {_MOST_VALUES} are written. gRPC takes more.")
     return _encode_rows(outputs) if row_format else _encode_columns(outputs)
 
 

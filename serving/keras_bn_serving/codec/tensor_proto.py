@@ -55,13 +55,13 @@ def to_array(message: tensor_pb2.TensorProto, name: str) -> np.ndarray:
         or (repeats and size > _MOST_REPEATED)
     ):
         raise _problem(name)
+    if size == 0:  # Then TensorFlow looks at no contents.
+        return _reshaped(np.empty(0, object if encoding is None else encoding.element), shape, name)
     if encoding is None:
         strings = list(message.string_val[:size]) if repeats else _strings(message.tensor_content, size, name)
         array = np.empty(size, object)
         array[:] = strings + (strings[-1:] or [b""]) * (size - len(strings))
         return _reshaped(array, shape, name)
-    if size == 0:
-        return _reshaped(np.empty(0, encoding.element), shape, name)
     if repeats:
         return _filled(_values(message, encoding), size).view(encoding.element).reshape(shape)
     if len(message.tensor_content) != size * encoding.element.itemsize:
