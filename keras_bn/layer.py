@@ -8,6 +8,7 @@ import keras
 import tensorflow as tf
 
 from keras_bn import arguments, ops, updates
+from keras_bn.ops.layouts import ragged_as_padded, ragged_as_values
 from keras_bn.ops.where import either
 from keras_bn.statistics import aligned_weights, statistics_dtype
 from keras_bn.warning import warn
@@ -71,12 +72,13 @@ class BatchNormalization(keras.layers.BatchNormalization):
         **kwargs: Of `keras.layers.Layer`: `name`, `dtype`, `trainable`.
 
     Call arguments:
-        inputs: Floating-point tensor of rank 2 or more. Half types are accumulated in float32.
+        inputs: Floating-point tensor of rank 2 or more, or `tf.RaggedTensor`, of which the values that are there are
+            normalized. Half types are accumulated in float32.
         training: Whether the statistics of the batch are used and averaged: a bool or a scalar boolean tensor.
         mask: What each value weighs. Booleans and integers are frequencies: a value of weight 2 is two values. Floats
             are reliabilities: only their proportions say how many values there are, sum(w)**2 / sum(w**2); see
-            `keras_bn.statistics.Moments`. Any shape that broadcasts to that of the inputs, with or without the channel
-            axes. All values are normalized, also those of weight 0.
+            `keras_bn.statistics.Moments`. Its axes are the first of the inputs, as Keras's masks' are, or all but the
+            channel axes; sizes may be 1. All values are normalized, also those of weight 0.
 
     Raises:
         ValueError: If an argument is not in its range, or two exclude each other.
@@ -224,6 +226,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
             self.initial_weight = add("initial_weight", "ones", dtype=dtype)
 
     def call(self, inputs, training=None, mask=None):
+        if isinstance(inputs, tf.RaggedTensor):
+            values, mask, restore = self._values_of(inputs, mask)
+            return restore(self.call(values, training, mask))
         x = tf.convert_to_tensor(inputs)
         if not x.dtype.is_floating:
             x = tf.cast(x, self.compute_dtype)
@@ -275,6 +280,20 @@ class BatchNormalization(keras.layers.BatchNormalization):
         }
         config.update({name: value for name, (value, default) in added.items() if value != default})
         return config
+
+    def _values_of(self, ragged, mask):
+        """The values that are there as a tensor, its mask, and the way back."""
+        if mask is not None:
+            raise ValueError(
+                "`mask` must be None for ragged inputs, of which all that is there counts; or pad them with "
+                f"`inputs.to_tensor()` and mask the padding too. Received: mask={mask}."
+            )
+        if self._axes[0] > ragged.ragged_rank and self.virtual_batch_size is None:
+            values, restore = ragged_as_values(ragged)
+            return values, None, restore
+        values, mask, restore = ragged_as_padded(ragged)
+        sizes = [self.input_spec.axes.get(axis) for axis in range(len(values.shape))]  # A graph may have lost them.
+        return tf.ensure_shape(values, sizes), mask, restore
 
     def _normalize_with_moving(self, x):
         dtype = statistics_dtype(x.dtype)

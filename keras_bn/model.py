@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bn.layer import BatchNormalization
-from keras_bn.ops.layouts import as_rows
+from keras_bn.ops.layouts import as_rows, ragged_as_padded
 from keras_bn.statistics import Moments, aligned_weights, merged, weighted_moments
 
 
@@ -285,13 +285,16 @@ def merge(parts: Sequence[Moments]) -> Moments:
 
 
 def observed_call(layer: keras.Layer, observe: Callable[[tf.Tensor, Any], None]) -> Callable[..., Any]:
-    """The layer's `call`, with `observe(inputs, mask)` before it."""
+    """The layer's `call`, with `observe(inputs, mask)` before it; ragged inputs as padded ones with a mask."""
     call = layer.call
     signature = inspect.signature(call)
 
     def observe_and_call(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
-        observe(next(iter(bound.arguments.values())), bound.arguments.get("mask"))
+        inputs, mask = next(iter(bound.arguments.values())), bound.arguments.get("mask")
+        if isinstance(inputs, tf.RaggedTensor):
+            inputs, mask, _ = ragged_as_padded(inputs)
+        observe(inputs, mask)
         return call(*args, **kwargs)
 
     return observe_and_call

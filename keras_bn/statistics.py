@@ -141,10 +141,10 @@ def weighted_moments(x: tf.Tensor, weights: tf.Tensor | None) -> Moments:
 
 
 def aligned_weights(mask: Any, x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
-    """`mask` with the rank of `x`: read without the channel axes, else as Keras's (examples, steps), else as it is.
+    """`mask` with the rank of `x`: its axes are the first of `x`, as Keras's masks' are, else all but the channel axes.
 
     Args:
-        mask: Weights, or True and False, of a shape that broadcasts to that of `x` in one of these ways.
+        mask: Weights, or True and False, of a shape that is that of `x` in one of these ways; sizes may be 1.
         x: What is weighted.
         axes: The channel axes of `x`, not negative, ascending.
 
@@ -153,27 +153,22 @@ def aligned_weights(mask: Any, x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
     """
     mask = tf.convert_to_tensor(mask)
     rank = len(x.shape)
-    without = [size for axis, size in enumerate(x.shape) if axis not in axes]
-    if len(mask.shape) < rank and _broadcasts(mask.shape, without):
-        mask = tf.reshape(mask, tf.concat([[1] * (len(without) - len(mask.shape)), tf.shape(mask)], 0))
+    if _broadcasts(mask.shape, x.shape[: len(mask.shape)]):
+        return tf.reshape(mask, tf.concat([tf.shape(mask), [1] * (rank - len(mask.shape))], 0))
+    if _broadcasts(mask.shape, [size for axis, size in enumerate(x.shape) if axis not in axes]):
         for axis in axes:
             mask = tf.expand_dims(mask, axis)
         return mask
-    if len(mask.shape) == rank - 1 and _broadcasts(mask.shape, x.shape[:-1]):
-        return tf.expand_dims(mask, -1)
-    if len(mask.shape) <= rank and _broadcasts(mask.shape, x.shape):
-        return mask
     raise ValueError(
-        f"`mask` must broadcast to the shape of the inputs, with or without the channel axes {list(axes)}. "
-        f"Received: mask of shape {tuple(mask.shape)} for inputs of shape {tuple(x.shape)}."
+        "`mask` must have the first axes of the inputs, as Keras's masks do, or all but the channel axes "
+        f"{list(axes)}; sizes may be 1. Received: mask of shape {tuple(mask.shape)} for inputs of shape {tuple(x.shape)}."
     )
 
 
 def _broadcasts(shape: Sequence[int | None], target: Sequence[int | None]) -> bool:
-    if len(shape) > len(target):
+    if len(shape) != len(target):
         return False
-    pairs = zip(reversed(list(shape)), reversed(list(target)), strict=False)
-    return all(size in (1, None) or goal is None or size == goal for size, goal in pairs)
+    return all(size in (1, None) or goal is None or size == goal for size, goal in zip(shape, target, strict=True))
 
 
 def merged(moments: Moments) -> Moments:

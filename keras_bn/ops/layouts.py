@@ -55,6 +55,24 @@ def are_neighbours(axes: Sequence[int]) -> bool:
     return axes[-1] - axes[0] + 1 == len(axes)
 
 
+def ragged_as_values(x: tf.RaggedTensor) -> tuple[tf.Tensor, Restore]:
+    """The values that are there, of the rank of `x` with sizes 1 before them, and the way back."""
+    values = x.flat_values
+    ones = [1] * (len(x.shape) - len(values.shape))
+    return tf.reshape(values, [*ones, *sizes_of(values)]), _as_ragged(x)
+
+
+def ragged_as_padded(x: tf.RaggedTensor) -> tuple[tf.Tensor, tf.Tensor, Restore]:
+    """`x` filled up with zeros, which values are there, and the way back."""
+    there = tf.ones_like(x, tf.bool).to_tensor()
+    back = _as_ragged(x)
+    return tf.ensure_shape(x.to_tensor(), x.shape), there, lambda y: back(tf.boolean_mask(y, there))
+
+
+def _as_ragged(x: tf.RaggedTensor) -> Callable[[tf.Tensor], tf.RaggedTensor]:
+    return lambda values: x.with_flat_values(tf.reshape(values, tf.shape(x.flat_values)))
+
+
 def along(axes: Sequence[int], values: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
     """`values`, shape `(C,)`, so that it broadcasts along `axes` of `x`."""
     if tuple(axes) == (len(x.shape) - 1,):

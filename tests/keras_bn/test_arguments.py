@@ -149,8 +149,8 @@ def test_inputs_that_do_not_fit_the_axis_are_refused(arguments, shape, text):
 
 def test_mask_that_does_not_broadcast_is_refused():
     text = (
-        "`mask` must broadcast to the shape of the inputs, with or without the channel axes [2]. Received: mask of "
-        "shape (7,) for inputs of shape (2, 3, 4)."
+        "`mask` must have the first axes of the inputs, as Keras's masks do, or all but the channel axes [2]; sizes "
+        "may be 1. Received: mask of shape (7,) for inputs of shape (2, 3, 4)."
     )
     with pytest.raises(ValueError, match=re.escape(text)):
         keras_bn.BatchNormalization()(np.zeros((2, 3, 4), "float32"), training=True, mask=np.ones(7))

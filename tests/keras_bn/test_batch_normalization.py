@@ -313,7 +313,8 @@ def test_renorm_limits_follow_their_schedules_over_the_updates(mode):
 _MASKS = {
     "examples": ((6, 5, 3), -1, (6, 1)),
     "examples and steps": ((6, 5, 3), -1, (6, 5)),
-    "steps": ((6, 5, 3), -1, (5,)),
+    "as Keras has it where it could lack the channels": ((6, 5, 5), 1, (6, 5)),
+    "examples and rows of square pictures": ((5, 5, 5, 3), -1, (5, 5)),
     "with the channel axis": ((6, 5, 3), -1, (6, 5, 3)),
     "with one channel": ((6, 5, 3), -1, (6, 5, 1)),
     "channels first": ((6, 3, 5, 4), 1, (6, 5, 4)),
@@ -321,6 +322,7 @@ _MASKS = {
     "two channel axes": ((6, 3, 5, 4), [1, 3], (6, 5)),
     "vector": ((6, 3), -1, (6,)),
 }
+_LACK_CHANNELS = ("channels first", "two channel axes")
 
 
 @pytest.mark.parametrize(
@@ -332,12 +334,10 @@ def test_masks_of_every_shape_say_what_counts(case, mode, kind):
     x, rng = _x(shape), np.random.default_rng(1)
     mask = rng.uniform(size=mask_shape) < 0.7 if kind == "boolean" else rng.uniform(0, 3, mask_shape).astype("float32")
     mask.flat[0] = True
-    axes = [axis] if isinstance(axis, int) else axis
     weights = np.asarray(mask, "float64")
-    if mask.ndim < x.ndim:
-        weights = weights.reshape((1,) * (x.ndim - len(axes) - mask.ndim) + mask_shape)
-        for one in sorted(one % x.ndim for one in axes):
-            weights = np.expand_dims(weights, one)
+    if case in _LACK_CHANNELS:
+        weights = np.expand_dims(weights, axis)
+    weights = weights.reshape(weights.shape + (1,) * (x.ndim - weights.ndim))
     layer = keras_bn.BatchNormalization(axis=axis, momentum=0.0)
     layer.build(shape)
     y = _call(layer, mode, mask=mask)(x)
@@ -346,6 +346,19 @@ def test_masks_of_every_shape_say_what_counts(case, mode, kind):
     counted = oracle.channels(oracle.count) > 1
     _close(layer.moving_mean.numpy()[counted], oracle.batch_mean[counted])
     _close(layer.moving_variance.numpy()[counted], oracle.biased_variance[counted], 3e-5)
+
+
+def test_a_mask_is_read_as_the_stock_layer_reads_it_wherever_that_does():
+    x, mask = _x((6, 5, 5)), np.random.default_rng(1).uniform(size=(6, 5)) < 0.7
+    ours, stock = (
+        kind(axis=1, momentum=0.0) for kind in (keras_bn.BatchNormalization, keras.layers.BatchNormalization)
+    )
+    _close(ours(x, training=True, mask=mask), stock(x, training=True, mask=mask))
+    _close(ours.moving_mean, stock.moving_mean)
+    unknown = tf.function(lambda x, mask: ours(x, training=True, mask=mask)).get_concrete_function(
+        tf.TensorSpec([None, 5, None]), tf.TensorSpec([None, None], tf.bool)
+    )
+    _close(unknown(tf.constant(x), tf.constant(mask)), stock(x, training=True, mask=mask))
 
 
 @pytest.mark.parametrize(
@@ -423,6 +436,70 @@ def test_fully_masked_batch_outputs_what_keras_does_and_moves_nothing(mode):
     np.testing.assert_array_equal(_call(layer, mode, mask=mask)(x), np.zeros((4, 5)))
     np.testing.assert_array_equal(layer.moving_mean, np.ones(5))
     np.testing.assert_array_equal(layer.moving_variance, np.ones(5))
+
+
+# Ragged tensors
+
+
+_RAGGED = {
+    "steps": (tf.RaggedTensor.from_row_lengths(_x((9, 3)), [2, 0, 3, 4]), -1),
+    "pictures": (tf.RaggedTensor.from_row_lengths(_x((9, 4, 3)), [2, 3, 4]), 2),
+    "channels before": (
+        tf.RaggedTensor.from_uniform_row_length(tf.RaggedTensor.from_row_lengths(_x((12,)), [1, 2, 3, 2, 2, 2]), 3),
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+@pytest.mark.parametrize("case", _RAGGED)
+def test_ragged_tensors_are_normalized_over_the_values_that_are_there_as_in_the_stock_layer(case, mode):
+    x, axis = _RAGGED[case]
+    ours, stock = (
+        kind(axis=axis, momentum=0.0) for kind in (keras_bn.BatchNormalization, keras.layers.BatchNormalization)
+    )
+    for layer in (ours, stock):
+        layer.build(x.shape)
+    # In a graph, stock loses the size of channels that come before ragged steps.
+    y, want = _call(ours, mode)(x), _call(stock, "eager")(x)
+    assert y.shape == want.shape
+    np.testing.assert_array_equal(y.nested_row_splits[-1], want.nested_row_splits[-1])
+    _close(y.flat_values, want.flat_values)
+    _close(ours.moving_mean, stock.moving_mean)
+    _close(ours.moving_variance, stock.moving_variance)
+    _close(ours(x).flat_values, stock(x).flat_values)
+
+
+def test_groups_of_ragged_examples_are_normalized_by_themselves():
+    x, _ = _RAGGED["steps"]
+    y = keras_bn.BatchNormalization(virtual_batch_size=2)(x, training=True)
+    groups = [Reference(x[i : i + 2].flat_values.numpy(), -1) for i in (0, 2)]
+    _close(y.flat_values, np.concatenate([group.y for group in groups]))
+
+
+def test_a_mask_of_ragged_inputs_is_refused():
+    x, _ = _RAGGED["steps"]
+    with pytest.raises(
+        ValueError, match=r"`mask` must be None for ragged inputs.*`inputs.to_tensor\(\)`.*Received: mask="
+    ):
+        keras_bn.BatchNormalization()(x, training=True, mask=np.ones((4, 4), bool))
+
+
+def test_a_model_of_ragged_inputs_trains_predicts_and_is_recalibrated():
+    x, _ = _RAGGED["steps"]
+    inputs = keras.Input((None, 3), ragged=True)
+    layer = keras_bn.BatchNormalization(momentum=0.0)
+    sums = keras.layers.Lambda(lambda x: tf.reduce_sum(x, 1), output_shape=(3,))(layer(inputs))
+    model = keras.Model(inputs, keras.layers.Dense(1)(sums))
+    model.compile("sgd", "mse")
+    model.fit(tf.data.Dataset.from_tensors((x, tf.zeros((4, 1)))), verbose=0)
+    oracle = Reference(x.flat_values.numpy(), -1)
+    _close(layer.moving_mean, oracle.batch_mean)
+    assert model.predict(x, verbose=0).shape == (4, 1)
+    layer.moving_mean.assign(np.zeros(3))
+    keras_bn.recalibrate(model, [(x[:1],), (x[1:],)], verbose=0)
+    _close(layer.moving_mean, oracle.batch_mean)
+    _close(layer.moving_variance, oracle.biased_variance)
 
 
 # Several channel axes

@@ -41,7 +41,9 @@ def encode_predict(outputs: Mapping[str, np.ndarray], row_format: bool) -> bytes
         raise InvalidArgumentError("Cannot convert empty tensor map to JSON")
     count = sum(array.size for array in outputs.values())
     if count > _MOST_VALUES:
-        raise ResourceExhaustedError(f"The answer has {count} values; in JSON at most {_MOST_VALUES} are written. gRPC takes more.")
+        raise ResourceExhaustedError(
+            f"The answer has {count} values; in JSON at most {_MOST_VALUES} are written. gRPC takes more."
+        )
     return _encode_rows(outputs) if row_format else _encode_columns(outputs)
 
 
