@@ -161,7 +161,8 @@ def aligned_weights(mask: Any, x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
         return mask
     raise ValueError(
         "`mask` must have the first axes of the inputs, as Keras's masks do, or all but the channel axes "
-        f"{list(axes)}; sizes may be 1. Received: mask of shape {tuple(mask.shape)} for inputs of shape {tuple(x.shape)}."
+        f"{list(axes)}; sizes may be 1. Received: mask of shape {tuple(mask.shape)} for inputs of shape "
+        f"{tuple(x.shape)}."
     )
 
 
