@@ -63,12 +63,13 @@ docker-check: $(INSTALLED)  ## Check what Docker and Kubernetes run; TF_SERVING_
 		$(if $(TF_SERVING_IMAGE),--tf_serving_image '$(TF_SERVING_IMAGE)')
 
 bench: $(INSTALLED)  ## Measure everything beside its peers (an hour); see benchmarks/RESULTS.md
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[serving,models,bench]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[serving,models,bench,interop]'
 	$(BIN)/python -m benchmarks.layer
 	$(BIN)/python -m benchmarks.layer --unknown_batch --dtypes float32 --axes last --tasks training inference
 	$(BIN)/python -m benchmarks.network
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.serving
+	$(BIN)/python -m benchmarks.interop
 
 clean:  ## Remove what the other targets made, but the data
 	rm -rf $(VENV) .venv-oldest .demo build dist *.egg-info

@@ -118,7 +118,9 @@ class Serving:
         widths = [one.count.shape[1] for one in figures.values()]
 
         def in_each_row(values: list[Any]) -> tf.Tensor:
-            return tf.broadcast_to(tf.constant([values]), tf.concat([rows, [len(values)]], 0))
+            return tf.tile(
+                tf.constant([values]), tf.concat([rows, [1]], 0)
+            )  # LiteRT tiles strings, and broadcasts none.
 
         columns = zip(RowFigures._fields, zip(*figures.values(), strict=True), strict=True)
         return {

@@ -1,5 +1,7 @@
 """Models change their normalizations for ours and back, and weights come in from elsewhere."""
 
+import zipfile
+
 import keras
 import numpy as np
 import pytest
@@ -334,3 +336,14 @@ def test_weights_come_in_from_legacy_tf_keras():
     np.testing.assert_allclose(layer(x), legacy(x), atol=1e-5)
     with pytest.raises(ValueError, match=r"`legacy_layer` must be a batch normalization that is built"):
         keras_bn.load_tf_keras_weights(layer, tf_keras.layers.BatchNormalization())
+
+
+def test_a_file_of_a_reverted_model_does_not_name_this_library(tmp_path):
+    model = keras.Sequential([keras.Input((3,)), keras_bn.BatchNormalization(), keras.layers.Dense(2)])
+
+    def named(saved):
+        saved.save(tmp_path / "model.keras")
+        return zipfile.ZipFile(tmp_path / "model.keras").read("config.json").decode()
+
+    assert "keras_bn" in named(model)
+    assert "keras_bn" not in named(keras_bn.revert(model))

@@ -1,6 +1,7 @@
 """export(): what a person can ask an exported model, and what lies beside it."""
 
 import json
+import subprocess
 import sys
 
 import keras
@@ -187,6 +188,24 @@ def test_the_signature_of_drift_answers_for_each_row(tmp_path, model):
     for name, value in drift_of(seen, early.moving_mean, early.moving_variance).items():
         if name in served:
             np.testing.assert_allclose(served[name][5, :4], value, rtol=1e-4, atol=1e-5)
+
+
+def test_litert_converts_every_signature(tmp_path, model):
+    exported = keras_bn.export(model, tmp_path)
+    x = scaled(pictures(3)).numpy()
+    # In a process of its own: a converter that fails leaves its messages on the error stream.
+    program = (
+        "import sys, numpy as np, tensorflow as tf\n"
+        "content = tf.lite.TFLiteConverter.from_saved_model(sys.argv[1]).convert()\n"
+        "run = tf.lite.Interpreter(model_content=content).get_signature_runner('serving_default')\n"
+        "(name,) = run.get_input_details()\n"
+        "np.save(sys.argv[3], *run(**{name: np.load(sys.argv[2])}).values())"
+    )
+    np.save(tmp_path / "x.npy", x)
+    command = [sys.executable, "-c", program, exported.path, tmp_path / "x.npy", tmp_path / "y.npy"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    np.testing.assert_allclose(np.load(tmp_path / "y.npy"), model.predict(x, verbose=0), atol=1e-5)
 
 
 def test_drift_can_be_turned_off_and_is_absent_without_normalizations(tmp_path, model):
