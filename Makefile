@@ -68,6 +68,7 @@ bench: $(INSTALLED)  ## Measure everything beside its peers (an hour); see bench
 	$(BIN)/python -m benchmarks.layer --unknown_batch --dtypes float32 --axes last --tasks training inference
 	$(BIN)/python -m benchmarks.network
 	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.replicas
 	$(BIN)/python -m benchmarks.serving
 	$(BIN)/python -m benchmarks.interop
 

@@ -1,5 +1,6 @@
 """Batch normalization for Keras on TensorFlow that trains fast, infers exactly and ships."""
 
+from keras_bn import _backend as _backend  # Before all that needs TensorFlow.
 from keras_bn._version import __version__
 from keras_bn.conversion import convert, load_tf_keras_weights, load_torch_weights, revert
 from keras_bn.drift import drift

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TypeGuard
 
 import keras
+import numpy as np
 
 RENORM_LIMITS = ("rmax", "rmin", "dmax")
 
@@ -44,6 +45,17 @@ def flag(name, value):
     if value not in (True, False):
         raise TypeError(f"`{name}` must be True or False. Received: {name}={value!r}.")
     return bool(value)
+
+
+def synchronized(value):
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    allowed = "`synchronized` must be True or False, or a number of replicas above 1."
+    if not isinstance(value, numbers.Integral):
+        raise TypeError(f"{allowed} Received: synchronized={value!r}.")
+    if value < 2:
+        raise ValueError(f"{allowed} Received: synchronized={value}.")
+    return int(value)
 
 
 def choice(name, value, choices):

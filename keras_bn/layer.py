@@ -10,7 +10,7 @@ import tensorflow as tf
 from keras_bn import arguments, ops, updates
 from keras_bn.ops.layouts import ragged_as_padded, ragged_as_values
 from keras_bn.ops.where import either
-from keras_bn.statistics import aligned_weights, statistics_dtype
+from keras_bn.statistics import aligned_weights, replica_count, statistics_dtype
 from keras_bn.warning import warn
 
 
@@ -55,7 +55,10 @@ class BatchNormalization(keras.layers.BatchNormalization):
         renorm_clipping: Limits of that correction: a dictionary with `rmax`, `rmin`, `dmax`, each a number or a
             `LearningRateSchedule` over the updates; or "warmup", the schedule of the paper. Default: no limits.
         renorm_momentum: As `momentum`, a float, for the statistics that `renorm` corrects towards.
-        synchronized: Whether the replicas of a distribution strategy normalize with the statistics of all of them.
+        synchronized: Whether the replicas of a distribution strategy normalize with the statistics of all of them; or
+            a number: groups of so many replicas, in the order of their ids, with those of their group. Where it is
+            False each replica normalizes with its own, and the moving statistics are averaged over the replicas at
+            each step.
         virtual_batch_size: Normalize groups of that many examples, each with its own statistics (ghost batch norm); a
             last smaller group is a group of its own. The moving averages get the mean of the groups, weighted by size.
             Inference is not affected. Default: the whole batch.
@@ -106,7 +109,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         renorm: bool = False,
         renorm_clipping: dict[str, Any] | str | None = None,
         renorm_momentum: float = 0.99,
-        synchronized: bool = False,
+        synchronized: bool | int = False,
         virtual_batch_size: int | None = None,
         unbiased_variance: bool = False,
         zero_debias: bool = False,
@@ -130,7 +133,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
             gamma_regularizer=gamma_regularizer,
             beta_constraint=beta_constraint,
             gamma_constraint=gamma_constraint,
-            synchronized=arguments.flag("synchronized", synchronized),
+            synchronized=arguments.synchronized(synchronized),
             **kwargs,
         )
         self.axis = axes[0] if len(axes) == 1 else axes
@@ -189,8 +192,11 @@ class BatchNormalization(keras.layers.BatchNormalization):
         self._reduction_axes = [axis for axis in range(rank) if axis not in axes]
         self.input_spec = keras.layers.InputSpec(ndim=rank, axes={axis: input_shape[axis] for axis in axes})
 
+        # Replicas that have the same statistics anyway need not send them.
+        aggregation = "none" if self.synchronized is True else "mean"
+
         def add(name, initializer, **options):
-            options = {"trainable": False, **options}
+            options = {"trainable": False, "aggregation": aggregation, **options}
             return self.add_weight(shape=shape, name=name, initializer=initializer, autocast=False, **options)
 
         def stddev(shape, dtype=None):
@@ -201,6 +207,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
                 "gamma",
                 self.gamma_initializer,
                 trainable=True,
+                aggregation="none",
                 regularizer=self.gamma_regularizer,
                 constraint=self.gamma_constraint,
             )
@@ -209,6 +216,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
                 "beta",
                 self.beta_initializer,
                 trainable=True,
+                aggregation="none",
                 regularizer=self.beta_regularizer,
                 constraint=self.beta_constraint,
             )
@@ -229,6 +237,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         if isinstance(inputs, tf.RaggedTensor):
             values, mask, restore = self._values_of(inputs, mask)
             return restore(self.call(values, training, mask))
+        training = self._known_training(training)
         x = tf.convert_to_tensor(inputs)
         if not x.dtype.is_floating:
             x = tf.cast(x, self.compute_dtype)
@@ -294,6 +303,18 @@ class BatchNormalization(keras.layers.BatchNormalization):
         values, mask, restore = ragged_as_padded(ragged)
         sizes = [self.input_spec.axes.get(axis) for axis in range(len(values.shape))]  # A graph may have lost them.
         return tf.ensure_shape(values, sizes), mask, restore
+
+    def _known_training(self, training):
+        """`training` as a bool where the graph tells it; of several replicas it must be one, as Keras's always is."""
+        if isinstance(training, bool) or not tf.is_symbolic_tensor(training):
+            return training
+        known = tf.get_static_value(training)
+        if known is None and self.statistics != "moving" and self.trainable and replica_count() > 1:
+            raise ValueError(
+                "`training` must be True or False for several replicas, whose statistics cannot be put together in a "
+                f"branch of a graph. Received: training={training} for {replica_count()} replicas."
+            )
+        return training if known is None else bool(known)
 
     def _normalize_with_moving(self, x):
         dtype = statistics_dtype(x.dtype)

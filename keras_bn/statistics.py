@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -189,28 +189,70 @@ def merged(moments: Moments) -> Moments:
     return Moments(count, mean, m2, unit)
 
 
-def merged_across_replicas(moments: Moments, shift: tf.Tensor) -> Moments:
-    """The moments of all replicas' values together, known to each of them after one all-reduce.
+def replica_count() -> int:
+    """How many replicas of a distribution strategy run this code side by side; 1 without one."""
+    context = tf.distribute.get_replica_context()
+    return 1 if context is None else context.num_replicas_in_sync
+
+
+def merged_across_replicas(moments: Moments, shift: tf.Tensor, synchronized: bool | int) -> tuple[Moments, tf.Tensor]:
+    """The moments of the values of several replicas together, bit for bit the same on each of them.
+
+    center = sum(count_i (shift_i + mean_i)) / sum(count_i), d_i = mean_i + (shift_i - center)
+    mean = center + sum(count_i d_i) / count, m2 = sum(m2_i + count_i d_i**2) - count (mean - center)**2
+
+    Two all-reduces of two values a channel each (under weights three the second time), whatever the number of replicas:
+    the first finds a center that all agree on, the second sums about it, where next to nothing cancels. The gradient
+    needs the second only.
 
     Args:
         moments: Of the values of this replica minus `shift`.
         shift: Near the mean of this replica, of the shape of `moments.mean`; may differ between replicas.
+        synchronized: Whether all replicas are merged (True), or groups of that many, one after the other.
 
     Returns:
-        Moments of all values, minus the `shift` of this replica. Differentiable. Without a distribution strategy, or
-        with one replica, `moments`.
+        The moments of all values minus a center, and that center. Differentiable. Without a distribution strategy, or
+        with one replica, `moments` and `shift`.
+
+    Raises:
+        ValueError: If the replicas cannot be split into groups of that many.
+
+    Reference: Chan, Golub & LeVeque 1979, as `merged`.
     """
     context = tf.distribute.get_replica_context()
-    if context is None or context.num_replicas_in_sync == 1:
-        return moments
+    if replica_count() == 1:
+        return moments, shift
+    sum_over_replicas = _sum_over_replicas(context, synchronized)
     count, unit = (tf.broadcast_to(value, tf.shape(moments.mean)) for value in (moments.count, moments.unit))
-    packed = tf.stack([count, shift, moments.mean, moments.m2, unit])
-    slots = tf.scatter_nd(
-        tf.reshape(tf.cast(context.replica_id_in_sync_group, tf.int32), [1, 1]),
-        packed[None],
-        tf.concat([[context.num_replicas_in_sync], tf.shape(packed)], 0),
-    )
-    counts, shifts, means, m2s, units = tf.unstack(context.all_reduce(tf.distribute.ReduceOp.SUM, slots), axis=1)
-    common = tf.stop_gradient(tf.reduce_max(tf.where(counts > 0, shifts, shifts.dtype.min), 0))
-    together = merged(Moments(counts, tf.where(counts > 0, means + (shifts - common), 0), m2s, units))
-    return together._replace(mean=tf.where(together.count > 0, together.mean + (common - shift), 0))
+    located = tf.stop_gradient(tf.stack([count, count * (shift + moments.mean)]))
+    total, center = tf.unstack(sum_over_replicas(located))
+    center = tf.math.divide_no_nan(center, total)
+    # A replica without values has no shift either.
+    distance = tf.where(count > 0, moments.mean + (shift - center), 0)
+    parts = [count * distance, moments.m2 + count * tf.square(distance)]
+    if not isinstance(moments.unit, float):
+        parts.append(count * unit)
+    sums = [tf.math.divide_no_nan(part, total) for part in tf.unstack(sum_over_replicas(tf.stack(parts)))]
+    mean, mean_square = sums[:2]
+    m2 = total * tf.nn.relu(mean_square - tf.square(mean))
+    return Moments(total, mean, m2, *sums[2:]), center
+
+
+def _sum_over_replicas(context: tf.distribute.ReplicaContext, synchronized: bool | int) -> Callable[..., tf.Tensor]:
+    replicas = context.num_replicas_in_sync
+    if synchronized is True or synchronized == replicas:
+        return lambda values: context.all_reduce(tf.distribute.ReduceOp.SUM, values)
+    groups, rest = divmod(replicas, synchronized)
+    if rest:
+        raise ValueError(
+            "`synchronized` must be True, or a number of replicas into which all can be split. "
+            f"Received: synchronized={synchronized} for {replicas} replicas."
+        )
+    group = tf.reshape(tf.cast(context.replica_id_in_sync_group, tf.int32) // synchronized, [1, 1])
+
+    def sum_of_group(values: tf.Tensor) -> tf.Tensor:
+        # TensorFlow's strategies sum over all replicas: each group has a place of its own.
+        slots = tf.scatter_nd(group, values[None], tf.concat([[groups], tf.shape(values)], 0))
+        return tf.gather(context.all_reduce(tf.distribute.ReduceOp.SUM, slots), group[0, 0])
+
+    return sum_of_group

@@ -1,6 +1,7 @@
 """The package as a whole: what the wheel holds, who imports whom, what is public."""
 
 import ast
+import importlib
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import keras
 import pytest
 
 import keras_bn
@@ -202,3 +204,10 @@ def test_submodules_import_on_their_own(path):
     name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removeprefix("serving.").removesuffix(".__init__")
     if not name.endswith("__main__"):
         subprocess.run([sys.executable, "-c", f"import {name}"], check=True, capture_output=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_another_backend_of_keras_is_named_when_the_package_is_imported(backend, monkeypatch):
+    monkeypatch.setattr(keras.backend, "backend", lambda: backend)
+    with pytest.raises(ImportError, match=f"KERAS_BACKEND=tensorflow.*Received: backend '{backend}'"):
+        importlib.reload(keras_bn._backend)

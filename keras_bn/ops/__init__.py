@@ -42,7 +42,7 @@ def normalize_batch(
     epsilon: float,
     weights: tf.Tensor | None = None,
     group_size: int | None = None,
-    synchronized: bool = False,
+    synchronized: bool | int = False,
     kernel: str = "auto",
     moving: Moving | None = None,
 ) -> Normalized:
@@ -62,7 +62,7 @@ def normalize_batch(
             reliabilities, see `keras_bn.statistics.Moments`. Default: 1.
         group_size: Number of examples (along axis 0) that are normalized together; the last group may be smaller.
             Default: all.
-        synchronized: Whether the statistics are those of all replicas' batches together.
+        synchronized: Whether the statistics are those of all replicas' batches together, or of groups of so many.
         kernel: "auto", "native", "fused" or "plain": one of `KERNELS`. Weights, groups, synchronization and graphs
             that XLA compiles have the plain one only.
         moving: Moving statistics that an operation may move by the way, in the dtype of gamma.

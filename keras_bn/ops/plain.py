@@ -18,7 +18,7 @@ def normalize_batch(
     epsilon: float,
     weights: tf.Tensor | None = None,
     group_size: int | None = None,
-    synchronized: bool = False,
+    synchronized: bool | int = False,
 ) -> tuple[tf.Tensor, Moments]:
     """y = gamma * (x - mean) / sqrt(m2 / count + epsilon) + beta: see `keras_bn.ops.normalize_batch`."""
     if weights is None and group_size is None and not synchronized:
@@ -162,13 +162,14 @@ def _normalize_weighted(rows, gamma, beta, epsilon, weights, synchronized):
         largest = tf.reduce_max(tf.where(counts, values, gamma.dtype.min), -2, keepdims=True)
         shift = tf.stop_gradient(tf.where(tf.reduce_any(counts, -2, keepdims=True), largest, 0))
     shifted = values - shift
-    moments = weighted_moments(shifted, weights)
+    moments, center = weighted_moments(shifted, weights), tf.squeeze(shift, -2)
     if synchronized:
-        moments = merged_across_replicas(moments, tf.squeeze(shift, -2))
+        moments, center = merged_across_replicas(moments, center, synchronized)
+        shifted = shifted + (shift - center[..., None, :])
     variance = tf.math.divide_no_nan(moments.m2, moments.count)
     inverse_std = tf.math.rsqrt(variance + epsilon)
     y = (shifted - moments.mean[..., None, :]) * (inverse_std * gamma)[..., None, :] + beta
-    moments = moments._replace(mean=moments.mean + tf.squeeze(shift, -2))
+    moments = moments._replace(mean=moments.mean + center)
     return tf.cast(y, rows.dtype), Moments(*map(tf.stop_gradient, moments))
 
 

@@ -1,4 +1,4 @@
-"""A program for test_synchronized.py: trains on two logical CPU devices and writes what came out.
+"""A program for test_synchronized.py: trains on two or four logical CPU devices and writes what came out.
 
 A process of its own, since TensorFlow splits a CPU only before it is first used.
 """
@@ -12,10 +12,10 @@ import tensorflow as tf
 import keras_bn
 
 
-def _strategy():
+def _strategy(replicas):
     (cpu,) = tf.config.list_physical_devices("CPU")
-    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * replicas)
+    return tf.distribute.MirroredStrategy([f"CPU:{number}" for number in range(replicas)])
 
 
 def _step(strategy, layer, parts, masks, jit_compile):
@@ -43,9 +43,8 @@ def _step(strategy, layer, parts, masks, jit_compile):
     return [strategy.experimental_local_results(value) for value in (y, gradient)]
 
 
-def main(path):
-    strategy = _strategy()
-    rng = np.random.default_rng(0)
+def _of_two(strategy, rng):
+    """Equal, unequal and empty shares, masked and not, near zero and far from it; and what `fit` makes."""
     results = {}
     offsets = {"near": 0.0, "far": 1e6}
     for name, sizes in {"equal": (6, 6), "uneven": (9, 3), "empty": (12, 0)}.items():
@@ -79,8 +78,42 @@ def main(path):
     model.fit(x, x, batch_size=32, verbose=0)
     results |= {"fit/x": x, "fit/mean": model.layers[0].moving_mean.numpy()}
     results["fit/variance"] = model.layers[0].moving_variance.numpy()
-    np.savez(path, **results)
+    return results
+
+
+def _of_four(strategy, rng):
+    """What groups of two, all together and each alone make of unequal shares, far from zero and constant but for three
+    channels; and what is said where it is not known whether they train."""
+    x = (rng.normal(1, 2, (12, 5, 40)) + 1e6).astype("float32")
+    x[..., 3:] = x[0, 0, 3:]
+    parts = [tf.constant(part) for part in np.split(x, [1, 5, 10])]
+    results = {"four/x": x}
+    for name, synchronized in {"groups": 2, "all": True, "none": False}.items():
+        with strategy.scope():
+            layer = keras_bn.BatchNormalization(momentum=0.0, synchronized=synchronized)
+            layer.build(x.shape)
+        y, gradient = _step(strategy, layer, parts, None, False)
+        results |= {f"four/{name}/y": np.concatenate(y), f"four/{name}/dx": np.concatenate(gradient)}
+        for variable in (layer.moving_mean, layer.moving_variance):
+            local = strategy.experimental_local_results(variable.value)
+            results[f"four/{name}/{variable.name}"] = np.stack([value.numpy() for value in local])
+    for name, synchronized, training in (("threes", 3, True), ("unknown", False, None)):
+        with strategy.scope():
+            layer = keras_bn.BatchNormalization(synchronized=synchronized)
+            layer.build((None, 4))
+
+        @tf.function(autograph=False)
+        def step(unknown, layer=layer, training=training):
+            values = tf.ones([3, 4])
+            return strategy.run(lambda: layer(values, training=unknown if training is None else training))
+
+        try:
+            step(tf.constant(True))
+        except ValueError as error:
+            results[f"four/{name}/error"] = np.array(str(error))
+    return results
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    kind = {"2": _of_two, "4": _of_four}[sys.argv[2]]
+    np.savez(sys.argv[1], **kind(_strategy(int(sys.argv[2])), np.random.default_rng(0)))

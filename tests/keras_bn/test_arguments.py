@@ -73,6 +73,16 @@ _BAD = [
         "Received: virtual_batch_size=8, renorm=True.",
     ),
     (
+        {"synchronized": "yes"},
+        TypeError,
+        "`synchronized` must be True or False, or a number of replicas above 1. Received: synchronized='yes'.",
+    ),
+    (
+        {"synchronized": 1},
+        ValueError,
+        "`synchronized` must be True or False, or a number of replicas above 1. Received: synchronized=1.",
+    ),
+    (
         {"virtual_batch_size": 8, "synchronized": True},
         ValueError,
         "`virtual_batch_size` cannot be combined with `synchronized=True`: groups have statistics of their own. "
@@ -91,7 +101,7 @@ _BAD = [
     ),
     *(
         ({name: "yes"}, TypeError, f"`{name}` must be True or False. Received: {name}='yes'.")
-        for name in ("center", "scale", "renorm", "synchronized", "unbiased_variance", "zero_debias")
+        for name in ("center", "scale", "renorm", "unbiased_variance", "zero_debias")
     ),
     ({"activation": "rectify"}, ValueError, "Could not interpret activation function identifier: rectify"),
     *(
