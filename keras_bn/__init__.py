@@ -10,13 +10,16 @@ from keras_bn.health import health
 from keras_bn.layer import BatchNormalization
 from keras_bn.modes import freeze, unfreeze, use_statistics
 from keras_bn.ops import compiled
-from keras_bn.population import recalibrate
+from keras_bn.population import apply_statistics, measure, recalibrate
 from keras_bn.population.callback import Recalibrate
+from keras_bn.statistics import Moments
 
 __all__ = [
     "BatchNormalization",
+    "Moments",
     "Recalibrate",
     "__version__",
+    "apply_statistics",
     "compiled",
     "convert",
     "drift",
@@ -26,6 +29,7 @@ __all__ = [
     "health",
     "load_tf_keras_weights",
     "load_torch_weights",
+    "measure",
     "recalibrate",
     "revert",
     "unfreeze",

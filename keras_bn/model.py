@@ -9,7 +9,7 @@ import contextlib
 import functools
 import inspect
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -18,7 +18,7 @@ import tensorflow as tf
 
 from keras_bn.layer import BatchNormalization
 from keras_bn.ops.layouts import as_rows, ragged_as_padded
-from keras_bn.statistics import Moments, aligned_weights, merged, weighted_moments
+from keras_bn.statistics import Moments, aligned_weights, weighted_moments
 
 
 def check_model(model: Any, built: bool = False) -> None:
@@ -277,11 +277,6 @@ def input_moments(
     moments = weighted_moments(rows, as_rows(weights, channels)[0])
     unit = tf.broadcast_to(tf.cast(moments.unit, tf.float64), tf.shape(moments.count))
     return Moments(*(tf.reshape(part, sizes) for part in moments._replace(unit=unit)))
-
-
-def merge(parts: Sequence[Moments]) -> Moments:
-    """Moments of all values of `parts` together."""
-    return merged(Moments(*(tf.stack(values) for values in zip(*parts, strict=True))))
 
 
 def observed_call(layer: keras.Layer, observe: Callable[[tf.Tensor, Any], None]) -> Callable[..., Any]:

@@ -1,16 +1,19 @@
 """recalibrate(): the moving statistics become those of the whole population, exactly."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 
 from keras_bn import arguments
 from keras_bn.drift import distance, plain, summary
 from keras_bn.model import check_model, named_batch_norms, set_statistics, statistics_of, variables_restored
 from keras_bn.population.accumulator import METHODS
 from keras_bn.population.batches import Batches
-from keras_bn.population.measurement import measure_joint, measure_repeated, measure_sequential
+from keras_bn.population.measurement import measure_as_it_stands, measure_joint, measure_repeated, measure_sequential
 from keras_bn.population.report import RecalibratedLayer, Recalibration
+from keras_bn.statistics import Moments
 
 ORDERS = ("sequential", "joint")
 VERBOSE = (0, 1, 2, "auto")
@@ -23,6 +26,8 @@ def recalibrate(
     *,
     method: str = "pooled",
     order: str = "sequential",
+    layers: Sequence[str] | None = None,
+    tolerance: float | None = None,
     batch_size: int = 32,
     verbose: int | str = "auto",
 ) -> Recalibration:
@@ -56,6 +61,11 @@ def recalibrate(
         steps: number of batches, or None for all.
         method: `"pooled"` or `"algorithm2"`.
         order: `"sequential"` or `"joint"`.
+        layers: names of the normalizations that are measured, as the report has them; the others keep what they have.
+            Default: all.
+        tolerance: for batches of shuffled data: a layer is measured until the standard error of its mean, in standard
+            deviations, and that of its variance, relative, are below this in every channel, estimated from ten batches
+            or more as draws of the population. Default: all batches.
         batch_size: for arrays.
         verbose: 0 for no progress bar.
 
@@ -71,29 +81,27 @@ def recalibrate(
     Reference: Ioffe & Szegedy 2015 (arXiv 1502.03167), Algorithm 2; Wu & Johnson 2021 (arXiv 2105.07576), "precise BN".
     """
     check_model(model, built=True)
-    check_options(method, order, verbose)
+    check_options(method, order, verbose, tolerance)
     _check_one_machine(model)
-    layers = named_batch_norms(model)
-    if not layers:
-        raise ValueError(f"`model` must have a batch normalization. Received: model={model.name!r}, which has none.")
+    norms, targets = _chosen(model, layers)
     batches = data if isinstance(data, Batches) else Batches(data, steps, batch_size)
     batches.settled(model)
-    old = {name: statistics_of(layer) for name, layer in layers.items()}
-    measure = measure_joint if order == "joint" else measure_sequential
+    old = {name: statistics_of(norms[name]) for name in targets}
+    measure_all = measure_joint if order == "joint" else measure_sequential
     with variables_restored(model, only_on_error=True):
-        new = measure(model, layers, batches, method, verbose)
+        new = measure_all(model, norms, targets, batches, method, verbose, tolerance)
         for name, population in new.items():
-            set_statistics(layers[name], population.mean, population.variance)
-        seen = measure_repeated(model, layers, batches, verbose) if order == "sequential" else {}
+            set_statistics(norms[name], population.mean, population.variance)
+        seen = measure_repeated(model, norms, targets, batches, verbose) if order == "sequential" else {}
     return Recalibration(
         method=method,
         order=order,
         layers=[
-            RecalibratedLayer(name, *population, *old[name], layers[name].epsilon) for name, population in new.items()
+            RecalibratedLayer(name, *population, *old[name], norms[name].epsilon) for name, population in new.items()
         ],
-        not_called=[name for name in layers if name not in new],
+        not_called=[name for name in targets if name not in new],
         unsettled={
-            name: plain(summary(distance(one.mean, one.variance, *statistics_of(layers[name]), layers[name].epsilon)))[
+            name: plain(summary(distance(one.mean, one.variance, *statistics_of(norms[name]), norms[name].epsilon)))[
                 "kl"
             ]
             for name, one in seen.items()
@@ -101,11 +109,113 @@ def recalibrate(
     )
 
 
-def check_options(method: Any, order: Any, verbose: Any) -> None:
+def measure(
+    model: keras.Model,
+    data: Any,
+    steps: int | None = None,
+    *,
+    layers: Sequence[str] | None = None,
+    batch_size: int = 32,
+    verbose: int | str = "auto",
+) -> dict[str, Moments]:
+    """Measures what every batch normalization is given for `data`, in inference mode, with the statistics it has now.
+
+    count = sum(w), mean = sum(w * x) / count, m2 = sum(w * (x - mean)**2)
+
+    in float64, per channel. Moments of parts of the data, wherever they were measured, merge exactly with `+`, go
+    through JSON with `to_dict`, and become moving statistics with `apply_statistics`. One layer after the other, in the
+    order they are called, that is `recalibrate` over data that is in several places:
+
+    ```python
+    for name in keras_bn.measure(model, shards[0], steps=1):
+        keras_bn.apply_statistics(model, *[keras_bn.measure(model, shard, layers=[name]) for shard in shards])
+    ```
+
+    The model is left as it was, but do not use it in another thread meanwhile.
+
+    Args:
+        model: as for `recalibrate`.
+        data: likewise.
+        steps: likewise.
+        layers: likewise.
+        batch_size: likewise.
+        verbose: likewise.
+
+    Returns:
+        The `keras_bn.Moments` of each layer that was called, by name, in the order of the calls.
+
+    Raises:
+        TypeError: as `recalibrate`.
+        ValueError: likewise.
+
+    Reference: Chan, Golub & LeVeque 1979, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances".
+    """
+    check_model(model, built=True)
+    arguments.choice("verbose", verbose, VERBOSE)
+    norms, targets = _chosen(model, layers)
+    with variables_restored(model):
+        return measure_as_it_stands(model, norms, targets, Batches(data, steps, batch_size).settled(model), verbose)
+
+
+def apply_statistics(model: keras.Model, *measured: Mapping[str, Moments]) -> None:
+    """Gives the batch normalizations of `model` the statistics that were measured, of all parts together.
+
+    moving_mean = mean, moving_variance = m2 / count (biased)
+
+    Args:
+        model: a built Keras model of any kind.
+        *measured: what `measure` returned, for each part of the data; layers that are in none keep what they have.
+
+    Raises:
+        TypeError: when `model` is no Keras model, or something measured is not a mapping of `keras_bn.Moments`.
+        ValueError: when the model has no layer of such a name with as many channels, or nothing was counted.
+    """
+    check_model(model, built=True)
+    norms = named_batch_norms(model)
+    together: dict[str, Moments] = {}
+    for part in measured:
+        if not isinstance(part, Mapping) or not all(isinstance(moments, Moments) for moments in part.values()):
+            raise TypeError(
+                "`measured` must be mappings of names of layers to `keras_bn.Moments`, as `keras_bn.measure` returns. "
+                f"Received: {part!r}."
+            )
+        for name, moments in part.items():
+            together[name] = together[name] + moments if name in together else moments
+    for name, moments in together.items():
+        if name not in norms or np.shape(moments.mean) != tuple(norms[name].moving_mean.shape):
+            known = {name: tuple(layer.moving_mean.shape) for name, layer in norms.items()}
+            raise ValueError(
+                f"`measured` must be of the normalizations of the model, {known}. "
+                f"Received: {name!r} of shape {np.shape(moments.mean)}."
+            )
+        if not np.all(np.asarray(moments.count) > 0) or not np.all(np.isfinite([moments.mean, moments.variance])):
+            raise ValueError(
+                "`measured` must be finite and of values that count. "
+                f"Received: {name!r} with count {moments.count} and mean {moments.mean}."
+            )
+    for name, moments in together.items():
+        set_statistics(norms[name], moments.mean, np.asarray(moments.variance))
+
+
+def _chosen(model: keras.Model, layers: Any) -> tuple[dict[str, keras.layers.BatchNormalization], list[str]]:
+    """Every normalization by its name, and the names that were chosen."""
+    norms = named_batch_norms(model)
+    if not norms:
+        raise ValueError(f"`model` must have a batch normalization. Received: model={model.name!r}, which has none.")
+    if layers is None:
+        return norms, list(norms)
+    if isinstance(layers, str) or not isinstance(layers, Sequence) or not layers or not set(layers) <= set(norms):
+        raise ValueError(f"`layers` must be a list of some of {list(norms)}. Received: layers={layers!r}.")
+    return norms, list(layers)
+
+
+def check_options(method: Any, order: Any, verbose: Any, tolerance: Any = None) -> None:
     """Of `recalibrate`, wherever they are given."""
     arguments.choice("method", method, METHODS)
     arguments.choice("order", order, ORDERS)
     arguments.choice("verbose", verbose, VERBOSE)
+    if tolerance is not None:
+        arguments.number("tolerance", tolerance, 0.0)
 
 
 def _check_one_machine(model: keras.Model) -> None:

@@ -5,8 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from keras_bn.model import merge
-from keras_bn.statistics import Moments, has_variance
+from keras_bn.statistics import Moments, has_variance, merge
 
 METHODS = ("pooled", "algorithm2")
 
@@ -38,8 +37,8 @@ class Accumulator:
         self._calls: list[Moments] = []
         self._pooled: Moments | None = None
         self._means: Moments | None = None
+        self._variances: Moments | None = None
         self._sum_unbiased: Any = 0.0
-        self._sum_biased: Any = 0.0
         self._sum_log: Any = 0.0
 
     def add_call(self, moments: Moments) -> None:
@@ -54,12 +53,16 @@ class Accumulator:
         batch = merge(calls)
         count, m2, unit = (np.asarray(part) for part in (batch.count, batch.m2, batch.unit))
         several = np.asarray(has_variance(batch)).astype("float64")  # Of one value there is no unbiased variance.
-        self._pooled = batch if self._pooled is None else merge([self._pooled, batch])
-        as_value = Moments(tf.constant(several), batch.mean, tf.zeros_like(batch.m2), tf.ones_like(batch.m2))
-        self._means = as_value if self._means is None else merge([self._means, as_value])
-        self._sum_unbiased = self._sum_unbiased + several * m2 / np.where(several > 0, count - unit, 1)
         biased = m2 / np.where(several > 0, count, 1)
-        self._sum_biased = self._sum_biased + several * biased
+
+        def extended(moments: Moments | None, value: Any) -> Moments:
+            part = Moments(tf.constant(several), tf.constant(value), tf.zeros_like(batch.m2), tf.ones_like(batch.m2))
+            return part if moments is None else merge([moments, part])
+
+        self._pooled = batch if self._pooled is None else merge([self._pooled, batch])
+        self._means = extended(self._means, np.asarray(batch.mean))
+        self._variances = extended(self._variances, biased)
+        self._sum_unbiased = self._sum_unbiased + several * m2 / np.where(several > 0, count - unit, 1)
         self._sum_log = self._sum_log + several * np.log(biased + self._epsilon)
 
     @property
@@ -67,14 +70,39 @@ class Accumulator:
         """Whether each channel has a value that counts."""
         return self._pooled is not None and bool(np.all(self._pooled.count > 0))
 
+    @property
+    def pooled(self) -> Moments:
+        """Of all values, float64."""
+        if self._pooled is None or not self.has_values:
+            raise ValueError("`data` must hold values that count. Received: only masked values or weights of zero.")
+        return Moments(*(np.asarray(part) for part in self._pooled))
+
+    @property
+    def standard_error(self) -> float:
+        """How far mean and variance may be off, by how the batches differ: the largest over the channels.
+
+        max(SE(mean_b) / sqrt(variance + epsilon), SE(variance_b) / (variance + epsilon))
+        SE(z_b) = sqrt(sum((z_b - mean(z))**2) / (n (n - 1)))
+
+        over n batches, each one draw of the same population. Infinite for fewer than two of more than one value each.
+        """
+        if self._means is None or self._variances is None or np.any(np.asarray(self._means.count) < 2):
+            return float("inf")
+
+        def error(moments: Moments) -> np.ndarray:
+            n = np.asarray(moments.count)
+            return np.sqrt(np.asarray(moments.m2) / (n * (n - 1)))
+
+        r = np.asarray(self.pooled.variance) + self._epsilon
+        return float(np.max(np.maximum(error(self._means) / np.sqrt(r), error(self._variances) / r)))
+
     def population(self, method: str) -> Population:
         """By the `method` of `recalibrate`."""
-        if self._pooled is None or self._means is None or not self.has_values:
-            raise ValueError("`data` must hold values that count. Received: only masked values or weights of zero.")
-        count = float(np.max(self._pooled.count))
+        pooled = self.pooled
+        count = float(np.max(pooled.count))
         if method == "pooled":
-            return Population(count, np.asarray(self._pooled.mean), np.asarray(self._pooled.m2 / self._pooled.count))
-        if not np.all(self._means.count > 0):
+            return Population(count, pooled.mean, np.asarray(pooled.variance))
+        if self._means is None or not np.all(self._means.count > 0):
             raise ValueError(
                 '`method="algorithm2"` needs batches with more than one value per channel; use `method="pooled"`. '
                 "Received: batches with one value only."
@@ -93,10 +121,12 @@ class Accumulator:
         Returns:
             Shape `(C,)`, nats; with the biased variances of the batches, those of one value left out (NaN if all are).
         """
-        if self._means is None:
+        if self._means is None or self._variances is None:
             return np.full_like(mean, np.nan)
         count, center, m2, _ = (np.asarray(part) for part in self._means)
         n = np.where(count > 0, count, np.nan)
         r = variance + self._epsilon
         from_mean = m2 / n + (center - mean) ** 2
-        return ((self._sum_biased / n + self._epsilon + from_mean) / r - 1 - self._sum_log / n + np.log(r)) / 2
+        return (
+            (np.asarray(self._variances.mean) + self._epsilon + from_mean) / r - 1 - self._sum_log / n + np.log(r)
+        ) / 2

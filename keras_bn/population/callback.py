@@ -4,7 +4,7 @@ import contextlib
 import gc
 import weakref
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -27,7 +27,7 @@ class Recalibrate(keras.callbacks.Callback):
     `EarlyStopping(restore_best_weights=True)`; before a validation when `SwapEMAWeights` has put its averages in.
 
     Args:
-        data, steps, method, order, batch_size, verbose: as for `recalibrate`.
+        data, steps, method, order, layers, tolerance, batch_size, verbose: as for `recalibrate`.
         when: `"end"` for the end of training, or `"epoch"` also for each validation, the end of each epoch, and
             whenever a callback saves the model; measured again only if weights have changed since.
 
@@ -44,14 +44,22 @@ class Recalibrate(keras.callbacks.Callback):
         *,
         method: str = "pooled",
         order: str = "sequential",
+        layers: Sequence[str] | None = None,
+        tolerance: float | None = None,
         batch_size: int = 32,
     ):
         super().__init__()
         self._when = arguments.choice("when", when, ("end", "epoch"))
-        check_options(method, order, verbose)
+        check_options(method, order, verbose, tolerance)
         # A generator can be read only once, this object as often as there are epochs.
         self._batches = Batches(data, steps, batch_size)
-        self._options: dict[str, Any] = {"verbose": verbose, "method": method, "order": order}
+        self._options: dict[str, Any] = {
+            "verbose": verbose,
+            "method": method,
+            "order": order,
+            "layers": layers,
+            "tolerance": tolerance,
+        }
         self._lists: weakref.WeakSet[keras.callbacks.CallbackList] = weakref.WeakSet()
         self._fitting = False
         self._measured_for: int | None = None

@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -22,43 +22,86 @@ from keras_bn.statistics import Moments
 
 Layers = dict[str, keras.layers.BatchNormalization]
 
+# A standard error that is estimated from fewer batches is itself not known.
+_FEWEST_BATCHES = 10
+
 
 def measure_joint(
-    model: keras.Model, layers: Layers, batches: Batches, method: str, verbose: int | str
+    model: keras.Model,
+    layers: Layers,
+    targets: Sequence[str],
+    batches: Batches,
+    method: str,
+    verbose: int | str,
+    tolerance: float | None = None,
 ) -> dict[str, Population]:
-    """One pass, each layer fed by predecessors that normalize with the statistics of the batch.
+    """One pass, each layer fed by predecessors that normalize with the statistics of the batch, if they are targets.
 
-    Alters the moving statistics of `layers`: wrap it in `variables_restored`.
+    Alters the moving statistics of `targets`: wrap it in `variables_restored`.
     """
-    accumulators = _one_pass(model, layers, batches, _Progress(1, batches, verbose), targets=set(layers))
+    accumulators = _one_pass(
+        model,
+        layers,
+        batches,
+        _Progress(1, batches, verbose),
+        targets=set(targets),
+        known=set(layers) - set(targets),
+        tolerance=tolerance,
+    )
     return {name: accumulator.population(method) for name, accumulator in accumulators.items()}
 
 
 def measure_sequential(
-    model: keras.Model, layers: Layers, batches: Batches, method: str, verbose: int | str
+    model: keras.Model,
+    layers: Layers,
+    targets: Sequence[str],
+    batches: Batches,
+    method: str,
+    verbose: int | str,
+    tolerance: float | None = None,
 ) -> dict[str, Population]:
-    """A pass for each layer, in the order they are called, those before it on their population's statistics.
+    """A pass for each target, in the order they are called, those before it on their population's statistics.
 
-    Leaves the measured statistics in `layers`; wrap it in `variables_restored`.
+    Leaves the measured statistics in `targets`; wrap it in `variables_restored`.
     """
-    calls = _calls_in_order(model, layers, batches)
+    calls = [name for name in _calls_in_order(model, layers, batches) if name in targets]
     if batches.length == 1 and method == "pooled" and len(set(calls)) == len(calls):  # The batch is the population.
-        return measure_joint(model, layers, batches, method, verbose)
+        return measure_joint(model, layers, targets, batches, method, verbose)
     progress = _Progress(len(set(calls)), batches, verbose)
+    others = set(layers) - set(targets)
     done: dict[str, Population] = {}
     for name in dict.fromkeys(calls):
         accumulators = _one_pass(
-            model, layers, batches, progress, targets={name}, known=set(done), calls=calls.count(name)
+            model,
+            layers,
+            batches,
+            progress,
+            targets={name},
+            known=others | set(done),
+            calls=calls.count(name),
+            tolerance=tolerance,
         )
         done[name] = accumulators[name].population(method)
         set_statistics(layers[name], done[name].mean, done[name].variance)
     return done
 
 
-def measure_repeated(model: keras.Model, layers: Layers, batches: Batches, verbose: int | str) -> dict[str, Population]:
-    """What layers that are called several times see in inference, everything on the statistics it has now."""
+def measure_as_it_stands(
+    model: keras.Model, layers: Layers, targets: Sequence[str], batches: Batches, verbose: int | str
+) -> dict[str, Moments]:
+    """One pass in inference mode: moments of what each target is given while all normalize with what they have."""
+    accumulators = _one_pass(
+        model, layers, batches, _Progress(1, batches, verbose), targets=set(targets), known=set(layers)
+    )
+    return {name: accumulator.pooled for name, accumulator in accumulators.items()}
+
+
+def measure_repeated(
+    model: keras.Model, layers: Layers, targets: Sequence[str], batches: Batches, verbose: int | str
+) -> dict[str, Population]:
+    """What targets that are called several times see in inference, everything on the statistics it has now."""
     calls = _calls_in_order(model, layers, batches)
-    repeated = {name for name in calls if calls.count(name) > 1}
+    repeated = {name for name in calls if calls.count(name) > 1 and name in targets}
     if not repeated:
         return {}
     accumulators = _one_pass(
@@ -122,10 +165,12 @@ def _one_pass(
     known: Collection[str] = (),
     calls: int | None = None,
     skipped: dict[str, int] | None = None,
+    tolerance: float | None = None,
 ) -> dict[str, Accumulator]:
     """Measures `targets`; all but the `known` layers normalize with the batch's statistics; stops after `calls`.
 
-    Non-finite batches are counted in `skipped`, or refused where that is None.
+    Non-finite batches are counted in `skipped`, or refused where that is None. No more batches are taken where the
+    standard error of each target is below `tolerance`.
     """
     accumulators: dict[str, Accumulator] = {}
     for index, (inputs, weight) in enumerate(batches):
@@ -153,9 +198,17 @@ def _one_pass(
             # Layers before the one that refuses have seen a whole batch.
             accumulator.end_batch(counts=stop is None or name != stop.non_finite)
         progress.batch_done()
+        if _are_settled(accumulators, tolerance, batches=index + 1):
+            break
     if not accumulators and skipped is None:
         raise ValueError("`data` must hold at least one batch. Received: no batch.")
     return accumulators
+
+
+def _are_settled(accumulators: dict[str, Accumulator], tolerance: float | None, batches: int) -> bool:
+    if tolerance is None or not accumulators or batches < _FEWEST_BATCHES:
+        return False
+    return all(accumulator.standard_error < tolerance for accumulator in accumulators.values())
 
 
 def _checked_moments(

@@ -1,7 +1,9 @@
 """recalibrate(): the statistics of the whole population, and a model that is never left half changed."""
 
 import itertools
+import json
 import os
+import re
 import signal
 import time
 
@@ -477,3 +479,99 @@ def test_wrong_arguments_are_named():
         keras_bn.recalibrate(model, iter([]))
     with pytest.raises(ValueError, match=r"`model` must have a batch normalization."):
         keras_bn.recalibrate(keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]), np.ones((2, 2)))
+
+
+def test_only_the_layers_that_were_chosen_are_measured():
+    model = four_layer_cnn()
+    names = [layer.name for layer in norms(model)]
+    before = statistics(model)
+    x = pictures()
+    report = keras_bn.recalibrate(model, x, layers=[names[2]], verbose=0)
+    assert [one.name for one in report.layers] == [names[2]]
+    after = statistics(model)
+    for number in (0, 1, 2, 3, 6, 7):
+        np.testing.assert_array_equal(after[number], before[number])
+    values = input_of(model, norms(model)[2], x).reshape(-1, 6)
+    np.testing.assert_allclose(after[4], values.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(after[5], values.var(0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("order", ["sequential", "joint"])
+def test_measuring_stops_where_the_standard_error_is_small_enough(order):
+    x = np.random.default_rng(0).normal(3, 2, (20_000, 4)).astype("float32")
+    model = keras.Sequential([keras.Input((4,)), keras_bn.BatchNormalization()])
+    (layer,) = keras_bn.recalibrate(model, x, tolerance=0.05, batch_size=50, order=order, verbose=0).layers
+    # The error of the mean is 1 / sqrt(count), that of the variance sqrt(2 / count): about 800 values.
+    assert 500 <= layer.count <= 1500
+    (layer,) = keras_bn.recalibrate(model, x, tolerance=10.0, batch_size=50, order=order, verbose=0).layers
+    assert layer.count == 500
+
+
+def test_moments_of_parts_merged_in_any_place_are_those_of_the_whole_and_survive_json():
+    rng = np.random.default_rng(0)
+    x = rng.normal([0, 1e3, 1e6], 1, (30, 3))
+    parts = [Reference(part, -1) for part in (x[:1], x[1:8], x[8:])]
+    moments = [keras_bn.Moments(len(part.x), part.batch_mean, part.channels(part.m2)) for part in parts]
+    sent = [keras_bn.Moments(**json.loads(json.dumps(one.to_dict()))) for one in moments]
+    for merged in (sent[0] + sent[1] + sent[2], sent[2] + (sent[0] + sent[1])):
+        whole = Reference(x, -1)
+        np.testing.assert_array_equal(merged.count, [30] * 3)
+        np.testing.assert_allclose(merged.mean, whole.batch_mean, rtol=1e-14)
+        np.testing.assert_allclose(merged.variance, whole.channels(whole.biased_variance), rtol=1e-9)
+    with pytest.raises(ValueError, match=r"as many channels.*\(3,\) and \(2,\)"):
+        sent[0] + keras_bn.Moments(1.0, np.zeros(2), np.zeros(2))
+    with pytest.raises(TypeError):
+        sent[0] + (1.0,)
+
+
+def test_layer_by_layer_shards_that_were_measured_apart_are_recalibrated_as_one():
+    x = pictures()
+    shards = np.split(x, [5, 70])
+    whole, apart = four_layer_cnn(), four_layer_cnn()
+    keras_bn.recalibrate(whole, x, verbose=0)
+    before = snapshot(apart)
+    names = list(keras_bn.measure(apart, shards[0], steps=1, verbose=0))
+    assert names == [layer.name for layer in norms(apart)]
+    assert snapshot(apart) == before
+    for name in names:
+        measured = [keras_bn.measure(apart, shard, layers=[name], verbose=0) for shard in shards]
+        assert [list(part) for part in measured] == [[name]] * 3
+        keras_bn.apply_statistics(apart, *measured)
+    for one, other in zip(statistics(apart), statistics(whole), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("measured", "error", "text"),
+    [
+        ({"nobody": keras_bn.Moments(1.0, np.zeros(4), np.zeros(4))}, ValueError, "Received: 'nobody' of shape (4,)"),
+        ({"bn": keras_bn.Moments(1.0, np.zeros(3), np.zeros(3))}, ValueError, "Received: 'bn' of shape (3,)"),
+        ({"bn": keras_bn.Moments(0.0, np.zeros(4), np.zeros(4))}, ValueError, "Received: 'bn' with count 0.0"),
+        ({"bn": keras_bn.Moments(1.0, np.full(4, np.nan), np.zeros(4))}, ValueError, "mean [nan nan nan nan]"),
+        ({"bn": (1.0, np.zeros(4), np.zeros(4))}, TypeError, "as `keras_bn.measure` returns"),
+        ([1.0], TypeError, "Received: [1.0]"),
+    ],
+)
+def test_statistics_that_are_none_of_the_model_are_refused_and_nothing_is_changed(measured, error, text):
+    model = keras.Sequential([keras.Input((4,)), keras_bn.BatchNormalization(name="bn")])
+    good = {"bn": keras_bn.Moments(2.0, np.ones(4), np.ones(4))}
+    before = snapshot(model)
+    with pytest.raises(error, match=re.escape(text)):
+        keras_bn.apply_statistics(model, good if error is TypeError else {}, measured)
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"layers": "bn"}, ValueError, "`layers` must be a list of some of ['bn']. Received: layers='bn'."),
+        ({"layers": ["other"]}, ValueError, "Received: layers=['other']."),
+        ({"layers": []}, ValueError, "Received: layers=[]."),
+        ({"tolerance": -1}, ValueError, "`tolerance` must be a number not below 0. Received: tolerance=-1."),
+        ({"tolerance": "1"}, TypeError, "Received: tolerance='1'."),
+    ],
+)
+def test_what_to_measure_is_checked(options, error, text):
+    model = keras.Sequential([keras.Input((4,)), keras_bn.BatchNormalization(name="bn")])
+    with pytest.raises(error, match=re.escape(text)):
+        keras_bn.recalibrate(model, np.zeros((8, 4), "float32"), **options)
