@@ -227,6 +227,13 @@ def test_what_is_no_batch_is_refused_in_tensorflow_servings_words_and_order(inpu
     assert caught.value.message == words
 
 
+def test_with_batching_rows_are_looked_at_before_types(servable: Servable, make_batcher: Make):
+    with pytest.raises(InvalidArgumentError, match="must have at least one dimension"):
+        ask(make_batcher(strict()), servable, "", {"x": np.array(1, np.int16)})
+    with pytest.raises(InvalidArgumentError, match="to be float but int16 is provided"):
+        ask(make_batcher(strict()), servable, "", {"x": np.array([1], np.int16)})
+
+
 def test_without_grouping_every_request_runs_alone(servable: Servable, make_batcher: Make):
     futures = run_all(make_batcher(None), servable, "", [[1], [2], [3]])
     assert [future.result(60)["size"].tolist() for future in futures] == [[1], [1], [1]]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from keras_bn_serving.engine.grouping import BatchingOptions, Outputs, count_rows, run_one, run_together
-from keras_bn_serving.engine.servable import Servable, Signature, check_inputs, check_shapes
+from keras_bn_serving.engine.servable import Servable, Signature, check_names, check_shapes, check_types
 from keras_bn_serving.errors import CancelledError, ServingError, UnavailableError
 
 # Told once how a request has ended: with its outputs or with an error.
@@ -107,9 +107,10 @@ class Batcher:
             InvalidArgumentError: If the inputs do not fit, or are more than a group may have.
             UnavailableError: If too much is waiting already.
         """
-        check_inputs(signature, inputs)
-        if self._options is not None and self._options.strict:
+        check_names(signature, inputs)
+        if self._options is not None and self._options.strict:  # TensorFlow Serving looks at rows before types.
             count_rows(inputs, self._options)
+        check_types(signature, inputs)
         check_shapes(signature, inputs)
         task = Task(servable, signature, inputs, tuple(output_names), finish)
         key = self._key(task)

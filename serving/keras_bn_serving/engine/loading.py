@@ -12,7 +12,7 @@ from tensorflow_serving.apis import prediction_log_pb2
 from keras_bn_serving.codec.tensor_proto import to_array
 from keras_bn_serving.engine import examples
 from keras_bn_serving.engine.grouping import BatchingOptions, run_one
-from keras_bn_serving.engine.servable import LoadOptions, Servable, check_inputs
+from keras_bn_serving.engine.servable import LoadOptions, Servable, check_names, check_types
 from keras_bn_serving.errors import Code, InvalidArgumentError, ServingError
 
 _log = logging.getLogger(__name__)
@@ -92,7 +92,8 @@ def _run(servable: Servable, log: prediction_log_pb2.PredictionLog, batching: Ba
         request = log.predict_log.request
         inputs = {name: to_array(value, name) for name, value in request.inputs.items()}
         signature = servable.signature(request.model_spec.signature_name)
-        check_inputs(signature, inputs)
+        check_names(signature, inputs)
+        check_types(signature, inputs)
         run_one(servable, signature, inputs, tuple(request.output_filter), batching)
     elif kind in ("classify_log", "regress_log"):
         one = getattr(log, kind).request

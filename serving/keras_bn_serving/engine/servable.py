@@ -153,7 +153,8 @@ class Servable:
         Raises:
             ServingError: If the inputs do not fit, or with TensorFlow's code and message if the model fails.
         """
-        check_inputs(signature, inputs)
+        check_names(signature, inputs)
+        check_types(signature, inputs)
         check_shapes(signature, inputs)
         if signature.name in self._disabled:
             raise InternalError("XLA compilation disabled")
@@ -196,8 +197,8 @@ class Servable:
             return self._callables[key]
 
 
-def check_inputs(signature: Signature, inputs: Mapping[str, np.ndarray]) -> None:
-    """Raises an InvalidArgumentError unless the names and element types are those of the signature."""
+def check_names(signature: Signature, inputs: Mapping[str, np.ndarray]) -> None:
+    """Raises an InvalidArgumentError unless the names are those of the signature."""
     if inputs.keys() != signature.inputs.keys():
         extra = inputs.keys() - signature.inputs.keys()
         missing = signature.inputs.keys() - inputs.keys()
@@ -205,6 +206,10 @@ def check_inputs(signature: Signature, inputs: Mapping[str, np.ndarray]) -> None
             f"input size does not match signature: {len(inputs)}!={len(signature.inputs)} len({_names(inputs)}) != "
             f"len({_names(signature.inputs)}). Sent extra: {_names(extra)}. Missing but required: {_names(missing)}."
         )
+
+
+def check_types(signature: Signature, inputs: Mapping[str, np.ndarray]) -> None:
+    """Raises an InvalidArgumentError unless the element types are those of the signature."""
     for position, name in enumerate(sorted(signature.inputs, key=signature.tensors["inputs"].__getitem__)):
         expected = signature.inputs[name].dtype
         if inputs[name].dtype != _numpy_dtype(expected):
