@@ -8,9 +8,9 @@ import keras
 import numpy as np
 
 from keras_bn.cloning import clone
-from keras_bn.folding.proof import proved_errors
+from keras_bn.folding.proof import Tolerance, errors_between, proof_batches
 from keras_bn.layer import BatchNormalization
-from keras_bn.model import check_model, default_tolerance, graph_of, set_statistics
+from keras_bn.model import check_model, graph_of, set_statistics
 
 _STOCK = {"module": "keras.layers", "class_name": "BatchNormalization", "registered_name": None}
 _OURS = {
@@ -155,11 +155,12 @@ def load_tf_keras_weights(layer: keras.layers.BatchNormalization, legacy_layer: 
 def _proved(model: keras.Model, new: Any, check: Any) -> Any:
     if check is None and graph_of(model) is None:
         return new
-    errors, tolerance = proved_errors(model, new, check), default_tolerance(model)
-    if not errors.relative <= tolerance:
+    batches, allowed = proof_batches(model, check), Tolerance(model)
+    errors = errors_between(model, new, batches)
+    if not allowed.allows(errors.relative, batches):
         raise ValueError(
             "`model` must have layers that are what their configuration says; the copy of it computes something else. "
-            f"Received: model={model.name!r}, relative error {errors.relative:.3g} (allowed: {tolerance:g})."
+            f"Received: model={model.name!r}, relative error {errors.relative:.3g} (allowed: {allowed.value:g})."
         )
     return new
 

@@ -20,8 +20,8 @@ from keras_bn.exporting.checks import ROWS, check_graph, check_outputs, check_ro
 from keras_bn.exporting.signatures import BYTES, SERVING
 from keras_bn.folding import FoldingReport
 from keras_bn.folding import fold as fold_model
-from keras_bn.folding.proof import Errors, accepted_inputs
-from keras_bn.model import batch_norms_below, check_finite, check_model, default_tolerance, layers_below
+from keras_bn.folding.proof import Errors, Tolerance, accepted_inputs
+from keras_bn.model import batch_norms_below, check_finite, check_model, layers_below
 from keras_bn.names import argument
 from keras_bn.population.report import Recalibration
 
@@ -122,7 +122,7 @@ def export(
         drift: whether there is a `batch_norm_drift`; it keeps its own copy of the weights.
         accuracy: for the card, in [0, 1].
         recalibration: the report of `keras_bn.recalibrate`, for the card.
-        tolerance: largest relative error allowed; None for 1e-4, or 2e-2 where a layer computes in half precision.
+        tolerance: largest relative error allowed; None as for `fold`.
 
     Returns:
         An `Exported`, with the `path` of the version.
@@ -145,8 +145,6 @@ def export(
     _versions.check_free(base, version, overwrite)
     if warmup is not None:
         _warmup.require()
-    if tolerance is None:
-        tolerance = default_tolerance(model)
     original = _signatures.Serving(model, preprocess, jit_compile)
     least = original.least_sizes()
     examples = None if warmup is None else _examples(warmup, original, least)
@@ -172,7 +170,7 @@ def export(
         if examples is not None:
             _warmup.write(folder, base.name, examples, list(signatures))
         _reached("extras written")
-        errors = _check(folder, original, signatures, examples, tolerance, jit_compile)
+        errors = _check(folder, original, signatures, examples, Tolerance(model, tolerance), jit_compile)
         _reached("checked")
         path = _versions.rename_into_place(folder, base, version, overwrite)
         _reached("renamed")
@@ -275,7 +273,7 @@ def _check(
     original: _signatures.Serving,
     signatures: Mapping[str, Any],
     examples: dict[str, tf.Tensor] | None,
-    tolerance: float,
+    tolerance: Tolerance,
     compiled_is_fine: bool,
 ) -> Errors:
     """Whether what was written is fit to be served, and computes what the person's own model and `preprocess` do."""
@@ -289,16 +287,18 @@ def _check(
         batches = accepted_inputs(lambda inputs: served(**inputs), original.inputs, "warmup", ROWS)
     else:
         batches = [_seven_rows(examples)]
-    errors = check_outputs(loaded.signatures[SERVING], original.predict, batches, tolerance)
+    of_model = [original.model_inputs(batch) for batch in batches]
+    errors = check_outputs(loaded.signatures[SERVING], original.predict, batches, tolerance, of_model)
     asked = dict.fromkeys(signatures, batches[-1])
     if DRIFT in signatures:
-        check_outputs(loaded.signatures[DRIFT], original.drift, batches, tolerance)
+        check_outputs(loaded.signatures[DRIFT], original.drift, batches, tolerance, of_model)
     if BYTES in signatures:
         encoded = _warmup.encoded(batches[-1])
         asked[BYTES] = {BYTES: encoded}
-        check_outputs(loaded.signatures[BYTES], lambda _: original.predict(batches[-1]), [asked[BYTES]], tolerance)
+        served = loaded.signatures[BYTES]
+        check_outputs(served, lambda _: original.predict(batches[-1]), [asked[BYTES]], tolerance, of_model)
     for name, batch in asked.items():
-        check_rows(name, loaded.signatures[name], batch, tolerance)
+        check_rows(name, loaded.signatures[name], batch, tolerance, of_model)
     return errors
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 
-from keras_bn.folding.proof import Errors, largest_errors
+from keras_bn.folding.proof import Errors, Tolerance, largest_errors
 
 # Of a batch to check with: 1, 2 and 4 rows together.
 ROWS = 7
@@ -65,7 +65,8 @@ def check_outputs(
     served: Callable[..., Mapping[str, tf.Tensor]],
     expected: Callable[[Mapping[str, Any]], Mapping[str, tf.Tensor]],
     batches: list[dict[str, Any]],
-    tolerance: float,
+    tolerance: Tolerance,
+    model_batches: list[Any],
 ) -> Errors:
     """The signature loaded afresh against the model itself.
 
@@ -74,6 +75,7 @@ def check_outputs(
         expected: what the model gives, by name; `served` may give more.
         batches: to ask both.
         tolerance: of relative errors.
+        model_batches: the same batches as the model itself takes them.
 
     Raises:
         ValueError: where the largest relative error is above `tolerance`.
@@ -83,16 +85,20 @@ def check_outputs(
         wanted, got = expected(batch), served(**batch)
         errors.append(largest_errors(_numbers(wanted), _numbers({name: got[name] for name in wanted})))
     worst = Errors(*np.max(errors, axis=0).tolist())
-    if not worst.relative <= tolerance:
+    if not tolerance.allows(worst.relative, model_batches):
         raise ValueError(
             "`model` must compute the same when it is called and when it is served. Received: outputs that differ by "
-            f"{worst.relative:.3g} relative, {worst.absolute:.3g} absolute; allowed is {tolerance:g} relative."
+            f"{worst.relative:.3g} relative, {worst.absolute:.3g} absolute; allowed is {tolerance.value:g} relative."
         )
     return worst
 
 
 def check_rows(
-    signature: str, served: Callable[..., Mapping[str, tf.Tensor]], batch: dict[str, Any], tolerance: float
+    signature: str,
+    served: Callable[..., Mapping[str, tf.Tensor]],
+    batch: dict[str, Any],
+    tolerance: Tolerance,
+    model_batches: list[Any],
 ) -> None:
     """Each row gets the answer that it gets alone: a server's batching runs strangers' requests together.
 
@@ -111,11 +117,11 @@ def check_rows(
             whole = np.array(together[name])
             whole[rows] = alone[name]
             error = largest_errors(together[name], whole).relative
-            if not error <= tolerance:
+            if not tolerance.allows(error, model_batches):
                 raise ValueError(
                     "`model` must answer for each example by itself, whatever else is in the batch. Received: output "
                     f"{name!r} of signature {signature!r} for a batch of {ROWS} rows differs by {error:.3g} relative "
-                    f"from that for {count} of these rows alone; allowed is {tolerance:g}."
+                    f"from that for {count} of these rows alone; allowed is {tolerance.value:g}."
                 )
         first = rows.stop
 

@@ -6,9 +6,9 @@ import keras
 
 from keras_bn.folding.folder import Folder
 from keras_bn.folding.graph import Graph
-from keras_bn.folding.proof import proved_errors
+from keras_bn.folding.proof import Tolerance, errors_between, proof_batches
 from keras_bn.folding.report import FoldedNormalization, FoldingReport
-from keras_bn.model import check_finite, check_model, default_tolerance, named_batch_norms
+from keras_bn.model import check_finite, check_model, named_batch_norms
 
 __all__ = ["Folded", "FoldedNormalization", "FoldingReport", "fold"]
 
@@ -50,7 +50,8 @@ def fold(model: keras.Model, check: Any = None, tolerance: float | None = None) 
             be made from their configuration, which the report names, and layers without weights.
         check: inputs, as `model` takes them, to prove the new model on, the larger and the more real the better. Has to
             be given where random numbers are not fit for the model: strings, sizes that are free and must be large.
-        tolerance: largest relative error allowed; None for 1e-4, or 2e-2 where a layer computes in half precision.
+        tolerance: largest relative error allowed; None for 1e-4, or 2e-2 where a layer computes in half precision, or
+            four times what `model` itself is from its result in float64, if that is more.
 
     Returns:
         A `Folded`: the new `model` and the `report`.
@@ -68,13 +69,12 @@ def fold(model: keras.Model, check: Any = None, tolerance: float | None = None) 
     folder = Folder(graph, named_batch_norms(model))
     folder.fold_all()
     new, shared = folder.new_model()
-    if tolerance is None:
-        tolerance = default_tolerance(model)
-    errors = proved_errors(model, new, check)
-    if not errors.relative <= tolerance:
+    batches, allowed = proof_batches(model, check), Tolerance(model, tolerance)
+    errors = errors_between(model, new, batches)
+    if not allowed.allows(errors.relative, batches):
         raise ValueError(
             f"`tolerance` must be above the error of the folded model, or the model is not fit to be folded. "
-            f"Received: tolerance={tolerance:g}, relative error {errors.relative:.3g}, "
+            f"Received: tolerance={allowed.value:g}, relative error {errors.relative:.3g}, "
             f"absolute error {errors.absolute:.3g}."
         )
-    return Folded(new, FoldingReport(folder.outcomes(), *errors, tolerance, shared))
+    return Folded(new, FoldingReport(folder.outcomes(), *errors, allowed.value, shared))

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 import keras_bn
-from keras_bn.folding import weights
+from keras_bn.folding import proof, weights
 from keras_bn.folding.weights import Affine
 from models import networks
 
@@ -499,3 +499,47 @@ def test_the_reference_networks_fold_whole(name, norm):
     assert (folded.report.absorbed, norms_in(folded.model)) == (len(norms_in(model)), [])
     assert folded.report.relative_error < 1e-4
     np.testing.assert_allclose(folded.model(images), model(images), atol=1e-5)
+
+
+def test_a_model_that_rounds_more_than_the_tolerance_itself_is_folded_and_exported(tmp_path):
+    rng = np.random.default_rng(0)
+    kernel, x = rng.normal(size=(256, 8)), rng.normal(size=(16, 256))
+    # Sums of large numbers that cancel but for a thousandth.
+    check = np.concatenate([x, x + 1e-3 * rng.normal(size=x.shape)], 1).astype("float32")
+    model = keras.Sequential([keras.Input((512,)), keras.layers.Dense(8), keras_bn.BatchNormalization()])
+    model.layers[0].set_weights([np.concatenate([kernel, -kernel]), np.zeros(8)])
+    model.layers[1].moving_variance.assign(rng.uniform(1e-4, 3e-4, 8))
+    with pytest.raises(ValueError, match="`tolerance` must be above the error of the folded model"):
+        keras_bn.fold(model, check, tolerance=1e-5)
+    folded, report = keras_bn.fold(model, check)
+    dense = check.astype("float64") @ np.concatenate([kernel, -kernel]).astype("float32").astype("float64")
+    exact = dense / np.sqrt(model.layers[1].moving_variance.numpy().astype("float64") + 1e-3)
+    errors = [np.abs(one(check) - exact).max() / np.abs(exact).max() for one in (model, folded)]
+    assert report.absorbed == 1
+    assert 1e-4 < report.tolerance == pytest.approx(4 * errors[0], rel=0.01)
+    assert report.relative_error <= report.tolerance
+    assert keras_bn.export(model, tmp_path / "m", warmup=check).errors.relative <= report.tolerance
+
+
+def test_a_model_that_only_folding_makes_round_is_refused():
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(4, use_bias=False), keras_bn.BatchNormalization()])
+    model.layers[0].set_weights([np.eye(4)])
+    model.layers[1].moving_mean.assign([1e5] * 4)
+    model.layers[1].moving_variance.assign([1e-2] * 4)
+    check = 1e5 + np.random.default_rng(0).normal(size=(8, 4)).astype("float32")
+    with pytest.raises(ValueError, match="or the model is not fit to be folded"):
+        keras_bn.fold(model, check)
+
+
+def test_dtype_policies_are_as_before_when_a_layer_refuses_float64():
+    class Single(keras.layers.Layer):
+        def call(self, x):
+            if x.dtype == "float64":
+                raise TypeError("no float64")
+            return x
+
+    layers = [keras.layers.Dense(4, dtype="mixed_bfloat16"), Single(), keras_bn.BatchNormalization()]
+    model = keras.Sequential([keras.Input((4,)), *layers])
+    before = [layer.dtype_policy for layer in model._flatten_layers()]
+    assert proof.rounding_error(model, np.ones((2, 4), "float32")) == 0.0
+    assert [layer.dtype_policy for layer in model._flatten_layers()] == before
