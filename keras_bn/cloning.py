@@ -11,8 +11,8 @@ from keras_bn.model import (
     compile_arguments,
     copy_state,
     graph_of,
-    input_layers,
     layers_below,
+    new_input_layers,
     nodes_of,
     optimized_variables,
 )
@@ -66,7 +66,7 @@ def clone(model: keras.Model, old_class: type[keras.layers.BatchNormalization], 
 def _copy_graph(model: Any, copy: Callable[[Any], list[Any]]) -> keras.Model:
     """Of its own class where that has the constructor of Keras's, else a plain one."""
     plain = all("__init__" not in vars(c) for c in type(model).__mro__ if not c.__module__.startswith("keras."))
-    inputs = [type(layer).from_config(layer.get_config()) for layer in input_layers(model)]
+    inputs = new_input_layers(model)
     if isinstance(model, keras.Sequential):
         layers = [op for layer in model.layers for op in copy(layer)]
         return (type(model) if plain else keras.Sequential)([*inputs, *layers], name=model.name)

@@ -180,6 +180,11 @@ def input_layers(model: Any) -> list[keras.layers.InputLayer]:
     return [tensor._keras_history.operation for tensor in model.inputs]
 
 
+def new_input_layers(model: Any) -> list[keras.layers.InputLayer]:
+    """Others like `input_layers`; Keras 3.12 leaves out of their configuration whether they are optional."""
+    return [type(one).from_config({**one.get_config(), "optional": one.optional}) for one in input_layers(model)]
+
+
 def input_structure(model: Any) -> Any:
     """What a functional or sequential model takes: symbolic tensors, in its author's structure."""
     return graph_of(model).input

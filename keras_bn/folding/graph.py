@@ -5,7 +5,7 @@ from typing import Any
 
 import keras
 
-from keras_bn.model import graph_of, input_layers, mask_of, nodes_of
+from keras_bn.model import graph_of, mask_of, new_input_layers, nodes_of
 
 
 class Value:
@@ -107,7 +107,7 @@ class Graph:
             make: gives for an operation and its new name the operations to call one after the other in its place.
                 Called once for each, also where it is shared.
         """
-        inputs = [type(layer).from_config(layer.get_config()).output for layer in input_layers(self._model)]
+        inputs = [layer.output for layer in new_input_layers(self._model)]
         made: dict[int, list[Any]] = {}
         names = _unique_names(self.steps, {tensor.name for tensor in inputs})
         tensors = {id(value): tensor for value, tensor in zip(self.inputs, inputs, strict=True)}

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import sys
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from models.pretrained.card_text import card_text
 from models.settings import Settings
 
 LARGEST_FILE = 2_000_000
+# Of initializers and of Dense, since some version after Keras 3.12.
+NEW_ARGUMENTS = ("input_axes", "output_axes", "quantization_config")
 
 
 def make(run: Path, images: data.ImageData, folder: Path, machine: str, minutes: float | None = None) -> dict:
@@ -50,6 +53,7 @@ def make(run: Path, images: data.ImageData, folder: Path, machine: str, minutes:
     folder.mkdir(parents=True, exist_ok=True)
     with whole(folder / pretrained.NETWORK) as path:
         model.save(path)
+        forget_new_arguments(path)
         size = path.stat().st_size
         if size > LARGEST_FILE:
             path.unlink()
@@ -96,6 +100,21 @@ def training_command(settings: Settings) -> str:
         if value != field.default:
             words.append(f"--{field.name}" if value is True else f"--{field.name} {value}")
     return " ".join([*words, "--output runs/pretrained"])
+
+
+def forget_new_arguments(path: Path) -> None:
+    """Leaves out of a `.keras` file what Keras 3.12 does not know and is None anyway."""
+    with zipfile.ZipFile(path) as archive:
+        members = [(member, archive.read(member)) for member in archive.infolist()]
+
+    def known(config: dict) -> dict:
+        return {key: value for key, value in config.items() if value is not None or key not in NEW_ARGUMENTS}
+
+    with zipfile.ZipFile(path, "w") as archive:
+        for member, content in members:
+            if member.filename == "config.json":
+                content = json.dumps(json.loads(content, object_hook=known)).encode()
+            archive.writestr(member, content)
 
 
 def _settings(run: Path, images: data.ImageData) -> tuple[Settings, int]:

@@ -64,6 +64,12 @@ def test_the_shipped_network_is_small_and_its_card_complete():
         assert (pretrained.FOLDER / name).stat().st_size
 
 
+def test_the_shipped_network_holds_no_arguments_that_the_oldest_keras_does_not_know():
+    with zipfile.ZipFile(pretrained.FOLDER / pretrained.NETWORK) as archive:
+        config = archive.read("config.json").decode()
+    assert [name for name in making.NEW_ARGUMENTS if f'"{name}"' in config] == []
+
+
 def test_the_numbers_are_those_of_counting_answers_one_by_one(images, made):
     model = pretrained.load(made)
     card = pretrained.load_card(made)
