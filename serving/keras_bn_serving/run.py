@@ -5,7 +5,6 @@ import gc
 import logging
 import signal
 import socket
-import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -17,6 +16,7 @@ from keras_bn_serving.engine.batching import Batcher
 from keras_bn_serving.engine.grouping import BatchingOptions
 from keras_bn_serving.engine.loading import Loader
 from keras_bn_serving.engine.metrics import Metrics
+from keras_bn_serving.engine.recurring import Recurring
 from keras_bn_serving.engine.repository import ModelRepository, State
 from keras_bn_serving.engine.service import PredictionService
 from keras_bn_serving.errors import ServingError, UnavailableError
@@ -70,28 +70,32 @@ def serve(configs: list[ModelConfig], options: ServerOptions) -> None:
         ServingError: If a model cannot be served, or a port is taken.
     """
     metrics = Metrics()
-    repository = ModelRepository(options.loader, options.poll_wait_seconds, options.allow_labels_for_unavailable)
+    repository = ModelRepository(
+        options.loader, options.poll_wait_seconds, options.allow_labels_for_unavailable, metrics.background_failure
+    )
     batcher = Batcher(
         options.batching,
         on_run=lambda servable, rows, waited, ran: metrics.ran(servable.name, rows, waited, ran),
     )
     service = PredictionService(repository, batcher)
-    stopped = threading.Event()
+    follower = _follower(configs, repository, options, metrics)
     loop = uvloop.new_event_loop()
     rest = RestServer(service, metrics, batcher.waiting, options.rest, options.timeout_seconds, loop)
     try:
         repository.start(configs)
         grpc_server, ports = _start_grpc(service, metrics, options)
         _print_summary(repository, options, ports)
-        _follow_configs(configs, repository, options, stopped)
+        if follower is not None:
+            follower.start()
         # What is loaded stays: looking through TensorFlow's millions of objects for garbage stops every request.
         gc.collect()
         gc.freeze()
         loop.run_until_complete(_serve_until_told(rest, options))
         grpc_server.stop(options.drain_seconds).wait()
     finally:
-        stopped.set()
         options.loader.stopping.set()
+        if follower is not None:
+            follower.stop(0)
         loop.close()
         rest.close()
         batcher.close(options.drain_seconds)
@@ -132,25 +136,29 @@ def _start_grpc(
     return server, ports
 
 
-def _follow_configs(
-    configs: list[ModelConfig], repository: ModelRepository, options: ServerOptions, stopped: threading.Event
-) -> None:
+def _follower(
+    configs: list[ModelConfig], repository: ModelRepository, options: ServerOptions, metrics: Metrics
+) -> Recurring | None:
+    """What takes over the models' configuration when its file changes, and tries again what was refused."""
     read_configs, wait = options.read_configs, options.config_poll_wait_seconds
     if read_configs is None or not wait:
-        return
+        return None
+    known, refusal = configs, ""
 
     def follow() -> None:
-        known = configs
-        while not stopped.wait(wait):
-            try:
-                found = read_configs()
-                if found != known:
-                    known = found
-                    repository.reconfigure(found)
-            except ServingError as error:
+        nonlocal known, refusal
+        try:
+            found = read_configs()
+            if found != known:
+                repository.reconfigure(found, again=False)
+                known = found
+            refusal = ""
+        except ServingError as error:
+            if error.message != refusal:  # Once, and not at every look.
                 _log.error("the models' configuration has not been taken over: %s", error.message)
+            refusal = error.message
 
-    threading.Thread(target=follow, name="model-configs", daemon=True).start()
+    return Recurring("model-configs", wait, follow, metrics.background_failure)
 
 
 def _print_summary(repository: ModelRepository, options: ServerOptions, ports: Iterable[int]) -> None:

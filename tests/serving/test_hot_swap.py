@@ -5,10 +5,15 @@ import threading
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tensorflow as tf
 from keras_bn_serving.client import Client
-from keras_bn_serving.errors import ServingError
+from keras_bn_serving.config.models import ModelConfig
+from keras_bn_serving.engine import repository
+from keras_bn_serving.engine.recurring import Recurring
+from keras_bn_serving.engine.servable import Servable
+from keras_bn_serving.errors import InvalidArgumentError, ServingError
 from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
 
 from tests.serving import saved_models
@@ -49,12 +54,12 @@ def publish(versions: Path, base: Path, number: int) -> None:
     (base / f"copying-{number}").rename(base / str(number))
 
 
-def await_state(client: Client, number: int, state: str) -> None:
+def await_state(client: Client, number: int, state: str, model: str = "m") -> None:
     for _ in range(2000):
-        if any(each.version == number and each.state == state for each in client.status("m")):
+        if any(each.version == number and each.state == state for each in client.status(model)):
             return
         threading.Event().wait(0.02)
-    raise AssertionError(f"version {number} did not become {state}: {client.status('m')}")
+    raise AssertionError(f"version {number} did not become {state}: {client.status(model)}")
 
 
 def test_twenty_versions_in_a_row_are_swapped_under_sixteen_clients_without_a_failure(versions: Path, tmp_path: Path):
@@ -126,6 +131,116 @@ def test_a_removed_version_is_unloaded_and_a_mended_one_is_loaded(versions: Path
         shutil.copy(versions / "3" / "saved_model.pb", tmp_path / str(CORRUPT) / "saved_model.pb")
         await_state(client, CORRUPT, "AVAILABLE")
         assert client.predict("m", [0.0]).tolist() == [3.0]
+
+
+def save_with_variables(folder: Path, number: float) -> Path:
+    module = tf.Module()
+    module.variable = tf.Variable([number] * 1000)
+    spec = tf.TensorSpec([None], tf.float32, name="x")
+    function = tf.function(lambda x: {"y": x + module.variable[0]}).get_concrete_function(spec)
+    tf.saved_model.save(module, str(folder), signatures=function)
+    write_warm_up(folder)
+    return folder
+
+
+@pytest.mark.parametrize("first", ["saved_model.pb", "variables/variables.index", "assets.extra"])
+def test_a_version_that_is_copied_file_by_file_is_served_once_it_is_whole(tmp_path: Path, first: str):
+    base = tmp_path / "served"
+    publish(save_with_variables(tmp_path / "made" / "1", 1.0).parent, base, 1)
+    made = save_with_variables(tmp_path / "made" / "2", 2.0)
+    files = sorted((path for path in made.rglob("*") if path.is_file()), key=lambda path: first not in str(path))
+    flags = ("--model_name=m", f"--model_base_path={base}", POLL)
+    with running_server(*flags) as server, Client(server.url) as client:
+        for file in files:
+            assert client.predict("m", [0.0]).tolist() in ([1.0], [2.0])  # Not every file is needed.
+            target = base / "2" / file.relative_to(made)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            content = file.read_bytes()
+            target.write_bytes(content[: len(content) // 2])
+            threading.Event().wait(0.3)
+            target.write_bytes(content)
+            threading.Event().wait(0.3)
+        await_state(client, 2, "AVAILABLE")
+        await_state(client, 1, "END")
+        assert client.predict("m", [0.0]).tolist() == [2.0]
+
+
+def test_a_refused_reload_leaves_what_is_served_and_is_tried_again(versions: Path, tmp_path: Path):
+    for number in (1, 2):
+        publish(versions, tmp_path / "a", number)
+    entry = (
+        'config {{ name: "{name}" base_path: "{path}" model_platform: "tensorflow" model_version_policy {{ '
+        'specific {{ versions: {version} }} }} version_labels {{ key: "live" value: {version} }} }}'
+    )
+    config = tmp_path / "models.config"
+
+    def write(*entries: str) -> None:
+        config.write_text(f"model_config_list {{ {' '.join(entries)} }}")
+
+    write(entry.format(name="m", path=tmp_path / "a", version=1))
+    follow = "--model_config_file_poll_wait_seconds=0.05"
+    with running_server(f"--model_config_file={config}", follow, POLL) as server, Client(server.url) as client:
+        broken = tmp_path / "b"
+        publish(versions, broken, CORRUPT)
+        write(
+            entry.format(name="m", path=tmp_path / "a", version=2),
+            entry.format(name="n", path=broken, version=CORRUPT),
+        )
+        for _ in range(30):
+            assert client.predict("m", [0.0], label="live").tolist() == [1.0]
+            assert client.predict("m", [0.0], version=1).tolist() == [1.0]
+            threading.Event().wait(0.02)
+        shutil.copy(versions / "3" / "saved_model.pb", broken / str(CORRUPT) / "saved_model.pb")
+        await_state(client, CORRUPT, "AVAILABLE", "n")
+        assert client.predict("n", [0.0], label="live").tolist() == [3.0]
+        await_state(client, 1, "END")
+        assert client.predict("m", [0.0], label="live").tolist() == [2.0]
+
+
+def test_a_version_that_has_failed_is_tried_again_after_longer_and_longer_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "saved_model.pb").write_bytes(b"corrupt")
+    now, tried = [0.0], []
+
+    def load(name: str, version: int, path: str) -> Servable:
+        tried.append(now[0])
+        raise InvalidArgumentError("corrupt")
+
+    monkeypatch.setattr(repository.time, "monotonic", lambda: now[0])
+    models = repository.ModelRepository(load, poll_wait_seconds=0)
+    with pytest.raises(ServingError, match="version 1 cannot be served: corrupt"):
+        models.start([ModelConfig("m", str(tmp_path))])
+    models._configs = {"m": ModelConfig("m", str(tmp_path))}
+    for now[0] in range(1, 1000):
+        models._poll()
+    gaps = np.diff(tried).tolist()
+    assert gaps == [5, 10, 20, 40, 80, 160, 300, 300]
+    (tmp_path / "1" / "saved_model.pb").write_bytes(b"changed")
+    models._poll()
+    assert len(tried) == len(gaps) + 2
+
+
+def test_work_in_the_background_goes_on_whatever_it_raises(caplog: pytest.LogCaptureFixture):
+    turns: list[int] = []
+    failures: list[str] = []
+
+    def act() -> None:
+        turns.append(len(turns))
+        if len(turns) % 2:
+            raise PermissionError(13, "no")
+
+    recurring = Recurring("looker", 0.01, act, failures.append)
+    recurring.start()
+    for _ in range(500):
+        if len(turns) >= 6:
+            break
+        threading.Event().wait(0.01)
+    recurring.stop()
+    assert len(turns) >= 6
+    assert failures[:3] == ["looker"] * 3
+    assert "looker: this turn has failed" in caplog.text
 
 
 def test_a_version_policy_names_the_versions_and_a_config_file_is_followed(versions: Path, tmp_path: Path):

@@ -81,6 +81,9 @@ class Metrics:
             "model_warmup_latency", "Microseconds of a version's warm-up.", ["model_name", "status"]
         )
         self._queuing = histogram("batching_session:queuing_latency", "Microseconds before a group runs.", ["name"])
+        self._failures = Counter(
+            "keras_bn_serving_background_failures", "Turns that failed.", ["thread"], registry=self._registry
+        )
         self._waiting = Gauge(
             _PREFIX + "batching_session:waiting_rows", "Rows that wait to be run.", registry=self._registry
         )
@@ -100,6 +103,10 @@ class Metrics:
     def warmed_up(self, model_name: str, status: str, seconds: float) -> None:
         """Counts a version's warm-up."""
         self._warm_up.observe(seconds * _MICROSECONDS, model_name, status)
+
+    def background_failure(self, thread: str) -> None:
+        """Counts a turn of a background thread that has failed."""
+        self._failures.labels(thread).inc()
 
     def text(self, waiting_rows: int) -> bytes:
         """Returns everything in Prometheus's text format."""

@@ -4,10 +4,12 @@ import enum
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 
 from keras_bn_serving.config.models import ModelConfig, check_base_path
+from keras_bn_serving.engine.recurring import Recurring
 from keras_bn_serving.engine.servable import Servable
 from keras_bn_serving.errors import Code, FailedPreconditionError, InvalidArgumentError, NotFoundError, ServingError
 
@@ -16,6 +18,11 @@ _log = logging.getLogger(__name__)
 _MOST_ENDED = 100
 # How often a version that waits for its last request looks whether the server stops.
 _LOOK_SECONDS = 0.5
+# A version that has failed is tried again when its files change, and else after so long; longer after each failure.
+_LEAST_RETRY_SECONDS, _MOST_RETRY_SECONDS = 5.0, 300.0
+
+
+Files = tuple[tuple[str, int, int], ...]
 
 
 class State(enum.IntEnum):
@@ -38,7 +45,10 @@ class Version:
         self.error: ServingError | None = None
         self.servable: Servable | None = None
         self.in_use = 0
-        self.failed_as: tuple[int, int] | None = None
+        # Of a version that has failed: its files when it was tried, how often in a row, and when it is tried again.
+        self.tried: Files = ()
+        self.failures = 0
+        self.retry_at = 0.0
 
 
 class Lease:
@@ -74,6 +84,7 @@ class ModelRepository:
             ServingError if it cannot.
         poll_wait_seconds: How long to wait between looks at the folders; 0 looks once.
         allow_labels_for_unavailable: Whether a label may name a version that is not loaded.
+        on_failure: Told the name of a thread whose turn has failed.
     """
 
     def __init__(
@@ -81,9 +92,11 @@ class ModelRepository:
         load: Callable[[str, int, str], Servable],
         poll_wait_seconds: float = 1.0,
         allow_labels_for_unavailable: bool = False,
+        on_failure: Callable[[str], None] = lambda _: None,
     ):
         self._load = load
         self._poll_wait_seconds = poll_wait_seconds
+        self._poller = Recurring("model-repository", poll_wait_seconds, self._poll, on_failure)
         self._allow_labels_for_unavailable = allow_labels_for_unavailable
         self._configs: dict[str, ModelConfig] = {}
         self._labels: dict[str, Mapping[str, int]] = {}
@@ -93,7 +106,6 @@ class ModelRepository:
         self._managing = threading.Lock()
         self._closing = threading.Event()
         self._patience = 0.0
-        self._poller: threading.Thread | None = None
 
     def start(self, configs: Iterable[ModelConfig]) -> None:
         """Loads the models and goes on to follow their folders.
@@ -103,11 +115,16 @@ class ModelRepository:
         """
         self.reconfigure(configs)
         if self._poll_wait_seconds > 0:
-            self._poller = threading.Thread(target=self._poll, name="model-repository", daemon=True)
             self._poller.start()
 
-    def reconfigure(self, configs: Iterable[ModelConfig]) -> None:
+    def reconfigure(self, configs: Iterable[ModelConfig], again: bool = True) -> None:
         """Serves these models, and no others, from now on; returns once they are loaded.
+
+        What is new is loaded first. Where that fails, all that was served before is served as before.
+
+        Args:
+            configs: The models.
+            again: Whether a version that failed a moment ago is tried again, or its time is waited for.
 
         Raises:
             ServingError: If a new model has no version, or one that should be served cannot be.
@@ -117,13 +134,17 @@ class ModelRepository:
             new = [config for name, config in by_name.items() if config != self._configs.get(name)]
             for config in new:
                 check_base_path(config)
+            try:
+                for config in new:
+                    self._load_all(config, again)
+                for config in by_name.values():
+                    self._check_labels(config)
+            except (ServingError, OSError):
+                self._refresh()  # Unloads what the old configuration does not want.
+                raise
             self._configs = by_name
-            self._refresh()
-            for config in new:
-                self._check_available(config)
-            for config in by_name.values():
-                self._check_labels(config)
             self._labels = {config.name: dict(config.labels) for config in by_name.values()}
+            self._refresh()
 
     def lease(self, name: str, version: int | None = None, label: str | None = None) -> Lease:
         """Takes a loaded version into use: the one asked for by number or label, else the newest.
@@ -179,18 +200,16 @@ class ModelRepository:
         """Stops following the folders and unloads everything, what is in use after `seconds` at the latest."""
         self._patience = seconds
         self._closing.set()
-        if self._poller is not None:
-            self._poller.join()
+        self._poller.stop()
         with self._managing:
             self._configs = {}
             self._refresh()
 
     def _poll(self) -> None:
-        while not self._closing.wait(self._poll_wait_seconds):
-            with self._managing:
-                failed = self._refresh()
-            for name, version in failed:
-                _log.error("model %s version %d: %s", name, version.number, version.error and version.error.message)
+        with self._managing:
+            failed = self._refresh()
+        for name, version in failed:
+            _log.error("model %s version %d: %s", name, version.number, version.error and version.error.message)
 
     def _refresh(self) -> list[tuple[str, Version]]:
         """Makes what is loaded agree with the folders; a new version is up before an old one goes.
@@ -218,15 +237,31 @@ class ModelRepository:
             self._forget(name, aspired)
         return failed
 
-    def _load_if_needed(self, name: str, number: int, path: str) -> Version | None:
-        """Loads a version that is neither loaded nor known to fail; returns it if it was tried."""
+    def _load_all(self, config: ModelConfig, again: bool) -> None:
+        """Loads the versions of a configuration that are not loaded; raises the first error."""
+        folders = config.find_versions()
+        for number in config.policy.aspired(folders):
+            self._load_if_needed(config.name, number, folders[number], again)
+            error = self._models[config.name][number].error
+            if error is not None:
+                raise ServingError(
+                    f"Model {config.name} version {number} cannot be served: {error.message}", error.code
+                )
+
+    def _load_if_needed(self, name: str, number: int, path: str, again: bool = False) -> Version | None:
+        """Loads a version that is not loaded, and not known to fail or to be tried `again`; returns it if tried."""
         known = self._models.setdefault(name, {})
-        version = known.get(number)
-        if version is not None and version.state is not State.END:
+        last = known.get(number)
+        if last is not None and last.state is not State.END:
             return None
-        if version is not None and version.error is not None and version.failed_as == _fingerprint(path):
+        # Before it is loaded: of a version that is just being copied, more may come meanwhile.
+        files = _files_below(path)
+        failed = last is not None and last.error is not None
+        if last is not None and failed and not again and files == last.tried and time.monotonic() < last.retry_at:
             return None
         version = Version(number, path)
+        version.tried = files
+        version.failures = last.failures if last is not None and failed and files == last.tried else 0
         with self._changed:
             known[number] = version
             version.state = State.LOADING
@@ -244,7 +279,9 @@ class ModelRepository:
             if failure is None:
                 version.servable, version.state = servable, State.AVAILABLE
             else:
-                version.error, version.state, version.failed_as = failure, State.END, _fingerprint(path)
+                version.error, version.state = failure, State.END
+                wait = min(_LEAST_RETRY_SECONDS * 2**version.failures, _MOST_RETRY_SECONDS)
+                version.failures, version.retry_at = version.failures + 1, time.monotonic() + wait
         return version
 
     def _unload(self, name: str, version: Version) -> None:
@@ -276,15 +313,6 @@ class ModelRepository:
             if not version.in_use:
                 self._changed.notify_all()
 
-    def _check_available(self, config: ModelConfig) -> None:
-        for number in config.policy.aspired(config.find_versions()):
-            version = self._models[config.name][number]
-            if version.error is not None:
-                raise ServingError(
-                    f"Model {config.name} version {number} cannot be served: {version.error.message}",
-                    version.error.code,
-                )
-
     def _check_labels(self, config: ModelConfig) -> None:
         known = self._models.get(config.name, {})
         for number in config.labels.values():
@@ -296,13 +324,19 @@ class ModelRepository:
                 )
 
 
-def _fingerprint(path: str) -> tuple[int, int] | None:
-    """Tells one state of a version's folder from another, so that a failed version is tried again once it changed."""
-    try:
-        found = os.stat(os.path.join(path, "saved_model.pb"))
-    except FileNotFoundError:
-        return None
-    return found.st_mtime_ns, found.st_size
+def _files_below(path: str) -> Files:
+    """Every file below a folder with its size and time of change: tells one state of a version from another."""
+    files = []
+    for folder, _, names in os.walk(path):
+        for name in names:
+            file = os.path.join(folder, name)
+            try:
+                found = os.stat(file)
+            except OSError:  # It has just gone, or cannot be read: that may change, too.
+                files.append((file, -1, -1))
+            else:
+                files.append((file, found.st_size, found.st_mtime_ns))
+    return tuple(sorted(files))
 
 
 def _newest_first(version: Version) -> int:
