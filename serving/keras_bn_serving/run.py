@@ -3,8 +3,11 @@
 import asyncio
 import gc
 import logging
+import os
 import signal
 import socket
+import threading
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -26,6 +29,8 @@ from keras_bn_serving.rpc.server import make_server
 
 _log = logging.getLogger(__name__)
 _BACKLOG = 1024
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_LOOK_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class ServerOptions:
         read_configs: Reads the models again, where they stand in a file.
         config_poll_wait_seconds: How long to wait between looks at that file; 0 looks once.
         allow_labels_for_unavailable: Whether a label may name a version that is not loaded.
-        drain_seconds: How long requests under way may take once the server is told to stop.
+        drain_seconds: How long all that is under way, over either protocol, may take once the server is told to stop.
         batching: How to group requests; `None` never groups.
         loader: How versions are loaded.
         rest: What the REST server offers beside the protocol.
@@ -66,6 +71,8 @@ class ServerOptions:
 def serve(configs: list[ModelConfig], options: ServerOptions) -> None:
     """Loads the models, serves them until SIGTERM or SIGINT, finishes what is under way.
 
+    Has to be called in the main thread. If it is told to stop while the models load, the process ends at once.
+
     Raises:
         ServingError: If a model cannot be served, or a port is taken.
     """
@@ -81,8 +88,12 @@ def serve(configs: list[ModelConfig], options: ServerOptions) -> None:
     follower = _follower(configs, repository, options, metrics)
     loop = uvloop.new_event_loop()
     rest = RestServer(service, metrics, batcher.waiting, options.rest, options.timeout_seconds, loop)
+    told = threading.Event()
+    for number in _SIGNALS:  # Where it is process 1 of a container, what has no handler is not even heard.
+        signal.signal(number, lambda *_: told.set())
+    until: float | None = None
     try:
-        repository.start(configs)
+        _load_models(repository, configs, told)
         grpc_server, ports = _start_grpc(service, metrics, options)
         _print_summary(repository, options, ports)
         if follower is not None:
@@ -90,37 +101,66 @@ def serve(configs: list[ModelConfig], options: ServerOptions) -> None:
         # What is loaded stays: looking through TensorFlow's millions of objects for garbage stops every request.
         gc.collect()
         gc.freeze()
-        loop.run_until_complete(_serve_until_told(rest, options))
-        grpc_server.stop(options.drain_seconds).wait()
+        until = loop.run_until_complete(_serve_until_told(rest, grpc_server, options, told))
     finally:
+        until = time.monotonic() + options.drain_seconds if until is None else until
         options.loader.stopping.set()
         if follower is not None:
             follower.stop(0)
         loop.close()
         rest.close()
-        batcher.close(options.drain_seconds)
-        repository.close(options.drain_seconds)
+        batcher.close(max(0.0, until - time.monotonic()))
+        repository.close(max(0.0, until - time.monotonic()))
 
 
-async def _serve_until_told(rest: RestServer, options: ServerOptions) -> None:
+def _load_models(repository: ModelRepository, configs: list[ModelConfig], told: threading.Event) -> None:
+    """Loads on a thread of its own: TensorFlow would keep this one from hearing signals."""
+    errors: list[BaseException] = []
+
+    def load() -> None:
+        try:
+            repository.start(configs)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=load, name="load-models", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(_LOOK_SECONDS)
+        if told.is_set():
+            print("Stopped while the models were loading", flush=True)
+            # Python would wait for TensorFlow, which cannot be interrupted. Nothing is under way.
+            os._exit(0)
+    if errors:
+        raise errors[0]
+
+
+async def _serve_until_told(
+    rest: RestServer, grpc_server: grpc.Server, options: ServerOptions, told_before: threading.Event
+) -> float:
+    """Returns the time, of `time.monotonic`, by which all has to end."""
     loop = asyncio.get_running_loop()
     told = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in _SIGNALS:
         loop.add_signal_handler(number, told.set)
+    if told_before.is_set():
+        told.set()
     http = HttpService(rest.handle, rest.refuse, options.limits)
     server = await loop.create_server(lambda: HttpConnection(http, loop), sock=options.rest_socket, backlog=_BACKLOG)
     print("Ready", flush=True)
     await told.wait()
+    until = time.monotonic() + options.drain_seconds
+    grpc_ended = grpc_server.stop(options.drain_seconds)
     _log.info("stopping: no further connections, finishing what is under way")
     http.closing = True
     server.close()
     for connection in list(http.connections):
         connection.shut_down()
-    deadline = loop.time() + options.drain_seconds
-    while http.connections and loop.time() < deadline:
+    while (http.connections or not grpc_ended.is_set()) and time.monotonic() < until:
         await asyncio.sleep(0.02)
     if http.connections:
         _log.warning("%d connections were cut off after %g s", len(http.connections), options.drain_seconds)
+    return until
 
 
 def _start_grpc(

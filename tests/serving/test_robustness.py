@@ -5,7 +5,9 @@ import json
 import shutil
 import signal
 import socket
+import subprocess
 import threading
+import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -15,9 +17,11 @@ from urllib.parse import urlsplit
 import pytest
 import tensorflow as tf
 from keras_bn_serving.client import Client
+from keras_bn_serving.errors import ServingError
+from tensorflow_serving.apis import prediction_log_pb2
 
 from tests.serving import fuzzing, saved_models
-from tests.serving.servers import RunningServer, running_server
+from tests.serving.servers import ROOT, RunningServer, command, environment, running_server
 
 
 def address_of(server: RunningServer) -> tuple[str, int]:
@@ -244,3 +248,55 @@ def test_a_server_told_to_stop_answers_the_request_that_has_begun_and_takes_noth
         assert server.process.wait(timeout=60) == 0
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(address_of(server), timeout=5).close()
+
+
+def test_what_takes_too_long_is_cut_off_at_one_deadline_whatever_it_came_by(slow_model: Path):
+    flags = ("--model_name=m", f"--model_base_path={slow_model}", "--drain_timeout_in_ms=1500")
+    with running_server(*flags) as server:
+        clients = [Client(server.url), Client(f"grpc://{server.grpc_target}")]
+        failures: list[ServingError] = []
+
+        def ask(client: Client) -> None:
+            try:
+                client.predict("m", [1e6], timeout=60)
+            except ServingError as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=ask, args=[client]) for client in clients]
+        for thread in threads:
+            thread.start()
+        threading.Event().wait(1)
+        server.process.send_signal(signal.SIGTERM)
+        told = time.monotonic()
+        server.process.wait(timeout=60)
+        # With a deadline for each part it would take 6 seconds, or as long as the model does.
+        assert 1.4 < time.monotonic() - told < 5
+        for thread in threads:
+            thread.join()
+        assert len(failures) == 2
+
+
+def test_a_server_told_to_stop_while_it_loads_ends_at_once(slow_model: Path, tmp_path: Path):
+    shutil.copytree(slow_model / "1", tmp_path / "1")
+    log = prediction_log_pb2.PredictionLog()
+    log.predict_log.request.inputs["x"].CopyFrom(tf.make_tensor_proto([1e6], tf.float32))
+    (tmp_path / "1" / "assets.extra").mkdir()
+    with tf.io.TFRecordWriter(str(tmp_path / "1" / "assets.extra" / "tf_serving_warmup_requests")) as file:
+        file.write(log.SerializeToString())
+    flags = ("--rest_api_port=0", "--model_name=m", f"--model_base_path={tmp_path}")
+    process = subprocess.Popen(
+        command(*flags), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "shapes are" in line:  # It is read, and warms up.
+                break
+        threading.Event().wait(0.5)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=5) == 0
+        assert process.stdout is not None
+        assert process.stdout.read() == "Stopped while the models were loading\n"
+    finally:
+        process.kill()
+        process.communicate()
