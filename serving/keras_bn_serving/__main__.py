@@ -24,6 +24,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m keras
         arguments: The flags; those of the process where left out.
         program: What the person typed before them, for the help.
     """
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     try:
         options = command_line.parse(sys.argv[1:] if arguments is None else arguments, program)
     except command_line.UsageError as error:
@@ -31,7 +32,6 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m keras
     if options.version:
         print(f"Embedded model server, TensorFlow {metadata.version('tensorflow')}")
         return 0
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     # How the signatures of a version are run is told whenever one is loaded.
     logging.getLogger("keras_bn_serving.engine").setLevel(logging.INFO)
     if options.log_requests:

@@ -16,6 +16,7 @@ from google.protobuf import text_format
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from keras_bn_serving.client import Client
+from keras_bn_serving.config import flags, foreign_flags
 from keras_bn_serving.config.files import model_configs
 from keras_bn_serving.errors import Code, InvalidArgumentError, ServingError
 from tensorflow_serving.apis import inference_pb2, input_pb2, model_management_pb2, model_service_pb2_grpc
@@ -218,3 +219,28 @@ def test_lists_of_models_are_refused_in_the_words_of_tensorflow_serving(models: 
     message = text_format.Parse(f"model_config_list {{ {models} }}", model_server_config_pb2.ModelServerConfig())
     with pytest.raises(InvalidArgumentError, match=re.escape(text)):
         model_configs(message, "here", served={"served"})
+
+
+@pytest.mark.parametrize("form", ["--{}=1", "--{} 1", "--{}"])
+@pytest.mark.parametrize("name", foreign_flags.WITHOUT_EFFECT)
+def test_flags_of_tensorflow_serving_that_change_no_answer_are_taken_with_a_warning(
+    name: str, form: str, caplog: pytest.LogCaptureFixture
+):
+    options = flags.parse([*form.format(name).split(), "--model_base_path=/m"])
+    assert options.model_base_path == "/m"
+    assert [record.message for record in caplog.records] == [f"--{name} has no effect here, and changes no answer"]
+
+
+@pytest.mark.parametrize("name", foreign_flags.REFUSED)
+def test_flags_of_tensorflow_serving_that_cannot_be_followed_are_refused_with_the_way_out(name: str):
+    default, way = foreign_flags.REFUSED[name]
+    with pytest.raises(flags.UsageError, match=re.escape(f"--{name}=other cannot be followed here: {way}.")):
+        flags.parse([f"--{name}=other", "--model_base_path=/m"])
+    assert flags.parse([f"--{name}={default}", "--model_base_path=/m"]).model_base_path == "/m"
+
+
+def test_the_parallelism_of_sessions_is_that_of_both_pools_where_they_say_nothing():
+    options = flags.parse(
+        ["--tensorflow_session_parallelism=3", "--tensorflow_inter_op_parallelism=1", "--model_base_path=/m"]
+    )
+    assert (options.tensorflow_intra_op_parallelism, options.tensorflow_inter_op_parallelism) == (3, 1)

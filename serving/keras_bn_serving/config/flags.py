@@ -2,8 +2,13 @@
 
 import argparse
 import difflib
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
+
+from keras_bn_serving.config.foreign_flags import REFUSED, WITHOUT_EFFECT
+
+_log = logging.getLogger(__name__)
 
 _TRUE = ("true", "1", "t", "yes", "y")
 _FALSE = ("false", "0", "f", "no", "n")
@@ -20,23 +25,30 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(arguments: Sequence[str], program: str = "python -m keras_bn_serving") -> argparse.Namespace:
-    """Reads the command line.
+    """Reads the command line. Flags of TensorFlow Serving that change no answer are taken with a warning.
 
     Args:
         arguments: The flags.
         program: What stands before them, for the help.
 
     Raises:
-        UsageError: For an unknown flag, naming the nearest one, or for a bad value.
+        UsageError: For an unknown flag, naming the nearest one, for a bad value, or for a flag of TensorFlow Serving
+            that asks for what is not done here, naming what is.
     """
     parser = _make_parser(program)
     options, unknown = parser.parse_known_args(arguments)
     for argument in unknown:
         name = argument.split("=")[0]
-        known = [flag for action in parser._actions for flag in action.option_strings]
+        known = [
+            flag for action in parser._actions if action.help != argparse.SUPPRESS for flag in action.option_strings
+        ]
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         hint = f" Did you mean {nearest[0]}?" if nearest else " See --help for all flags."
         raise UsageError(f"Unknown flag {name}.{hint}")
+    _answer_foreign(options)
+    if options.tensorflow_session_parallelism:
+        for name in ("tensorflow_intra_op_parallelism", "tensorflow_inter_op_parallelism"):
+            setattr(options, name, getattr(options, name) or options.tensorflow_session_parallelism)
     if not options.version and not options.model_base_path and not options.model_config_file:
         raise UsageError("Name a model by --model_base_path=FOLDER, or several by --model_config_file=FILE.")
     if options.batching_parameters_file and not options.enable_batching:
@@ -86,8 +98,25 @@ def _make_parser(program: str) -> argparse.ArgumentParser:
     add("--batching_parameters_file", str, "", "BatchingParameters as text proto", "FILE")
     add("--tensorflow_intra_op_parallelism", _number(int, 0), 0, "threads within an operation; 0 chooses", "COUNT")
     add("--tensorflow_inter_op_parallelism", _number(int, 0), 0, "operations side by side; 0 chooses", "COUNT")
+    add("--tensorflow_session_parallelism", _number(int, 0), 0, "both of these; 0 leaves them", "COUNT")
     add("--xla_cpu_compilation_enabled", _boolean, False, "run functions saved with jit_compile=True", "BOOL")
+    for name in (*WITHOUT_EFFECT, *REFUSED):
+        parser.add_argument(f"--{name}", nargs="?", const="true", help=argparse.SUPPRESS)
+    parser.epilog = (
+        "The other flags of tensorflow_model_server are taken with a warning where they change no answer: "
+        f"{', '.join(WITHOUT_EFFECT)}."
+    )
     return parser
+
+
+def _answer_foreign(options: argparse.Namespace) -> None:
+    for name, (default, way) in REFUSED.items():
+        value = getattr(options, name)
+        if value is not None and value.lower() != default:
+            raise UsageError(f"--{name}={value} cannot be followed here: {way}.")
+    for name in WITHOUT_EFFECT:
+        if getattr(options, name) is not None:
+            _log.warning("--%s has no effect here, and changes no answer", name)
 
 
 def _adder(parser: argparse.ArgumentParser, title: str) -> Callable[[str, Callable[[str], Any], Any, str, str], None]:
