@@ -4,6 +4,7 @@ import grpc
 
 from keras_bn_serving.config.files import read_message
 from keras_bn_serving.config.text_protos import BatchingParameters, SSLConfig
+from keras_bn_serving.engine.cores import usable_cores
 from keras_bn_serving.engine.grouping import BatchingOptions
 from keras_bn_serving.errors import InvalidArgumentError
 
@@ -11,7 +12,7 @@ _DEFAULTS = {
     "max_batch_size": 1000,
     "batch_timeout_micros": 0,
     "max_enqueued_batches": 10,
-    "num_batch_threads": 2,
+    "num_batch_threads": usable_cores(),
 }
 
 

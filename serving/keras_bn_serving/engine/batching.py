@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from keras_bn_serving.engine.cores import usable_cores
 from keras_bn_serving.engine.grouping import BatchingOptions, Outputs, count_rows, run_one, run_together
 from keras_bn_serving.engine.servable import Servable, Signature, check_names, check_shapes, check_types
 from keras_bn_serving.errors import CancelledError, ServingError, UnavailableError
@@ -58,7 +59,7 @@ class Batcher:
 
     Args:
         options: How to group; `None` never groups.
-        num_threads: How many requests run at a time where they are never grouped.
+        num_threads: How many requests run at a time where they are never grouped; None for one a core.
         max_waiting: How many may wait then.
         on_run: Told of every request that ran: its model, its rows, the seconds it waited and ran.
     """
@@ -66,7 +67,7 @@ class Batcher:
     def __init__(
         self,
         options: BatchingOptions | None,
-        num_threads: int = 2,
+        num_threads: int | None = None,
         max_waiting: int = 4096,
         on_run: Callable[[Servable, int, float, float], None] = lambda servable, rows, waited, ran: None,
     ):
@@ -78,7 +79,7 @@ class Batcher:
         self._ready = threading.Condition()
         self._closing = False
         self._will_start = False
-        count = num_threads if options is None else options.num_batch_threads
+        count = options.num_batch_threads if options is not None else num_threads or usable_cores()
         self._threads = [threading.Thread(target=self._work, name=f"run-{n}", daemon=True) for n in range(count)]
         for thread in self._threads:
             thread.start()

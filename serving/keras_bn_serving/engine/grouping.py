@@ -2,10 +2,11 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from keras_bn_serving.engine.cores import usable_cores
 from keras_bn_serving.engine.servable import Servable, Signature
 from keras_bn_serving.errors import FailedPreconditionError, InvalidArgumentError
 
@@ -22,7 +23,7 @@ class BatchingOptions:
         max_batch_size: How many rows a group may have; a larger request runs alone, or is refused if `strict`.
         batch_timeout_seconds: How long a request may wait for others to join it.
         max_enqueued_batches: How many full groups may wait; what comes then is turned away.
-        num_batch_threads: How many groups run at a time.
+        num_batch_threads: How many groups run at a time; as many as there are cores unless told otherwise.
         allowed_batch_sizes: Where set, groups are filled up to the next of these sizes.
         pad_variable_length_inputs: Whether requests of different lengths are filled up, each array with its first
             value, to be grouped.
@@ -33,7 +34,7 @@ class BatchingOptions:
     max_batch_size: int = 64
     batch_timeout_seconds: float = 0.0
     max_enqueued_batches: int = 64
-    num_batch_threads: int = 2
+    num_batch_threads: int = field(default_factory=usable_cores)
     allowed_batch_sizes: tuple[int, ...] = ()
     pad_variable_length_inputs: bool = False
     strict: bool = False
