@@ -11,7 +11,7 @@ from importlib import metadata
 from keras_bn_serving.config import files as config_files
 from keras_bn_serving.config import flags as command_line
 from keras_bn_serving.config.models import ModelConfig, check_base_path
-from keras_bn_serving.errors import ServingError, UnavailableError
+from keras_bn_serving.errors import NotFoundError, ServingError, UnavailableError
 from keras_bn_serving.quiet import import_tensorflow
 
 _INSTALL = "python -m pip install 'keras-bn[serving]'"
@@ -48,7 +48,11 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m keras
 def _serve(options: argparse.Namespace) -> None:
     configs = _read_configs(options)
     for config in configs:
-        check_base_path(config)
+        try:
+            check_base_path(config)
+        except NotFoundError:
+            if not options.wait_for_models:
+                raise
     rest_socket = _bind(options.address, options.rest_api_port)
     # gRPC opens its port itself, once the models are loaded; a taken one should not take that long to tell.
     _bind(options.address, options.port).close()
@@ -77,6 +81,7 @@ def _serve(options: argparse.Namespace) -> None:
             (lambda: _read_configs(options)) if options.model_config_file else None,
             options.model_config_file_poll_wait_seconds,
             options.allow_version_labels_for_unavailable_models,
+            options.wait_for_models,
             options.drain_timeout_in_ms / 1000,
             batching,
             Loader(

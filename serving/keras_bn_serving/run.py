@@ -22,7 +22,7 @@ from keras_bn_serving.engine.metrics import Metrics
 from keras_bn_serving.engine.recurring import Recurring
 from keras_bn_serving.engine.repository import ModelRepository, State
 from keras_bn_serving.engine.service import PredictionService
-from keras_bn_serving.errors import ServingError, UnavailableError
+from keras_bn_serving.errors import NotFoundError, ServingError, UnavailableError
 from keras_bn_serving.rest.http_protocol import HttpConnection, HttpLimits, HttpService
 from keras_bn_serving.rest.server import RestOptions, RestServer
 from keras_bn_serving.rpc.server import make_server
@@ -46,6 +46,7 @@ class ServerOptions:
         read_configs: Reads the models again, where they stand in a file.
         config_poll_wait_seconds: How long to wait between looks at that file; 0 looks once.
         allow_labels_for_unavailable: Whether a label may name a version that is not loaded.
+        wait_for_models: Whether to wait, before it answers anything, until every model has a version.
         drain_seconds: How long all that is under way, over either protocol, may take once the server is told to stop.
         batching: How to group requests; `None` never groups.
         loader: How versions are loaded.
@@ -61,6 +62,7 @@ class ServerOptions:
     read_configs: Callable[[], list[ModelConfig]] | None = None
     config_poll_wait_seconds: float = 0.0
     allow_labels_for_unavailable: bool = False
+    wait_for_models: bool = True
     drain_seconds: float = 30.0
     batching: BatchingOptions | None = field(default_factory=BatchingOptions)
     loader: Loader = field(default_factory=Loader)
@@ -93,7 +95,7 @@ def serve(configs: list[ModelConfig], options: ServerOptions) -> None:
         signal.signal(number, lambda *_: told.set())
     until: float | None = None
     try:
-        _load_models(repository, configs, told)
+        _load_models(repository, configs, options, told)
         grpc_server, ports = _start_grpc(service, metrics, options)
         _print_summary(repository, options, ports)
         if follower is not None:
@@ -113,15 +115,28 @@ def serve(configs: list[ModelConfig], options: ServerOptions) -> None:
         repository.close(max(0.0, until - time.monotonic()))
 
 
-def _load_models(repository: ModelRepository, configs: list[ModelConfig], told: threading.Event) -> None:
+def _load_models(
+    repository: ModelRepository, configs: list[ModelConfig], options: ServerOptions, told: threading.Event
+) -> None:
     """Loads on a thread of its own: TensorFlow would keep this one from hearing signals."""
     errors: list[BaseException] = []
 
     def load() -> None:
-        try:
-            repository.start(configs)
-        except BaseException as error:
-            errors.append(error)
+        missing = ""
+        while not told.is_set():
+            try:
+                repository.start(configs)
+            except NotFoundError as error:
+                if options.wait_for_models:
+                    if error.message != missing:
+                        _log.warning("waiting: %s", error.message)
+                    missing = error.message
+                    told.wait(options.poll_wait_seconds or 1.0)
+                    continue
+                errors.append(error)
+            except BaseException as error:
+                errors.append(error)
+            return
 
     thread = threading.Thread(target=load, name="load-models", daemon=True)
     thread.start()

@@ -1,6 +1,7 @@
 """Versions come and go below a running server."""
 
 import shutil
+import subprocess
 import threading
 from collections import Counter
 from pathlib import Path
@@ -17,7 +18,7 @@ from keras_bn_serving.errors import InvalidArgumentError, ServingError
 from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
 
 from tests.serving import saved_models
-from tests.serving.servers import run_to_the_end, running_server
+from tests.serving.servers import ROOT, command, environment, run_to_the_end, running_server
 
 POLL = "--file_system_poll_wait_seconds=0.05"
 LAST = 20
@@ -163,6 +164,26 @@ def test_a_version_that_is_copied_file_by_file_is_served_once_it_is_whole(tmp_pa
         await_state(client, 2, "AVAILABLE")
         await_state(client, 1, "END")
         assert client.predict("m", [0.0]).tolist() == [2.0]
+
+
+def test_a_base_path_and_a_version_that_are_not_there_yet_are_waited_for(versions: Path, tmp_path: Path):
+    base = tmp_path / "later"
+    flags = ("--rest_api_port=0", "--model_name=m", f"--model_base_path={base}", POLL)
+    process = subprocess.Popen(
+        command(*flags), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stderr is not None
+        assert process.stdout is not None
+        waits = (line for line in process.stderr if "waiting: " in line)
+        assert f"the base path {base} does not exist" in next(waits)
+        base.mkdir()
+        assert f"no version found below {base}" in next(waits)
+        publish(versions, base, 3)
+        assert "Serving m, version 3\n" in iter(process.stdout.readline, "Ready\n")
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_a_refused_reload_leaves_what_is_served_and_is_tried_again(versions: Path, tmp_path: Path):

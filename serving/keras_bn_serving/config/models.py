@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from keras_bn_serving.errors import InvalidArgumentError, NotFoundError
+from keras_bn_serving.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
 
 _VERSION = re.compile(r"\d+")
 _LARGEST_VERSION = 2**63 - 1
@@ -70,14 +70,19 @@ class ModelConfig:
 
 
 def check_base_path(config: ModelConfig) -> None:
-    """Raises a NotFoundError that says what is missing unless the model has a version to serve."""
+    """Says what is missing, unless the model has a version to serve.
+
+    Raises:
+        NotFoundError: If there is no version, or no such folder: it may come.
+        FailedPreconditionError: If the folder is a version itself.
+    """
     if not os.path.isdir(config.base_path):
         problem = "is not a folder" if os.path.exists(config.base_path) else "does not exist"
         raise NotFoundError(f"Model {config.name}: the base path {config.base_path} {problem}.")
     if not config.policy.aspired(config.find_versions()):
-        hint = (
-            "it holds a SavedModel itself; move it into a numbered folder, such as 1, below"
-            if os.path.exists(os.path.join(config.base_path, "saved_model.pb"))
-            else "every version needs a folder with a number as its name, such as 1"
-        )
-        raise NotFoundError(f"Model {config.name}: no version found below {config.base_path}: {hint}.")
+        nothing = f"Model {config.name}: no version found below {config.base_path}"
+        if os.path.exists(os.path.join(config.base_path, "saved_model.pb")):
+            raise FailedPreconditionError(
+                f"{nothing}: it holds a SavedModel itself; move it into a numbered folder, such as 1, below."
+            )
+        raise NotFoundError(f"{nothing}: every version needs a folder with a number as its name, such as 1.")
