@@ -121,7 +121,10 @@ def in_float64(name, shape):
 
 
 def errors_of_the_whole_way(model, exact, size, folder, compiled=False):
-    """Largest relative errors of each step against what `exact` makes of the weights of `model` in float64."""
+    """Largest relative errors of each step against what `exact` makes of the weights of `model` in float64.
+
+    "itself" are those of the stock network in float32, before anything is done with it and when it is recalibrated.
+    """
     many = np.random.default_rng(1).uniform(0, 255, (24, size, size, 3)).astype("float32")
     images = many[:4]
     model = unsettled(model, many)
@@ -131,6 +134,7 @@ def errors_of_the_whole_way(model, exact, size, folder, compiled=False):
         return exact(images.astype("float64"), training=False)
 
     expected = exactly()
+    own = relative_error(expected, model(images, training=False))
     ours = keras_bn.convert(model, images)
     assert all(type(layer) is keras_bn.BatchNormalization for layer in norms_in(ours))
     errors = {"convert": relative_error(expected, ours(images, training=False))}
@@ -144,6 +148,8 @@ def errors_of_the_whole_way(model, exact, size, folder, compiled=False):
         for one in (model, ours):
             keras_bn.recalibrate(one, many, batch_size=len(many), verbose=0)
         errors["recalibrate"] = relative_error(exactly(), ours(images, training=False))
+        own = max(own, relative_error(exactly(), model(images, training=False)))
+    errors["itself"] = own
     if compiled:
         with pytest.raises(ValueError, match=r"`model` must not hold compiled functions.*pass `jit_compile=True`"):
             keras_bn.export(ours, folder / "network", warmup=images)
@@ -170,4 +176,6 @@ def test_a_network_goes_the_whole_way_with_equal_outputs(name, shape, tmp_path):
     errors = errors_of_the_whole_way(model, in_float64(name, shape), size, tmp_path, name in COMPILED)
     del model
     gc.collect()
-    assert {step: error for step, error in errors.items() if not error < 1e-4} == {}
+    # With oneDNN InceptionV3 itself is 1.1e-4 from its result in float64.
+    bar = max(1e-4, 2 * errors.pop("itself"))
+    assert {step: error for step, error in errors.items() if not error < bar} == {}
