@@ -187,7 +187,7 @@ def input_structure(model: keras.Model) -> Any:
     if isinstance(model, keras.Sequential):
         return model.inputs[0]
     if getattr(model, "inputs", None):
-        return model._inputs_struct
+        return model.input
     shapes = list(model._build_shapes_dict.values()) if getattr(model, "_build_shapes_dict", None) else []
     if len(shapes) != 1:
         raise ValueError(
@@ -214,7 +214,7 @@ def _input_name(leaf: keras.KerasTensor) -> str | None:
 
 def _output_names(model: keras.Model, flat: Any) -> list[str]:
     """Names of the flattened outputs: dictionary keys, else what the last operation says, else the layer's own name."""
-    structure = getattr(model, "_outputs_struct", None)
+    structure = None if isinstance(model, keras.Sequential) else getattr(model, "output", None)
     if isinstance(structure, dict) and not any(keras.tree.is_nested(value) for value in structure.values()):
         return unique([identifier(key) for key in sorted(structure)])
     tensors = keras.tree.flatten(flat.structured_outputs)

@@ -62,7 +62,7 @@ class ServerOptions:
     read_configs: Callable[[], list[ModelConfig]] | None = None
     config_poll_wait_seconds: float = 0.0
     allow_labels_for_unavailable: bool = False
-    wait_for_models: bool = True
+    wait_for_models: bool = False
     drain_seconds: float = 30.0
     batching: BatchingOptions | None = field(default_factory=BatchingOptions)
     loader: Loader = field(default_factory=Loader)
@@ -91,8 +91,8 @@ def serve(configs: list[ModelConfig], options: ServerOptions) -> None:
     loop = uvloop.new_event_loop()
     rest = RestServer(service, metrics, batcher.waiting, options.rest, options.timeout_seconds, loop)
     told = threading.Event()
-    for number in _SIGNALS:  # Where it is process 1 of a container, what has no handler is not even heard.
-        signal.signal(number, lambda *_: told.set())
+    # Where it is process 1 of a container, what has no handler is not even heard.
+    before = {number: signal.signal(number, lambda *_: told.set()) for number in _SIGNALS}
     until: float | None = None
     try:
         _load_models(repository, configs, options, told)
@@ -106,6 +106,8 @@ def serve(configs: list[ModelConfig], options: ServerOptions) -> None:
         until = loop.run_until_complete(_serve_until_told(rest, grpc_server, options, told))
     finally:
         until = time.monotonic() + options.drain_seconds if until is None else until
+        for number, handler in before.items():
+            signal.signal(number, handler)
         options.loader.stopping.set()
         if follower is not None:
             follower.stop(0)

@@ -12,8 +12,6 @@ from keras_bn_serving.client import Client
 
 from tests.serving.servers import ROOT, environment, run_to_the_end, running_server
 
-NO_WAIT = "--wait_for_models=false"
-
 
 def assert_one_clear_line(result: subprocess.CompletedProcess[str], *words: str) -> None:
     lines = result.stderr.splitlines()
@@ -25,12 +23,12 @@ def assert_one_clear_line(result: subprocess.CompletedProcess[str], *words: str)
 
 
 def test_a_missing_base_path_is_one_line(tmp_path: Path):
-    result = run_to_the_end("--model_name=m", f"--model_base_path={tmp_path / 'nowhere'}", NO_WAIT)
+    result = run_to_the_end("--model_name=m", f"--model_base_path={tmp_path / 'nowhere'}")
     assert_one_clear_line(result, str(tmp_path / "nowhere"), "does not exist")
 
 
 def test_an_empty_base_path_is_one_line(tmp_path: Path):
-    result = run_to_the_end("--model_name=m", f"--model_base_path={tmp_path}", NO_WAIT)
+    result = run_to_the_end("--model_name=m", f"--model_base_path={tmp_path}")
     assert_one_clear_line(result, str(tmp_path), "no version", "folder with a number")
 
 

@@ -72,7 +72,7 @@ def _make_parser(program: str) -> argparse.ArgumentParser:
     add("--model_config_file", str, "", "ModelServerConfig as text proto, for several models", "FILE")
     add("--model_config_file_poll_wait_seconds", _number(float, 0), 0.0, "reread it so often; 0 never", "SECONDS")
     add("--file_system_poll_wait_seconds", _number(float, 0), 1.0, "look for versions so often; 0 once", "SECONDS")
-    add("--wait_for_models", _boolean, True, "wait for base paths and versions that are not there yet", "BOOL")
+    add("--wait_for_models", _boolean, False, "wait for base paths and versions that are not there yet", "BOOL")
     add("--allow_version_labels_for_unavailable_models", _boolean, False, "let labels name unloaded versions", "BOOL")
     add("--max_num_load_retries", _number(int, 0), 0, "tries after a failed one", "COUNT")
     add("--load_retry_interval_micros", _number(int, 0), 60_000_000, "time between tries", "MICROS")
