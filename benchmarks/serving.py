@@ -236,7 +236,7 @@ def _peers(*arguments: str) -> str:
 def _running(name: str, folder: Path) -> Iterator[Server]:
     command = (
         [sys.executable, "-m", "keras_bn_serving", f"--model_name={NAME}", f"--model_base_path={folder / 'export'}",
-         "--rest_api_port=0"]
+         "--rest_api_port=auto"]
         if name == OURS
         else [sys.executable, "-m", "benchmarks.serving_peers", "serve", str(folder), PEERS[name]]
     )  # fmt: skip

@@ -163,7 +163,7 @@ def serving(model_name: str, model_base_path: Path, log: Path) -> Iterator[str]:
     Raises:
         DemoError: The server ended before it was ready.
     """
-    command = [sys.executable, "-m", "keras_bn_serving", "--rest_api_port=0", f"--model_name={model_name}"]
+    command = [sys.executable, "-m", "keras_bn_serving", "--rest_api_port=auto", f"--model_name={model_name}"]
     command.append(f"--model_base_path={model_base_path.resolve()}")
     with log.open("w") as output:
         server = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)

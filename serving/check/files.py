@@ -169,7 +169,7 @@ def check_dashboard(root: Path = ROOT) -> str:
     metrics.request(MODEL, "predict", "REST", "OK", 0.1)
     metrics.ran(MODEL, 1, 0.1, 0.1)
     # A metric's line begins with its name, its labels in braces.
-    there = set(re.findall(r"^(:[\w:]+)\{", metrics.text(0).decode(), re.MULTILINE))
+    there = set(re.findall(r"^(:[\w:]+)\{", metrics.text(0, 0, []).decode(), re.MULTILINE))
     asked = {name for query in queries for name in re.findall(r":tensorflow:[\w:]+", query)}
     if not asked or asked - there:
         raise CheckError(f"{path.name} asks for {sorted(asked - there)}; there are {sorted(there)}")

@@ -32,8 +32,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m keras
     if options.version:
         print(f"Embedded model server, TensorFlow {metadata.version('tensorflow')}")
         return 0
-    # How the signatures of a version are run is told whenever one is loaded.
-    logging.getLogger("keras_bn_serving.engine").setLevel(logging.INFO)
+    logging.getLogger("keras_bn_serving").setLevel(options.log_level)
     if options.log_requests:
         logging.getLogger("keras_bn_serving.requests").setLevel(logging.INFO)
     try:
@@ -53,9 +52,10 @@ def _serve(options: argparse.Namespace) -> None:
         except NotFoundError:
             if not options.wait_for_models:
                 raise
-    rest_socket = _bind(options.address, options.rest_api_port)
-    # gRPC opens its port itself, once the models are loaded; a taken one should not take that long to tell.
-    _bind(options.address, options.port).close()
+    rest_socket = _bind(options.address, options.rest_api_port) if options.rest_api_port else None
+    if options.port:
+        # gRPC opens its port itself, once the models are loaded; a taken one should not take that long to tell.
+        _bind(options.address, options.port).close()
     metrics_path = config_files.read_metrics_path(options.monitoring_config_file)
     import_tensorflow()
     from keras_bn_serving.config.settings import read_batching, read_credentials
@@ -69,12 +69,15 @@ def _serve(options: argparse.Namespace) -> None:
     if options.enable_batching is not None:
         batching = read_batching(options.batching_parameters_file) if options.enable_batching else None
     host = f"[{options.address}]" if ":" in options.address else options.address
-    unix = (f"unix:{options.grpc_socket_path}",) if options.grpc_socket_path else ()
+    addresses = [f"{host}:{0 if options.port == command_line.AUTO else options.port}"] if options.port else []
+    if options.grpc_socket_path:
+        addresses.append(f"unix:{options.grpc_socket_path}")
+    memory = {} if options.request_memory_in_mb is None else {"request_memory": options.request_memory_in_mb * 2**20}
     serve(
         configs,
         ServerOptions(
             rest_socket,
-            (f"{host}:{options.port}", *unix),
+            tuple(addresses),
             read_credentials(options.ssl_config_file),
             options.rest_api_timeout_in_ms / 1000,
             options.file_system_poll_wait_seconds,
@@ -82,9 +85,10 @@ def _serve(options: argparse.Namespace) -> None:
             options.model_config_file_poll_wait_seconds,
             options.allow_version_labels_for_unavailable_models,
             options.wait_for_models,
+            options.enable_model_management,
             options.drain_timeout_in_ms / 1000,
-            batching,
-            Loader(
+            batching=batching,
+            loader=Loader(
                 LoadOptions(
                     options.tensorflow_intra_op_parallelism,
                     options.tensorflow_inter_op_parallelism,
@@ -97,13 +101,14 @@ def _serve(options: argparse.Namespace) -> None:
                 options.load_retry_interval_micros / 1e6,
                 batching=batching,
             ),
-            RestOptions(
+            rest=RestOptions(
                 options.rest_api_enable_cors_support,
                 options.rest_api_list_models,
                 metrics_path,
                 options.rest_api_num_threads,
                 options.log_requests,
             ),
+            **memory,
         ),
     )
 
@@ -121,7 +126,8 @@ def _fail(message: str, code: int) -> int:
 
 def _bind(host: str, port: int) -> socket.socket:
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        number = 0 if port == command_line.AUTO else port
+        family, kind, protocol, _, address = socket.getaddrinfo(host, number, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)

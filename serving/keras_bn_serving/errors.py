@@ -6,11 +6,16 @@ ServingError
 ├── DeadlineExceededError
 ├── NotFoundError
 ├── AlreadyExistsError
+├── PermissionDeniedError
 ├── ResourceExhaustedError
 ├── FailedPreconditionError
+├── AbortedError
+├── OutOfRangeError
 ├── UnimplementedError
 ├── InternalError
-└── UnavailableError
+├── UnavailableError
+├── DataLossError
+└── UnauthenticatedError
 """
 
 import enum
@@ -90,6 +95,12 @@ class AlreadyExistsError(ServingError):
     code = Code.ALREADY_EXISTS
 
 
+class PermissionDeniedError(ServingError):
+    """The caller may not do that."""
+
+    code = Code.PERMISSION_DENIED
+
+
 class ResourceExhaustedError(ServingError):
     """A limit of the server is reached."""
 
@@ -100,6 +111,18 @@ class FailedPreconditionError(ServingError):
     """The request is well formed but the model is not in a state, or not of a kind, to answer it."""
 
     code = Code.FAILED_PRECONDITION
+
+
+class AbortedError(ServingError):
+    """Another call came in between."""
+
+    code = Code.ABORTED
+
+
+class OutOfRangeError(ServingError):
+    """Something beyond the end was asked for."""
+
+    code = Code.OUT_OF_RANGE
 
 
 class UnimplementedError(ServingError):
@@ -118,3 +141,23 @@ class UnavailableError(ServingError):
     """Not now: asking again later may help."""
 
     code = Code.UNAVAILABLE
+
+
+class DataLossError(ServingError):
+    """What was kept cannot be read any more."""
+
+    code = Code.DATA_LOSS
+
+
+class UnauthenticatedError(ServingError):
+    """The caller has not said who it is."""
+
+    code = Code.UNAUTHENTICATED
+
+
+_CLASSES = {kind.code: kind for kind in ServingError.__subclasses__()}
+
+
+def error_of(code: Code, message: str) -> ServingError:
+    """Returns the error whose class stands for a code."""
+    return _CLASSES.get(code, ServingError)(message, code)

@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import grpc
 import uvloop
@@ -18,17 +18,19 @@ from keras_bn_serving.config.models import ModelConfig
 from keras_bn_serving.engine.batching import Batcher
 from keras_bn_serving.engine.grouping import BatchingOptions
 from keras_bn_serving.engine.loading import Loader
+from keras_bn_serving.engine.machine import usable_memory
+from keras_bn_serving.engine.memory import Memory
 from keras_bn_serving.engine.metrics import Metrics
 from keras_bn_serving.engine.recurring import Recurring
 from keras_bn_serving.engine.repository import ModelRepository, State
 from keras_bn_serving.engine.service import PredictionService
 from keras_bn_serving.errors import NotFoundError, ServingError, UnavailableError
-from keras_bn_serving.rest.http_protocol import HttpConnection, HttpLimits, HttpService
+from keras_bn_serving.rest.application import Application, RestLimits
+from keras_bn_serving.rest.hosting import HttpServer
 from keras_bn_serving.rest.server import RestOptions, RestServer
-from keras_bn_serving.rpc.server import make_server
+from keras_bn_serving.rpc.server import GrpcServer, GrpcServices
 
 _log = logging.getLogger(__name__)
-_BACKLOG = 1024
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _LOOK_SECONDS = 0.1
 
@@ -38,23 +40,25 @@ class ServerOptions:
     """How the server runs, beside which models it serves.
 
     Attributes:
-        rest_socket: Bound, not yet listening.
-        grpc_addresses: Where gRPC answers: `host:port` with 0 for a free port, or `unix:path`.
+        rest_socket: Bound, not yet listening; `None` for no REST.
+        grpc_addresses: Where gRPC answers: `host:port` with 0 for a free port, or `unix:path`; none for no gRPC.
         grpc_credentials: For encrypted gRPC.
-        timeout_seconds: How long an answer may take.
+        timeout_seconds: How long an answer over REST may take.
         poll_wait_seconds: How long to wait between looks at the models' folders.
         read_configs: Reads the models again, where they stand in a file.
         config_poll_wait_seconds: How long to wait between looks at that file; 0 looks once.
         allow_labels_for_unavailable: Whether a label may name a version that is not loaded.
         wait_for_models: Whether to wait, before it answers anything, until every model has a version.
+        manage_models: Whether callers of gRPC may change what is served.
         drain_seconds: How long all that is under way, over either protocol, may take once the server is told to stop.
+        request_memory: How many bytes all requests together may hold.
         batching: How to group requests; `None` never groups.
         loader: How versions are loaded.
         rest: What the REST server offers beside the protocol.
-        limits: What one HTTP connection may cost.
+        limits: What one REST request may cost.
     """
 
-    rest_socket: socket.socket
+    rest_socket: socket.socket | None
     grpc_addresses: tuple[str, ...] = ()
     grpc_credentials: grpc.ServerCredentials | None = None
     timeout_seconds: float = 30.0
@@ -63,11 +67,13 @@ class ServerOptions:
     config_poll_wait_seconds: float = 0.0
     allow_labels_for_unavailable: bool = False
     wait_for_models: bool = False
+    manage_models: bool = False
     drain_seconds: float = 30.0
+    request_memory: int = field(default_factory=lambda: usable_memory() // 2)
     batching: BatchingOptions | None = field(default_factory=BatchingOptions)
     loader: Loader = field(default_factory=Loader)
     rest: RestOptions = field(default_factory=RestOptions)
-    limits: HttpLimits = field(default_factory=HttpLimits)
+    limits: RestLimits = field(default_factory=RestLimits)
 
 
 def serve(configs: list[ModelConfig], options: ServerOptions) -> None:
@@ -79,31 +85,41 @@ def serve(configs: list[ModelConfig], options: ServerOptions) -> None:
         ServingError: If a model cannot be served, or a port is taken.
     """
     metrics = Metrics()
+    memory = Memory(options.request_memory)
     repository = ModelRepository(
-        options.loader, options.poll_wait_seconds, options.allow_labels_for_unavailable, metrics.background_failure
+        replace(options.loader, on_warm_up=metrics.warmed_up),
+        options.poll_wait_seconds,
+        options.allow_labels_for_unavailable,
+        metrics.background_failure,
     )
     batcher = Batcher(
         options.batching,
         on_run=lambda servable, rows, waited, ran: metrics.ran(servable.name, rows, waited, ran),
+        on_group=lambda servable, rows: metrics.ran_together(servable.name, rows),
     )
     service = PredictionService(repository, batcher)
-    follower = _follower(configs, repository, options, metrics)
+
+    def read_metrics() -> bytes:
+        states = [(name, version, state) for name in repository.names() for version, state, _ in repository.known(name)]
+        return metrics.text(batcher.waiting(), memory.held, states)
+
     loop = uvloop.new_event_loop()
-    rest = RestServer(service, metrics, batcher.waiting, options.rest, options.timeout_seconds, loop)
+    rest = RestServer(service, metrics, memory, read_metrics, options.rest, options.timeout_seconds, loop)
+    services = GrpcServices(service, metrics, memory, loop, options.manage_models)
+    follower = _follower(configs, repository, options, metrics)
     told = threading.Event()
     # Where it is process 1 of a container, what has no handler is not even heard.
     before = {number: signal.signal(number, lambda *_: told.set()) for number in _SIGNALS}
     until: float | None = None
     try:
         _load_models(repository, configs, options, told)
-        grpc_server, ports = _start_grpc(service, metrics, options)
-        _print_summary(repository, options, ports)
         if follower is not None:
             follower.start()
         # What is loaded stays: looking through TensorFlow's millions of objects for garbage stops every request.
         gc.collect()
         gc.freeze()
-        until = loop.run_until_complete(_serve_until_told(rest, grpc_server, options, told))
+        application = Application(rest, memory, options.limits)
+        until = loop.run_until_complete(_serve_until_told(application, services, service, options, told))
     finally:
         until = time.monotonic() + options.drain_seconds if until is None else until
         for number, handler in before.items():
@@ -113,6 +129,7 @@ def serve(configs: list[ModelConfig], options: ServerOptions) -> None:
             follower.stop(0)
         loop.close()
         rest.close()
+        services.close()
         batcher.close(max(0.0, until - time.monotonic()))
         repository.close(max(0.0, until - time.monotonic()))
 
@@ -153,7 +170,11 @@ def _load_models(
 
 
 async def _serve_until_told(
-    rest: RestServer, grpc_server: grpc.Server, options: ServerOptions, told_before: threading.Event
+    application: Application,
+    services: GrpcServices,
+    service: PredictionService,
+    options: ServerOptions,
+    told_before: threading.Event,
 ) -> float:
     """Returns the time, of `time.monotonic`, by which all has to end."""
     loop = asyncio.get_running_loop()
@@ -162,35 +183,28 @@ async def _serve_until_told(
         loop.add_signal_handler(number, told.set)
     if told_before.is_set():
         told.set()
-    http = HttpService(rest.handle, rest.refuse, options.limits)
-    server = await loop.create_server(lambda: HttpConnection(http, loop), sock=options.rest_socket, backlog=_BACKLOG)
+    grpc_server = _make_grpc_server(services, service, options)
+    http_server = None if options.rest_socket is None else HttpServer(application, options.rest_socket)
+    _print_summary(service.repository, options, grpc_server.ports)
+    await grpc_server.start()
+    if http_server is not None:
+        await http_server.start()
     print("Ready", flush=True)
     await told.wait()
     until = time.monotonic() + options.drain_seconds
-    grpc_ended = grpc_server.stop(options.drain_seconds)
     _log.info("stopping: no further connections, finishing what is under way")
-    http.closing = True
-    server.close()
-    for connection in list(http.connections):
-        connection.shut_down()
-    while (http.connections or not grpc_ended.is_set()) and time.monotonic() < until:
-        await asyncio.sleep(0.02)
-    if http.connections:
-        _log.warning("%d connections were cut off after %g s", len(http.connections), options.drain_seconds)
+    stopping = [grpc_server.stop(options.drain_seconds)]
+    if http_server is not None:
+        stopping.append(http_server.stop(options.drain_seconds))
+    await asyncio.gather(*stopping)
     return until
 
 
-def _start_grpc(
-    service: PredictionService, metrics: Metrics, options: ServerOptions
-) -> tuple[grpc.Server, Iterable[int]]:
+def _make_grpc_server(services: GrpcServices, service: PredictionService, options: ServerOptions) -> GrpcServer:
     try:
-        server, ports = make_server(
-            service, metrics, options.grpc_addresses, options.timeout_seconds, options.grpc_credentials
-        )
+        return GrpcServer(services, service, options.grpc_addresses, options.grpc_credentials)
     except RuntimeError as error:
         raise UnavailableError(f"Cannot listen for gRPC on {' and '.join(options.grpc_addresses)}.") from error
-    server.start()
-    return server, ports
 
 
 def _follower(
@@ -222,8 +236,9 @@ def _print_summary(repository: ModelRepository, options: ServerOptions, ports: I
     for name in repository.names():
         versions = [str(number) for number, state, _ in repository.status(name) if state is State.AVAILABLE]
         print(f"Serving {name}, version {', '.join(versions)}")
-    host, port = options.rest_socket.getsockname()[:2]
-    print(f"REST at http://{f'[{host}]' if ':' in host else host}:{port}")
+    if options.rest_socket is not None:
+        host, port = options.rest_socket.getsockname()[:2]
+        print(f"REST at http://{f'[{host}]' if ':' in host else host}:{port}")
     scheme = "grpc" if options.grpc_credentials is None else "grpcs"
     for address, chosen in zip(options.grpc_addresses, ports, strict=True):
         place = address if address.startswith("unix:") else f"{scheme}://{address.rpartition(':')[0]}:{chosen}"

@@ -172,7 +172,7 @@ def test_a_misspelled_command_is_exit_code_2():
 
 @pytest.mark.parametrize(
     ("missing", "arguments"),
-    [("httpx", ["ask", "1"]), ("httptools", ["serve", "--model_base_path=.", "--rest_api_port=0"])],
+    [("httpx", ["ask", "1"]), ("httptools", ["serve", "--model_base_path=.", "--rest_api_port=auto"])],
 )
 def test_without_the_extra_a_line_says_what_to_install(missing, arguments, tmp_path):
     (tmp_path / "1").mkdir()

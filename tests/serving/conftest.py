@@ -45,6 +45,6 @@ def models_config(models_folder: Path) -> Path:
 @pytest.fixture(scope="session")
 def server(models_config: Path) -> Iterator[RunningServer]:
     """A server of all the models."""
-    labels = "--allow_version_labels_for_unavailable_models"
-    with running_server(f"--model_config_file={models_config}", labels) as running:
+    flags = ("--allow_version_labels_for_unavailable_models", "--enable_model_management")
+    with running_server(f"--model_config_file={models_config}", *flags) as running:
         yield running

@@ -36,7 +36,7 @@ def environment() -> dict[str, str]:
 def running_server(*flags: str) -> Iterator[RunningServer]:
     """Runs a server on a free port until the block ends."""
     process = subprocess.Popen(
-        command("--rest_api_port=0", *flags), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True
+        command("--rest_api_port=auto", *flags), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True
     )
     try:
         summary = ""

@@ -104,6 +104,16 @@ def test_groups_are_filled_up_to_an_allowed_size(servable: Servable, make_batche
     assert future.result(60)["size"].tolist() == [4, 4, 4]
 
 
+def test_a_request_larger_than_a_run_may_be_runs_in_parts(servable: Servable, make_batcher: Make):
+    options = strict(batch_timeout_seconds=0.0, max_execution_batch_size=3, allowed_batch_sizes=(2, 3))
+    (future,) = run_all(make_batcher(options), servable, "", [[1, 2, 3, 4, 5, 6, 7]])
+    assert future.result(60)["y"].tolist() == [2, 4, 6, 8, 10, 12, 14]
+    # The last part is filled up to the next allowed size.
+    assert future.result(60)["size"].tolist() == [3, 3, 3, 3, 3, 3, 2]
+    with pytest.raises(InvalidArgumentError, match="Task size 9 is larger than maximum input batch size 8"):
+        run_all(make_batcher(options), servable, "", [[1] * 9])
+
+
 def test_requests_of_different_lengths_are_filled_up_with_their_first_value_where_that_is_asked_for(
     servable: Servable, make_batcher: Make
 ):
@@ -179,9 +189,9 @@ def spied(servable: Servable, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     runs: list[int] = []
     run = servable.run
 
-    def counted(signature: Signature, inputs: Any, names: Any = ()) -> Any:
+    def counted(signature: Signature, inputs: Any, *more: Any) -> Any:
         runs.append(len(inputs["x"]))
-        return run(signature, inputs, names)
+        return run(signature, inputs, *more)
 
     monkeypatch.setattr(servable, "run", counted)
     return runs
@@ -314,6 +324,16 @@ def test_a_parameters_file_is_read_and_its_mistakes_are_named(tmp_path: Path):
         read_batching(str(path))
     path.write_text("max_batch_size { value: 8 } allowed_batch_sizes: [4, 16]")
     with pytest.raises(InvalidArgumentError, match=r"end with max_batch_size \(8\). Received: \[4, 16\]"):
+        read_batching(str(path))
+    split = "max_batch_size { value: 8 } enable_large_batch_splitting { value: true } "
+    path.write_text(split + "max_execution_batch_size { value: 4 } allowed_batch_sizes: [2, 4]")
+    options = read_batching(str(path))
+    assert (options.max_batch_size, options.run_size, options.allowed_batch_sizes) == (8, 4, (2, 4))
+    path.write_text(split + "max_execution_batch_size { value: 9 }")
+    with pytest.raises(InvalidArgumentError, match=r"from 1 to max_batch_size \(8\)\. Received: 9"):
+        read_batching(str(path))
+    path.write_text(split + "max_execution_batch_size { value: 4 } allowed_batch_sizes: [2, 8]")
+    with pytest.raises(InvalidArgumentError, match=r"end with max_execution_batch_size \(4\)"):
         read_batching(str(path))
     path.write_text("max_batch_sice { value: 8 }")
     with pytest.raises(InvalidArgumentError, match="max_batch_sice"):

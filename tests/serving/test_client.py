@@ -2,15 +2,26 @@
 
 import asyncio
 import http.server
+import json
 import re
 import socket
 import threading
+import time
 from collections.abc import Iterator
+from typing import ClassVar
 
+import httpx
 import numpy as np
 import pytest
-from keras_bn_serving.client import AsyncClient, Client, Retry
-from keras_bn_serving.errors import Code, DeadlineExceededError, InvalidArgumentError, ServingError
+from keras_bn_serving.client import AsyncClient, Client, Retry, types
+from keras_bn_serving.errors import (
+    Code,
+    DeadlineExceededError,
+    InvalidArgumentError,
+    NotFoundError,
+    ServingError,
+    error_of,
+)
 
 from tests.serving.servers import RunningServer
 
@@ -131,6 +142,98 @@ def test_the_asynchronous_client_asks_many_things_at_once(server: RunningServer,
             return [float(answer[0]) for answer in answers]
 
     assert asyncio.run(ask()) == [number / 2 + 3 for number in range(20)]
+
+
+@pytest.mark.parametrize("scheme", ["http", "grpc"])
+def test_what_is_raised_is_the_class_of_its_code(server: RunningServer, scheme: str):
+    with Client(server.url if scheme == "http" else f"grpc://{server.grpc_target}") as client:
+        with pytest.raises(NotFoundError):
+            client.status("nobody")
+        with pytest.raises(InvalidArgumentError):
+            client.predict("half_plus_two", [1.0], signature_name="none")
+    for code in set(Code) - {Code.OK, Code.UNKNOWN}:
+        assert type(error_of(code, "")) is not ServingError
+        assert error_of(code, "").code is code
+
+
+def test_a_client_of_httpx_is_taken_with_its_headers_and_left_open(server: RunningServer):
+    seen: list[str] = []
+    hooks = {"request": [lambda request: seen.append(request.headers["Authorization"])]}
+    with httpx.Client(headers={"Authorization": "Bearer token"}, event_hooks=hooks) as http_client:
+        with Client(server.url, http=http_client) as client:
+            assert client.predict("half_plus_two", [2.0]).tolist() == [4.0]
+        assert set(seen) == {"Bearer token"}
+        assert not http_client.is_closed
+        with pytest.raises(ValueError, match="with gRPC leave it out"):
+            Client("grpc://127.0.0.1:1", http=http_client)
+
+
+class Slow(http.server.BaseHTTPRequestHandler):
+    """Answers a byte every fifth of a second, for a minute."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "300")
+        self.end_headers()
+        try:
+            for _ in range(300):
+                self.wfile.write(b" ")
+                time.sleep(0.2)
+        except OSError:
+            self.close_connection = True
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_the_time_is_for_the_whole_call_however_often_a_little_comes(kind: type):
+    async def ask(client: AsyncClient) -> None:
+        async with client:
+            await client.status("m")
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Slow) as slow:
+        thread = threading.Thread(target=slow.serve_forever)
+        thread.start()
+        client = kind(f"http://127.0.0.1:{slow.server_address[1]}", timeout=1.0)
+        started = time.monotonic()
+        with pytest.raises(DeadlineExceededError):
+            client.status("m") if kind is Client else asyncio.run(ask(client))
+        assert 0.9 < time.monotonic() - started < 3
+        slow.shutdown()
+        thread.join()
+
+
+class Swapped(http.server.BaseHTTPRequestHandler):
+    """Answers with one output of another type from the second question on."""
+
+    dtypes: ClassVar[list[str]] = ["DT_FLOAT", "DT_INT64"]
+
+    def do_GET(self) -> None:
+        dtype = self.dtypes.pop(0) if len(self.dtypes) > 1 else self.dtypes[0]
+        signature = {"outputs": {"y": {"dtype": dtype}}}
+        self.answer({"metadata": {"signature_def": {"signature_def": {"serving_default": signature}}}})
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.answer({"outputs": [1, 2]})
+
+    def answer(self, content: dict) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+def test_types_are_asked_for_again_after_a_while(monkeypatch: pytest.MonkeyPatch):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Swapped) as swapped:
+        thread = threading.Thread(target=swapped.serve_forever)
+        thread.start()
+        with Client(f"http://127.0.0.1:{swapped.server_address[1]}") as client:
+            assert client.predict("m", [1]).dtype == np.float32
+            assert client.predict("m", [1]).dtype == np.float32
+            monkeypatch.setattr(types, "_REMEMBERED_SECONDS", 0.0)
+            assert client.predict("m", [1]).dtype == np.int64
+        swapped.shutdown()
+        thread.join()
 
 
 class Flaky(http.server.BaseHTTPRequestHandler):

@@ -95,7 +95,7 @@ def test_metrics_carry_tensorflow_servings_names(full_server: RunningServer):
             client.status("nobody")
     status, headers, body = get(full_server, METRICS)
     text = body.decode()
-    assert (status, headers["Content-Type"]) == (200, "text/plain")
+    assert (status, headers["content-type"]) == (200, "text/plain")
     assert ':tensorflow:serving:request_count{model_name="m",status="OK"}' in text
     assert ':tensorflow:serving:request_count{model_name="m",status="INVALID_ARGUMENT"} 1.0' in text
     bucket = ':tensorflow:serving:request_latency_bucket{API="predict",entrypoint="REST",le="10.0",model_name="m"}'
@@ -108,10 +108,10 @@ def test_metrics_carry_tensorflow_servings_names(full_server: RunningServer):
 
 def test_pages_of_other_origins_may_ask_only_where_that_is_on(full_server: RunningServer, server: RunningServer):
     status, headers, _ = get(full_server, "/v1/models/m", "OPTIONS", {"Origin": "http://a.example"})
-    assert (status, headers["Access-Control-Allow-Origin"]) == (200, "*")
+    assert (status, headers["access-control-allow-origin"]) == (200, "*")
     assert get(full_server, "/v1/models/m", "OPTIONS")[0] == 400
-    assert get(full_server, "/v1/models/m")[1]["Access-Control-Allow-Origin"] == "*"
-    assert "Access-Control-Allow-Origin" not in get(server, "/v1/models/multi")[1]
+    assert get(full_server, "/v1/models/m")[1]["access-control-allow-origin"] == "*"
+    assert "access-control-allow-origin" not in get(server, "/v1/models/multi")[1]
 
 
 def test_models_are_listed_only_where_that_is_on(full_server: RunningServer, server: RunningServer):
@@ -186,8 +186,21 @@ def test_multi_inference_answers_several_signatures_at_once(channel: grpc.Channe
         stub.MultiInference(request, timeout=60)
 
 
-def test_a_reloaded_configuration_takes_the_place_of_the_old_one(models_folder: Path):
+def test_what_is_served_is_changed_over_the_network_only_where_that_is_on(models_folder: Path):
     with running_server("--model_name=one", f"--model_base_path={models_folder / 'multi'}") as server:
+        request = model_management_pb2.ReloadConfigRequest()
+        request.config.model_config_list.config.add(
+            name="two", base_path=str(models_folder / "half_plus_two"), model_platform="tensorflow"
+        )
+        with grpc.insecure_channel(server.grpc_target) as channel:
+            with pytest.raises(grpc.RpcError, match="--enable_model_management") as caught:
+                model_service_pb2_grpc.ModelServiceStub(channel).HandleReloadConfigRequest(request, timeout=60)
+            assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
+
+
+def test_a_reloaded_configuration_takes_the_place_of_the_old_one(models_folder: Path):
+    flags = ("--model_name=one", f"--model_base_path={models_folder / 'multi'}", "--enable_model_management")
+    with running_server(*flags) as server:
         request = model_management_pb2.ReloadConfigRequest()
         one = request.config.model_config_list.config.add(
             name="two", base_path=str(models_folder / "half_plus_two"), model_platform="tensorflow"

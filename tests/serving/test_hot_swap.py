@@ -168,7 +168,7 @@ def test_a_version_that_is_copied_file_by_file_is_served_once_it_is_whole(tmp_pa
 
 def test_a_base_path_and_a_version_that_are_not_there_yet_are_waited_for(versions: Path, tmp_path: Path):
     base = tmp_path / "later"
-    flags = ("--rest_api_port=0", "--model_name=m", f"--model_base_path={base}", POLL, "--wait_for_models")
+    flags = ("--rest_api_port=auto", "--model_name=m", f"--model_base_path={base}", POLL, "--wait_for_models")
     process = subprocess.Popen(
         command(*flags), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -293,7 +293,7 @@ def test_a_label_for_a_version_that_is_not_loaded_is_refused_at_the_start(versio
         f'model_config_list {{ config {{ name: "m" base_path: "{tmp_path}" model_platform: "tensorflow" '
         'version_labels { key: "l" value: 9 } } }'
     )
-    result = run_to_the_end(f"--model_config_file={config}", "--rest_api_port=0")
+    result = run_to_the_end(f"--model_config_file={config}", "--rest_api_port=auto")
     assert result.returncode == 1
     assert "label to version 9 of model m, which is not currently available" in result.stderr
 

@@ -65,7 +65,7 @@ def test_curl_gets_its_answer_where_the_server_is_its_proxy(server: RunningServe
 def test_curl_may_ask_for_the_head_alone(server: RunningServer):
     head = run("curl", "-sS", "-I", server.url + "/v1/models/half_plus_two")
     assert head.startswith("HTTP/1.1 400 ")
-    assert "Content-Length: 0" not in head
+    assert "content-length: 0" not in head.lower()
 
 
 def test_javas_client_which_offers_http2_at_every_request_gets_its_answers(server: RunningServer, tmp_path: Path):
@@ -108,11 +108,10 @@ def test_an_offer_with_a_chunked_body_that_comes_in_pieces_is_read(server: Runni
     (b"http://a.example:80/v1/models/half_plus_two:predict", 200, b"3.5"),
     (b"https://user:word@a.example/v1/models/half_plus_two:predict", 200, b"3.5"),
     (b"http://a.example/v1/models/half_plus_two:predict?x=1", 400, b"Malformed request: POST /v1/models/half_plus_two"),
-    (b"http://a.example", 404, b"<TITLE>404 Not Found</TITLE>"),
     (b"/V1/Models/half_plus_two:predict", 200, b"3.5"),
     (b"/v1/models/half%zztwo:predict", 400, b"<TITLE>400 Bad Request</TITLE>"),
     (b"/v1/models/half|two:predict", 400, b"<TITLE>400 Bad Request</TITLE>"),
-    (b"/v1/models/h\xc3\xa4lf:predict", 400, b"<TITLE>400 Bad Request</TITLE>"),
+    (b"/v1/models/h\xc3\xa4lf:predict", 400, b"Not an HTTP request: Invalid char in url path"),
     (b"//v1/models/half_plus_two:predict", 404, b"<TITLE>404 Not Found</TITLE>"),
 ])  # fmt: skip
 def test_a_target_may_be_a_whole_url_and_must_be_one_or_a_path(

@@ -41,13 +41,13 @@ def test_a_saved_model_without_a_numbered_folder_is_one_line(models_folder: Path
 def test_a_corrupt_saved_model_is_one_line(tmp_path: Path):
     (tmp_path / "1").mkdir()
     (tmp_path / "1" / "saved_model.pb").write_bytes(b"this is no SavedModel")
-    result = run_to_the_end("--model_name=m", f"--model_base_path={tmp_path}", "--rest_api_port=0")
+    result = run_to_the_end("--model_name=m", f"--model_base_path={tmp_path}", "--rest_api_port=auto")
     assert_one_clear_line(result, "m version 1 cannot be served", str(tmp_path / "1"))
 
 
 def test_a_version_folder_without_a_saved_model_is_one_line(tmp_path: Path):
     (tmp_path / "1").mkdir()
-    result = run_to_the_end("--model_name=m", f"--model_base_path={tmp_path}", "--rest_api_port=0")
+    result = run_to_the_end("--model_name=m", f"--model_base_path={tmp_path}", "--rest_api_port=auto")
     assert_one_clear_line(result, "Could not find SavedModel .pb or .pbtxt", str(tmp_path / "1"))
 
 

@@ -1,6 +1,7 @@
 """Asks a model server, this one or TensorFlow Serving, over REST or gRPC: NumPy in, NumPy out."""
 
 import asyncio
+import functools
 import random
 import time
 from collections.abc import Mapping, Sequence
@@ -8,10 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpx
+
 from keras_bn_serving.client import drift
 from keras_bn_serving.client.rest import AsyncRestTransport, RestProtocol, RestTransport
 from keras_bn_serving.client.types import ModelVersion, Target
-from keras_bn_serving.errors import Code, DeadlineExceededError, ServingError
+from keras_bn_serving.errors import Code, DeadlineExceededError, ServingError, error_of
 
 __all__ = ["AsyncClient", "Client", "ModelVersion", "Retry"]
 _AGAIN = (Code.RESOURCE_EXHAUSTED, Code.UNAVAILABLE)
@@ -50,11 +53,21 @@ class Retry:
 class _Operations:
     """What the two kinds of client share: the operations, each in terms of `_run`."""
 
-    def __init__(self, url: str, timeout: float = 60.0, retry: Retry | None = None, root_certificate: bytes = b""):
+    def __init__(
+        self,
+        url: str,
+        timeout: float = 60.0,
+        retry: Retry | None = None,
+        root_certificate: bytes = b"",
+        http: httpx.Client | httpx.AsyncClient | None = None,
+    ):
         parts = urlsplit(url)
         if parts.scheme not in _SCHEMES or not parts.netloc:
             raise ValueError(f"`url` must be http, https, grpc or grpcs://host:port. Received: url={url!r}.")
+        if http is not None and parts.scheme not in ("http", "https"):
+            raise ValueError(f"`http` sends REST requests; with gRPC leave it out. Received: url={url!r}.")
         self.url = url.rstrip("/")
+        self._http: Any = http
         self._timeout = timeout
         self._retry = retry or Retry()
         self._protocol: Any
@@ -104,7 +117,9 @@ class _Operations:
             The array of the only output, or a dictionary of arrays by output name.
 
         Raises:
-            ServingError: With the server's code and message, or if it cannot be reached in time.
+            ServingError: With the server's code and message, of the class that stands for the code: `NotFoundError`,
+                `InvalidArgumentError` and so on. `DeadlineExceededError` or `UnavailableError` if the server cannot be
+                reached in time.
         """
         return self._run(self._protocol.predict(_target(model_name, version, label), inputs, signature_name), timeout)
 
@@ -219,6 +234,8 @@ class Client(_Operations):
         timeout: Seconds that a call may take in all, tries and waits included.
         retry: When to ask again.
         root_certificate: For `grpcs`, where the server's certificate is not signed by one that the system trusts.
+        http: An `httpx.Client` that sends REST requests: with headers, a token, a proxy or certificates of one's own.
+            Who made it closes it.
 
     Example:
         >>> with Client("http://127.0.0.1:8501") as client:
@@ -255,20 +272,25 @@ class Client(_Operations):
         self.close()
 
     def _rest_transport(self, url: str) -> Any:
-        return RestTransport(url)
+        return RestTransport(url, self._http)
 
     def _grpc_transport(self, module: Any, target: str, credentials: Any) -> Any:
         return module.GrpcTransport(target, credentials)
 
     def _run(self, operation: Any, timeout: float | None) -> Any:
         deadline = time.monotonic() + (self._timeout if timeout is None else timeout)
-        reply = None
+        go_on = functools.partial(operation.send, None)
         while True:
             try:
-                call = operation.send(reply)
+                call = go_on()
             except StopIteration as finished:
                 return finished.value
-            reply = self._send(call, deadline)
+            try:
+                reply = self._send(call, deadline)
+            except ServingError as error:
+                go_on = functools.partial(operation.throw, error)
+            else:
+                go_on = functools.partial(operation.send, reply)
 
     def _send(self, call: Any, deadline: float) -> Any:
         attempt = 0
@@ -289,6 +311,7 @@ class AsyncClient(_Operations):
         timeout: As for `Client`.
         retry: As for `Client`.
         root_certificate: As for `Client`.
+        http: An `httpx.AsyncClient`, as for `Client`.
 
     Example:
         >>> async with AsyncClient("grpc://127.0.0.1:8500") as client:
@@ -320,20 +343,25 @@ class AsyncClient(_Operations):
         await self.close()
 
     def _rest_transport(self, url: str) -> Any:
-        return AsyncRestTransport(url)
+        return AsyncRestTransport(url, self._http)
 
     def _grpc_transport(self, module: Any, target: str, credentials: Any) -> Any:
         return module.AsyncGrpcTransport(target, credentials)
 
     async def _run(self, operation: Any, timeout: float | None) -> Any:
         deadline = time.monotonic() + (self._timeout if timeout is None else timeout)
-        reply = None
+        go_on = functools.partial(operation.send, None)
         while True:
             try:
-                call = operation.send(reply)
+                call = go_on()
             except StopIteration as finished:
                 return finished.value
-            reply = await self._send(call, deadline)
+            try:
+                reply = await self._send(call, deadline)
+            except ServingError as error:
+                go_on = functools.partial(operation.throw, error)
+            else:
+                go_on = functools.partial(operation.send, reply)
 
     async def _send(self, call: Any, deadline: float) -> Any:
         attempt = 0
@@ -366,7 +394,7 @@ class _Wait:
             return True
         failed = [each for each in versions if each.state == "END" and each.error_code is not Code.OK]
         if failed and len(failed) == len(versions):
-            raise ServingError(failed[0].error_message, failed[0].error_code)
+            raise error_of(failed[0].error_code, failed[0].error_message)
         self._seen = ", ".join(f"version {each.version} is {each.state}" for each in versions)
         return False
 

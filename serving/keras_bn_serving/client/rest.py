@@ -1,9 +1,11 @@
 """What a client sends and reads over REST: each operation yields calls and is sent their replies."""
 
+import asyncio
 import base64
 import contextlib
 import json
 import math
+import time
 from collections.abc import Generator, Iterator, Mapping
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -12,8 +14,8 @@ import httpx
 import numpy as np
 import orjson
 
-from keras_bn_serving.client.types import ModelVersion, Target
-from keras_bn_serving.errors import Code, DeadlineExceededError, ServingError, UnavailableError
+from keras_bn_serving.client.types import ModelVersion, Remembered, Target
+from keras_bn_serving.errors import Code, DeadlineExceededError, UnavailableError, error_of
 
 _CODES = {
     400: Code.INVALID_ARGUMENT,
@@ -53,8 +55,8 @@ class RestProtocol:
     """The operations; each yields calls, is sent their replies, and returns its result."""
 
     def __init__(self) -> None:
-        # JSON carries no element types; they are asked for once a model.
-        self._signatures: dict[str, dict[str, Any]] = {}
+        # JSON carries no element types. They are asked for, and once more after a while: another version may have come.
+        self._signatures = Remembered[str, dict[str, Any]]()
 
     def predict(self, target: Target, inputs: Any, signature_name: str) -> Operation:
         """Asks for a prediction in column format; returns an array, or several by name."""
@@ -69,7 +71,7 @@ class RestProtocol:
         outputs = _loads(reply.body)["outputs"]
         if len(names) != 1 and not (isinstance(outputs, dict) and outputs.keys() == names.keys()):
             # Another version has come since.
-            del self._signatures[place]
+            self._signatures.forget(place)
             names = yield from self._outputs(place, target, signature_name)
         if len(names) == 1:
             return _array(outputs, next(iter(names.values()))["dtype"])
@@ -106,48 +108,100 @@ class RestProtocol:
         return _loads(reply.body)["metadata"]["signature_def"]["signature_def"]
 
     def _outputs(self, place: str, target: Target, signature_name: str) -> Generator[Call, Reply, dict[str, Any]]:
-        if place not in self._signatures:
-            self._signatures[place] = yield from self.metadata(target)
-        return self._signatures[place].get(signature_name or "serving_default", {}).get("outputs", {})
+        signatures = self._signatures.find(place)
+        if signatures is None:
+            signatures = yield from self.metadata(target)
+            self._signatures.keep(place, signatures)
+        return signatures.get(signature_name or "serving_default", {}).get("outputs", {})
 
 
 class RestTransport:
-    """Sends calls and waits for them."""
+    """Sends calls and waits for them.
 
-    def __init__(self, url: str):
+    Args:
+        url: Of the server.
+        http: What sends them; one of our own, which looks at no environment variables, where left out.
+    """
+
+    def __init__(self, url: str, http: httpx.Client | None = None):
         self._url = url
-        self._http = httpx.Client(base_url=url, trust_env=False)
+        self._own = http is None
+        self._http = httpx.Client(trust_env=False) if http is None else http
 
     def send(self, call: Call, seconds: float) -> Reply:
-        with _translated(self._url, call):
-            response = self._http.request(call.method, call.path, content=call.body, timeout=seconds)
-        return check(Reply(response.status_code, response.content))
+        """Sends one call; all of it may take `seconds`."""
+        clock = _Clock(seconds)
+        with (
+            _translated(self._url, call),
+            self._http.stream(
+                call.method, self._url + call.path, content=call.body, timeout=seconds,
+                extensions={"trace": clock.look},
+            ) as response,
+        ):  # fmt: skip
+            body = b"".join(map(clock.checked, response.iter_bytes()))
+        return check(Reply(response.status_code, body))
 
     def close(self) -> None:
-        self._http.close()
+        """Closes the connections, where they are our own."""
+        if self._own:
+            self._http.close()
 
 
 class AsyncRestTransport:
-    """Sends calls and lets others go on meanwhile."""
+    """Sends calls and lets others go on meanwhile.
 
-    def __init__(self, url: str):
+    Args:
+        url: As for `RestTransport`.
+        http: As for `RestTransport`.
+    """
+
+    def __init__(self, url: str, http: httpx.AsyncClient | None = None):
         self._url = url
-        self._http = httpx.AsyncClient(base_url=url, trust_env=False)
+        self._own = http is None
+        self._http = httpx.AsyncClient(trust_env=False) if http is None else http
 
     async def send(self, call: Call, seconds: float) -> Reply:
+        """Sends one call; all of it may take `seconds`."""
+        request = self._http.request(call.method, self._url + call.path, content=call.body, timeout=seconds)
         with _translated(self._url, call):
-            response = await self._http.request(call.method, call.path, content=call.body, timeout=seconds)
+            response = await asyncio.wait_for(request, seconds)
         return check(Reply(response.status_code, response.content))
 
     async def close(self) -> None:
-        await self._http.aclose()
+        """Closes the connections, where they are our own."""
+        if self._own:
+            await self._http.aclose()
+
+
+class _Clock:
+    """Gives every part of a call what is left of the time for the whole: httpx would give each part all of it."""
+
+    def __init__(self, seconds: float):
+        self._deadline = time.monotonic() + seconds
+
+    def look(self, event: str, info: Mapping[str, Any]) -> None:
+        """Is told of every part before it begins."""
+        request = info.get("request")
+        if event.endswith(".started") and request is not None:
+            request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), self._left())
+
+    def checked(self, piece: bytes) -> bytes:
+        """Returns a piece of the answer that has come in time."""
+        self._left()
+        return piece
+
+    def _left(self) -> float:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise httpx.ReadTimeout("the time for the whole call is over")
+        return left
 
 
 @contextlib.contextmanager
 def _translated(url: str, call: Call) -> Iterator[None]:
     try:
         yield
-    except httpx.TimeoutException as error:
+    except (httpx.TimeoutException, asyncio.TimeoutError) as error:
         raise DeadlineExceededError(f"{call.method} {url}{call.path}: no answer in time.") from error
     except httpx.TransportError as error:
         raise UnavailableError(f"{call.method} {url}{call.path}: {error}") from error
@@ -180,7 +234,7 @@ def check(reply: Reply) -> Reply:
         message = str(_loads(reply.body)["error"])
     except (ValueError, KeyError, TypeError):
         message = reply.body[:200].decode(errors="replace") or f"HTTP status {reply.status}"
-    raise ServingError(message, _CODES.get(reply.status, Code.UNKNOWN))
+    raise error_of(_CODES.get(reply.status, Code.UNKNOWN), message)
 
 
 def _jsonable(value: Any) -> Any:

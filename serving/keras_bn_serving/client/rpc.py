@@ -21,9 +21,9 @@ from tensorflow_serving.apis import (
     regression_pb2,
 )
 
-from keras_bn_serving.client.types import ModelVersion, Target
+from keras_bn_serving.client.types import ModelVersion, Remembered, Target
 from keras_bn_serving.codec.tensor_proto import from_array, to_array
-from keras_bn_serving.errors import Code, ServingError
+from keras_bn_serving.errors import Code, InvalidArgumentError, error_of
 
 _UNLIMITED = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 
@@ -42,12 +42,29 @@ class GrpcProtocol:
     """The operations; each yields calls, is sent their responses, and returns its result."""
 
     def __init__(self) -> None:
-        self._input_types: dict[tuple[Target, str], dict[str, Any]] = {}
+        self._input_types = Remembered[tuple[Target, str], dict[str, Any]]()
 
     def predict(self, target: Target, inputs: Any, signature_name: str) -> Operation:
         """Asks for a prediction; returns an array, or several by name."""
+        known = self._input_types.find((target, signature_name)) is not None
+        try:
+            response = yield (yield from self._request(target, inputs, signature_name))
+        except InvalidArgumentError:
+            if not known:
+                raise
+            # Another version may have come since, of other types.
+            self._input_types.forget((target, signature_name))
+            response = yield (yield from self._request(target, inputs, signature_name))
+        outputs = {name: to_array(message, name) for name, message in response.outputs.items()}
+        return next(iter(outputs.values())) if len(outputs) == 1 else outputs
+
+    def _request(self, target: Target, inputs: Any, signature_name: str) -> Generator[Rpc, Any, Rpc]:
         types = yield from self._types(target, signature_name)
         if not isinstance(inputs, Mapping):
+            if not types:
+                raise InvalidArgumentError(
+                    f"Signature {signature_name!r} of {target.model_name} is not there, or empty."
+                )
             if len(types) != 1:
                 raise ValueError(f"`inputs` must be a mapping with the names {sorted(types)}. Received: one array.")
             inputs = {next(iter(types)): inputs}
@@ -55,9 +72,7 @@ class GrpcProtocol:
             model_spec=_spec(target, signature_name),
             inputs={name: from_array(_to_type(value, types.get(name))) for name, value in inputs.items()},
         )
-        response = yield Rpc("Predict", request)
-        outputs = {name: to_array(message, name) for name, message in response.outputs.items()}
-        return next(iter(outputs.values())) if len(outputs) == 1 else outputs
+        return Rpc("Predict", request)
 
     def classify(self, target: Target, examples: Any, context: Any, signature_name: str) -> Operation:
         """Asks for a classification; returns a list of labels with scores for every example."""
@@ -99,14 +114,16 @@ class GrpcProtocol:
 
     def _types(self, target: Target, signature_name: str) -> Generator[Rpc, Any, dict[str, Any]]:
         key = (target, signature_name)
-        if key not in self._input_types:
+        types = self._input_types.find(key)
+        if types is None:
             signatures = yield from self.metadata(target)
             inputs = signatures.get(signature_name or "serving_default", {}).get("inputs", {})
-            self._input_types[key] = {
+            types = {
                 name: tf.as_dtype(info["dtype"].removeprefix("DT_").lower()).as_numpy_dtype
                 for name, info in inputs.items()
             }
-        return self._input_types[key]
+            self._input_types.keep(key, types)
+        return types
 
 
 class GrpcTransport:
@@ -163,7 +180,7 @@ def _translated() -> Iterator[None]:
     try:
         yield
     except grpc.RpcError as error:
-        raise ServingError(error.details() or "", Code(error.code().value[0])) from error
+        raise error_of(Code(error.code().value[0]), error.details() or "") from error
 
 
 def _spec(target: Target, signature_name: str) -> model_pb2.ModelSpec:

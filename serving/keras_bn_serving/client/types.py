@@ -1,8 +1,13 @@
 """What a client says and hears, whatever the protocol."""
 
-from typing import NamedTuple
+import time
+from typing import Generic, NamedTuple, TypeVar
 
 from keras_bn_serving.errors import Code
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+_REMEMBERED_SECONDS = 10.0
 
 
 class Target(NamedTuple):
@@ -27,3 +32,23 @@ class ModelVersion(NamedTuple):
     state: str
     error_code: Code
     error_message: str
+
+
+class Remembered(Generic[Key, Value]):
+    """What a server has said of its models, for a few seconds: it may serve another version by now."""
+
+    def __init__(self) -> None:
+        self._values: dict[Key, tuple[float, Value]] = {}
+
+    def find(self, key: Key) -> Value | None:
+        """Returns what was said, or `None` where that is too long ago."""
+        since, value = self._values.get(key, (0.0, None))
+        return value if since and time.monotonic() - since < _REMEMBERED_SECONDS else None
+
+    def keep(self, key: Key, value: Value) -> None:
+        """Remembers what was said."""
+        self._values[key] = (time.monotonic(), value)
+
+    def forget(self, key: Key) -> None:
+        """Forgets what was said, if anything."""
+        self._values.pop(key, None)

@@ -2,10 +2,12 @@
 
 import base64
 import math
-from collections.abc import Mapping
+import struct
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import orjson
 
 from keras_bn_serving.codec import document as json_document
 from keras_bn_serving.errors import InvalidArgumentError, ResourceExhaustedError
@@ -19,6 +21,12 @@ _BYTES_SUFFIX = "_bytes"
 # Each is a Python string of some 60 bytes until all is written, a million in a second: 1 GB, and as long as a caller
 # waits. Over gRPC there is no such limit.
 _MOST_VALUES = 2**24
+# Below this many numbers, Python's own formatting is as fast as NumPy's calls.
+_FEW = 64
+# Between these, numbers are written without an exponent whether with six digits or with nine.
+_SMALLEST_POWER = -4
+_POWERS = np.array([10.0**power for power in range(_SMALLEST_POWER, 7)])
+_SCALES = np.array([10.0**power for power in range(13)])
 
 
 def encode_error(message: str) -> bytes:
@@ -159,12 +167,40 @@ def _values(name: str, array: np.ndarray, indent: str) -> list[str]:
 
 def _decimals(flat: np.ndarray) -> list[str]:
     """Writes floats: six digits where they give the number back, else as many as its type may need."""
+    if flat.dtype != np.float32 or len(flat) < _FEW:
+        return _printed(flat)
+    with np.errstate(invalid="ignore"):  # A signaling NaN becomes a quiet one.
+        wide = flat.astype(np.float64)
+    size = np.abs(wide)
+    plain = (size >= _POWERS[0]) & (size < _POWERS[-1])
+    # Digits before the point, and none for what is written otherwise.
+    digits = np.where(plain, np.searchsorted(_POWERS, size, side="right") + _SMALLEST_POWER, 0)
+    # Both products are exact: a float32 has 24 bits, and five to the twelfth power 28.
+    short = _rounded(wide, _SCALES[6 - digits])
+    rounded = np.where(short.astype(np.float32) == flat, short, _rounded(wide, _SCALES[9 - digits]))
+    # The shortest text of a double next to a number of at most nine digits has just those.
+    texts = orjson.dumps(np.where(plain, rounded, 0.0), option=orjson.OPT_SERIALIZE_NUMPY)[1:-1].decode().split(",")
+    others = (~plain).nonzero()[0]
+    for position, text in zip(others.tolist(), _printed(flat[others]), strict=True):
+        texts[position] = text
+    return texts
+
+
+def _rounded(numbers: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    return np.rint(numbers * scales) / scales
+
+
+def _printed(flat: np.ndarray) -> list[str]:
     numbers = flat.tolist()
     texts = ("%g " * len(numbers) % tuple(numbers)).split()
-    inexact = np.fromiter(map(float, texts), np.float64, len(texts)).astype(flat.dtype) != flat
+    read: Sequence[float] = list(map(float, texts))
+    if flat.dtype == np.float32:
+        packing = struct.Struct(f"{len(read)}f")
+        read = packing.unpack(packing.pack(*read))
     precise = _FULL_PRECISION[flat.dtype]
-    for position in inexact.nonzero()[0].tolist():
-        texts[position] = precise % numbers[position]
+    for position, (value, number) in enumerate(zip(read, numbers, strict=True)):
+        if value != number:
+            texts[position] = precise % number
     return [text if "." in text or "e" in text else _WHOLE.get(text) or text + ".0" for text in texts]
 
 

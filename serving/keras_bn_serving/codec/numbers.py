@@ -40,6 +40,7 @@ _NUMBERS_AND_SPACE = b"0123456789+-.eE \t\r\n"
 # A tail of any length made of spaces would cost quadratic time.
 _LONGEST_TAIL = 1000
 _LARGEST_KNOWN_BYTES = 256 * 1024
+_TINY = {4: np.finfo(np.float32).tiny, 8: np.finfo(np.float64).tiny}
 _parsers = threading.local()
 
 
@@ -104,10 +105,14 @@ def plain_numbers(body: bytes) -> PlainNumbers | None:
 
 
 def _parse_numbers(text: bytes) -> np.ndarray | None:
-    if not hasattr(_parsers, "parser"):
-        _parsers.parser = simdjson.Parser()
+    if len(text) > _LARGEST_KNOWN_BYTES:
+        parser = simdjson.Parser()  # One keeps the room that it took for its largest text.
+    else:
+        if not hasattr(_parsers, "parser"):
+            _parsers.parser = simdjson.Parser()
+        parser = _parsers.parser
     try:
-        array = _parsers.parser.parse(text)
+        array: Any = parser.parse(text)
         # A number with a point is no integer; without one, an exponent or the size may still make it none.
         if b"." not in text:
             with contextlib.suppress(TypeError, ValueError):
@@ -154,6 +159,6 @@ def to_float32(doubles: np.ndarray) -> np.ndarray:
 
 def flush(numbers: np.ndarray) -> None:
     """Makes subnormal numbers zeros of their sign, in place, as TensorFlow's threads do in whatever they compute."""
-    subnormal = np.abs(numbers) < np.finfo(numbers.dtype).tiny
+    subnormal = np.abs(numbers) < _TINY[numbers.dtype.itemsize]
     if subnormal.any():
         np.copyto(numbers, np.copysign(0.0, numbers), where=subnormal, casting="same_kind")

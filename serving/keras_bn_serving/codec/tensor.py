@@ -35,22 +35,39 @@ class PredictInput(NamedTuple):
     row_format: bool
 
 
-def decode_predict(body: bytes, find_inputs: Callable[[str], Inputs]) -> PredictInput:
-    """Reads the body of a predict request.
+def decode_plain(body: bytes, find_inputs: Callable[[str], Inputs]) -> PredictInput | None:
+    """Reads the body of a predict request where it is one regular list of numbers; returns `None` for any other.
+
+    Args:
+        body: The JSON text.
+        find_inputs: Gives the inputs of a signature by its name.
+
+    Raises:
+        ServingError: What `find_inputs` raises.
+    """
+    numbers = plain_numbers(body)
+    if numbers is None:
+        return None
+    specs = find_inputs(numbers.signature_name)
+    array = numbers.as_array(specs)
+    if array is None:
+        return None
+    return PredictInput(numbers.signature_name, {next(iter(specs)): array}, numbers.row_format)
+
+
+def decode_predict(
+    body: bytes, find_inputs: Callable[[str], Inputs], go_on: Callable[[], None] = lambda: None
+) -> PredictInput:
+    """Reads the body of any predict request.
 
     Args:
         body: The JSON text.
         find_inputs: Gives the inputs of a signature by its name; called once the text has proved to be JSON.
+        go_on: Called for every list that is read; what it raises ends the reading.
 
     Raises:
         ServingError: What `find_inputs` raises, or what is wrong with the body.
     """
-    numbers = plain_numbers(body)
-    if numbers is not None:
-        specs = find_inputs(numbers.signature_name)
-        array = numbers.as_array(specs)
-        if array is not None:
-            return PredictInput(numbers.signature_name, {next(iter(specs)): array}, numbers.row_format)
     document = decode_object(body)
     signature_name = decode_signature_name(document)
     specs = find_inputs(signature_name)
@@ -64,9 +81,9 @@ def decode_predict(body: bytes, find_inputs: Callable[[str], Inputs]) -> Predict
             raise _malformed(document, "Expecting 'instances' to be an list/array")
         if not instances[0]:
             raise _malformed(document, "No values in 'instances' array")
-        return PredictInput(signature_name, _from_rows(instances[0], specs), True)
+        return PredictInput(signature_name, _from_rows(instances[0], specs, go_on), True)
     if inputs:
-        return PredictInput(signature_name, _from_columns(inputs[0], specs), False)
+        return PredictInput(signature_name, _from_columns(inputs[0], specs, go_on), False)
     raise InvalidArgumentError("Missing 'inputs' or 'instances' key")
 
 
@@ -121,7 +138,7 @@ def type_name(value: Any) -> str:
     return "String" if isinstance(value, str) else "Number"
 
 
-def _from_rows(rows: list[Any], specs: Inputs) -> dict[str, np.ndarray]:
+def _from_rows(rows: list[Any], specs: Inputs, go_on: Callable[[], None]) -> dict[str, np.ndarray]:
     if not isinstance(rows[0], JsonObject) and len(specs) > 1:
         raise InvalidArgumentError(
             "instances is a plain list, but expecting list of objects as multiple input tensors required as per "
@@ -138,7 +155,7 @@ def _from_rows(rows: list[Any], specs: Inputs) -> dict[str, np.ndarray]:
             try:
                 if name not in specs:
                     raise InvalidArgumentError(f"JSON object: does not have named input: {name}")
-                columns.setdefault(name, _Column(specs[name].dtype)).add_row(value)
+                columns.setdefault(name, _Column(specs[name].dtype, go_on)).add_row(value)
             except ServingError as error:
                 key = f" key: {name}" if named else ""
                 raise InvalidArgumentError(
@@ -152,7 +169,7 @@ def _from_rows(rows: list[Any], specs: Inputs) -> dict[str, np.ndarray]:
     return {name: column.array((len(rows), *column.shape)) for name, column in columns.items()}
 
 
-def _from_columns(value: Any, specs: Inputs) -> dict[str, np.ndarray]:
+def _from_columns(value: Any, specs: Inputs, go_on: Callable[[], None]) -> dict[str, np.ndarray]:
     if not _is_named(value):
         if len(specs) > 1:
             raise InvalidArgumentError(
@@ -165,7 +182,7 @@ def _from_columns(value: Any, specs: Inputs) -> dict[str, np.ndarray]:
         found = value.find(name)
         if not found:
             raise InvalidArgumentError(f"Missing named input: {name} in 'inputs' object.")
-        column = _Column(spec.dtype)
+        column = _Column(spec.dtype, go_on)
         column.add_row(found[0])
         arrays[name] = column.array(column.shape)
     return arrays
@@ -174,8 +191,9 @@ def _from_columns(value: Any, specs: Inputs) -> dict[str, np.ndarray]:
 class _Column:
     """The values of one input, collected row by row."""
 
-    def __init__(self, dtype: str):
+    def __init__(self, dtype: str, go_on: Callable[[], None]):
         self.dtype = dtype
+        self._go_on = go_on
         self.shape: tuple[int, ...] = ()
         self.values: list[Any] = []
         self._row_size: int | None = None
@@ -220,6 +238,7 @@ class _Column:
                 )
             self.values.append(self._converted(value))
             return
+        self._go_on()
         if level >= len(shape):
             raise InvalidArgumentError(f"Encountered list at unexpected level: {level} expected < {len(shape)}")
         if len(value) != shape[level]:

@@ -7,12 +7,16 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from keras_bn_serving.config.foreign_flags import REFUSED, WITHOUT_EFFECT
+from keras_bn_serving.engine.machine import usable_cores
 
 _log = logging.getLogger(__name__)
 
 _TRUE = ("true", "1", "t", "yes", "y")
 _FALSE = ("false", "0", "f", "no", "n")
 _DEFAULT_GRPC_PORT = 8500
+# Of a port: any that is free.
+AUTO = -1
+_LEVELS = ("debug", "info", "warning", "error")
 
 
 class UsageError(Exception):
@@ -54,7 +58,11 @@ def parse(arguments: Sequence[str], program: str = "python -m keras_bn_serving")
     if options.batching_parameters_file and not options.enable_batching:
         raise UsageError("--batching_parameters_file needs --enable_batching.")
     if options.port is None:
-        options.port = _DEFAULT_GRPC_PORT if options.rest_api_port else 0
+        options.port = AUTO if options.rest_api_port == AUTO else _DEFAULT_GRPC_PORT
+    if options.port == options.rest_api_port not in (0, AUTO):
+        raise UsageError(f"--port and --rest_api_port must differ. Received: {options.port} for both.")
+    if not options.version and not options.rest_api_port and not options.port and not options.grpc_socket_path:
+        raise UsageError("--rest_api_port=0 and --port=0 leave no way to ask. Give one of them a port, or auto.")
     return options
 
 
@@ -81,16 +89,21 @@ def _make_parser(program: str) -> argparse.ArgumentParser:
 
     add = _adder(parser, "where and how to answer")
     add("--address", str, "127.0.0.1", "address to listen on; 0.0.0.0 for every one", "HOST")
-    add("--rest_api_port", _number(int, 0, 65535), 8501, "port of the REST API; 0 takes a free one", "PORT")
-    add("--port", _number(int, 0, 65535), None, "port of gRPC; 0 takes a free one; 8500 or, as for REST, free", "PORT")
+    add("--rest_api_port", _port, 8501, "port of the REST API: a number, auto for a free one, 0 for no REST", "PORT")
+    add("--port", _port, None, "port of gRPC, as for REST; left out, 8500, or auto where REST has auto", "PORT")
     add("--grpc_socket_path", str, "", "answer gRPC on this UNIX socket as well", "PATH")
     add("--ssl_config_file", str, "", "SSLConfig as text proto, for gRPC", "FILE")
     add("--rest_api_timeout_in_ms", _number(int, 1), 30_000, "time for one answer", "MS")
-    add("--rest_api_num_threads", _number(int, 1), 1, "threads that read large JSON bodies", "COUNT")
+    add("--rest_api_num_threads", _number(int, 1), 4 * usable_cores(),
+        "threads that read large JSON bodies and write large answers", "COUNT")  # fmt: skip
     add("--rest_api_enable_cors_support", _boolean, False, "let pages of other origins ask", "BOOL")
     add("--rest_api_list_models", _boolean, False, "list the models at /v1/models", "BOOL")
     add("--monitoring_config_file", str, "", "MonitoringConfig as text proto: where the metrics are", "FILE")
     add("--log_requests", _boolean, False, "log a line of JSON for every REST request", "BOOL")
+    add("--log_level", _level, "INFO", "what is logged at least: " + ", ".join(_LEVELS), "LEVEL")
+    add("--request_memory_in_mb", _number(int, 1), None,
+        "memory that all requests together may hold; left out, half of what the process may use", "MB")  # fmt: skip
+    add("--enable_model_management", _boolean, False, "let callers of gRPC change what is served", "BOOL")
     add("--drain_timeout_in_ms", _number(int, 0), 30_000, "time for answers under way once told to stop", "MS")
 
     add = _adder(parser, "how the models run")
@@ -146,6 +159,23 @@ def _number(kind: type, least: float, most: float | None = None) -> Callable[[st
         return value
 
     return read
+
+
+def _port(text: str) -> int:
+    if text.lower() == "auto":
+        return AUTO
+    try:
+        return _number(int, 0, 65535)(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            f"must be a whole number, from 0 to 65535, where 0 is none, or auto. Received: {text!r}."
+        ) from None
+
+
+def _level(text: str) -> str:
+    if text.lower() not in _LEVELS:
+        raise argparse.ArgumentTypeError(f"must be {', '.join(_LEVELS[:-1])} or {_LEVELS[-1]}. Received: {text!r}.")
+    return text.upper()
 
 
 def _boolean(text: str) -> bool:

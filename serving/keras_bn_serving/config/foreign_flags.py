@@ -21,6 +21,7 @@ WITHOUT_EFFECT = (
 
 # What they ask for is not done here. The value that is the default there asks for nothing.
 REFUSED = {
+    "enable_per_model_batching_parameters": ("false", "use --batching_parameters_file, which is for all models"),
     "enable_serialization_as_tensor_content": (
         "false",
         "gRPC answers stand in the typed fields, as they do by default",

@@ -18,6 +18,8 @@ _MESSAGES: dict[str, list[tuple[str, int | str, bool]]] = {
         ("thread_pool_name", _WRAPPED + "StringValue", False),
         ("allowed_batch_sizes", _Field.TYPE_INT64, True),
         ("pad_variable_length_inputs", _Field.TYPE_BOOL, False),
+        ("enable_large_batch_splitting", _WRAPPED + "BoolValue", False),
+        ("max_execution_batch_size", _WRAPPED + "Int64Value", False),
     ],
     "PrometheusConfig": [("enable", _Field.TYPE_BOOL, False), ("path", _Field.TYPE_STRING, False)],
     "MonitoringConfig": [("prometheus_config", f".{_PACKAGE}.PrometheusConfig", False)],

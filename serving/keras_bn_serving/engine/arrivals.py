@@ -57,31 +57,40 @@ class Arrival:
     def __init__(self, arrivals: Arrivals, loop: asyncio.AbstractEventLoop):
         self._arrivals = arrivals
         self._loop = loop
-        self._waiting: asyncio.Future[Any] = loop.create_future()
+        self._waiting: asyncio.Future[Any] | None = loop.create_future()
 
     def finish(self, outcome: Any) -> None:
         """Brings the outcome: a result, or the error to raise. Any thread may call this."""
-        self._arrivals._add(self._waiting, outcome)
+        waiting = self._waiting
+        if waiting is not None:
+            self._arrivals._add(waiting, outcome)
 
-    async def result(self, seconds: float, cancel: Callable[[], object]) -> Any:
+    async def result(self, seconds: float | None, cancel: Callable[[], object]) -> Any:
         """Returns the result or raises the error.
 
         Args:
-            seconds: How long it may take.
+            seconds: How long it may take; for ever where `None`.
             cancel: Called where the outcome is no longer waited for: it took too long, or this was cancelled.
 
         Raises:
             TimeoutError: If it takes longer than `seconds`.
         """
-        timer = self._loop.call_later(seconds, self._expire)
+        timer = None if seconds is None else self._loop.call_later(seconds, self._expire)
+        waiting = self._waiting
+        if waiting is None:
+            raise RuntimeError("The outcome has been asked for before.")
         try:
-            return await self._waiting
+            return await waiting
         except BaseException:
             cancel()
             raise
         finally:
-            timer.cancel()
+            if timer is not None:
+                timer.cancel()
+            # An error refers to the frames that it went through, and those to all that the request holds: a frame must
+            # not refer to the error, or only the garbage collection would free it, some time.
+            self._waiting = waiting = None
 
     def _expire(self) -> None:
-        if not self._waiting.done():
+        if self._waiting is not None and not self._waiting.done():
             self._waiting.set_exception(TimeoutError())

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from keras_bn_serving.engine.cores import usable_cores
 from keras_bn_serving.engine.grouping import BatchingOptions, Outputs, count_rows, run_one, run_together
+from keras_bn_serving.engine.machine import usable_cores
 from keras_bn_serving.engine.servable import Servable, Signature, check_names, check_shapes, check_types
 from keras_bn_serving.errors import CancelledError, ServingError, UnavailableError
 
@@ -30,6 +30,7 @@ class Task:
         inputs: The arrays by input name.
         output_names: Which outputs are wanted; all where empty.
         finish: Called on a thread of the batcher's once the request has ended.
+        limited: Whether it may run no longer than the servable's time limit.
         rows: How many rows it has, 1 where it is no batch.
         alone: Whether it may not be grouped.
         unwanted: Whether nobody waits for the outputs any longer.
@@ -41,6 +42,7 @@ class Task:
     inputs: Mapping[str, np.ndarray]
     output_names: tuple[str, ...]
     finish: Finish
+    limited: bool = False
     rows: int = 1
     alone: bool = True
     unwanted: bool = False
@@ -62,6 +64,7 @@ class Batcher:
         num_threads: How many requests run at a time where they are never grouped; None for one a core.
         max_waiting: How many may wait then.
         on_run: Told of every request that ran: its model, its rows, the seconds it waited and ran.
+        on_group: Told of every run: its model, and the rows of all its requests.
     """
 
     def __init__(
@@ -70,9 +73,11 @@ class Batcher:
         num_threads: int | None = None,
         max_waiting: int = 4096,
         on_run: Callable[[Servable, int, float, float], None] = lambda servable, rows, waited, ran: None,
+        on_group: Callable[[Servable, int], None] = lambda servable, rows: None,
     ):
         self._options = options
         self._on_run = on_run
+        self._on_group = on_group
         self._max_waiting = max_waiting if options is None else options.max_enqueued_batches * options.max_batch_size
         self._queues: OrderedDict[object, deque[Task]] = OrderedDict()
         self._waiting_rows = 0
@@ -92,6 +97,7 @@ class Batcher:
         finish: Finish,
         output_names: Iterable[str] = (),
         start: Callable[[Callable[[], None]], object] | None = None,
+        limited: bool = False,
     ) -> Task:
         """Runs a signature in the background.
 
@@ -103,6 +109,7 @@ class Batcher:
             output_names: Which outputs are wanted; all where empty.
             start: Calls what it is given a little later, and only then a free thread looks at the request: an event
                 loop's `call_soon` lets those that arrive in one go be grouped.
+            limited: Whether it may run no longer than the servable's time limit.
 
         Raises:
             InvalidArgumentError: If the inputs do not fit, or are more than a group may have.
@@ -113,7 +120,7 @@ class Batcher:
             count_rows(inputs, self._options)
         check_types(signature, inputs)
         check_shapes(signature, inputs)
-        task = Task(servable, signature, inputs, tuple(output_names), finish)
+        task = Task(servable, signature, inputs, tuple(output_names), finish, limited)
         key = self._key(task)
         with self._ready:
             if self._closing:
@@ -153,7 +160,7 @@ class Batcher:
             return object()
         arrays = [task.inputs[name] for name in task.signature.inputs]
         rows = arrays[0].shape[0] if arrays and arrays[0].ndim else 0
-        key = (id(task.servable), task.signature.name, task.output_names)
+        key = (id(task.servable), task.signature.name, task.output_names, task.limited)
         if not rows:
             return object()
         if self._options.strict:
@@ -188,6 +195,8 @@ class Batcher:
                     self._run_alone(task)
             for task in running:
                 self._on_run(task.servable, task.rows, started - task.since, time.monotonic() - started)
+            if running:
+                self._on_group(running[0].servable, sum(task.rows for task in running))
 
     def _next_group(self) -> list[Task] | None:
         with self._ready:
@@ -205,14 +214,14 @@ class Batcher:
     def _time_left(self, queue: deque[Task]) -> float:
         if self._options is None or not self._options.batch_timeout_seconds or self._closing or queue[0].alone:
             return 0.0
-        if sum(task.rows for task in queue) >= self._options.max_batch_size:
+        if sum(task.rows for task in queue) >= self._options.run_size:
             return 0.0
         return queue[0].since + self._options.batch_timeout_seconds - time.monotonic()
 
     def _take(self, key: object, queue: deque[Task]) -> list[Task]:
         group = [queue.popleft()]
         rows = group[0].rows
-        limit = self._options.max_batch_size if self._options is not None else 0
+        limit = self._options.run_size if self._options is not None else 0
         while queue and rows + queue[0].rows <= limit:
             group.append(queue.popleft())
             rows += group[-1].rows
@@ -227,7 +236,9 @@ class Batcher:
 
     def _run_alone(self, task: Task) -> None:
         try:
-            outputs = run_one(task.servable, task.signature, task.inputs, task.output_names, self._options)
+            outputs = run_one(
+                task.servable, task.signature, task.inputs, task.output_names, self._options, task.limited
+            )
         except BaseException as error:
             _finish(task, error)
         else:
@@ -237,7 +248,9 @@ class Batcher:
         first = tasks[0]
         try:
             requests = [task.inputs for task in tasks]
-            results = run_together(first.servable, first.signature, requests, first.output_names, options)
+            results = run_together(
+                first.servable, first.signature, requests, first.output_names, options, first.limited
+            )
         except ServingError as error:
             if options.strict:
                 # TensorFlow Serving has one outcome for a group. What is asked together in production fails together.

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from keras_bn_serving.engine.cores import usable_cores
+from keras_bn_serving.engine.machine import usable_cores
 from keras_bn_serving.engine.servable import Servable, Signature
 from keras_bn_serving.errors import FailedPreconditionError, InvalidArgumentError
 
@@ -24,7 +24,9 @@ class BatchingOptions:
         batch_timeout_seconds: How long a request may wait for others to join it.
         max_enqueued_batches: How many full groups may wait; what comes then is turned away.
         num_batch_threads: How many groups run at a time; as many as there are cores unless told otherwise.
-        allowed_batch_sizes: Where set, groups are filled up to the next of these sizes.
+        max_execution_batch_size: How many rows a run may have: a larger request, up to `max_batch_size`, runs in parts.
+            The same as `max_batch_size` where it is 0.
+        allowed_batch_sizes: Where set, runs are filled up to the next of these sizes.
         pad_variable_length_inputs: Whether requests of different lengths are filled up, each array with its first
             value, to be grouped.
         strict: Whether to do as TensorFlow Serving does with batching on: take every signature to be one of batches
@@ -35,9 +37,15 @@ class BatchingOptions:
     batch_timeout_seconds: float = 0.0
     max_enqueued_batches: int = 64
     num_batch_threads: int = field(default_factory=usable_cores)
+    max_execution_batch_size: int = 0
     allowed_batch_sizes: tuple[int, ...] = ()
     pad_variable_length_inputs: bool = False
     strict: bool = False
+
+    @property
+    def run_size(self) -> int:
+        """How many rows a run may have."""
+        return self.max_execution_batch_size or self.max_batch_size
 
 
 def count_rows(inputs: Inputs, options: BatchingOptions) -> int:
@@ -67,6 +75,7 @@ def run_together(
     requests: Sequence[Inputs],
     output_names: Sequence[str],
     options: BatchingOptions,
+    limited: bool = False,
 ) -> list[Outputs]:
     """Runs requests of one signature, each of at least one row, as one; returns the outputs of each.
 
@@ -74,9 +83,7 @@ def run_together(
         ServingError: For all of them, if they cannot be put together, the model fails, or its outputs are no batch.
     """
     counts = [len(next(iter(inputs.values()))) for inputs in requests]
-    rows = sum(counts)
-    padding = next((size for size in options.allowed_batch_sizes if size >= rows), rows) - rows
-    joined = {}
+    joined, filling = {}, {}
     for name in sorted(signature.inputs):
         arrays = [inputs[name] for inputs in requests]
         if options.pad_variable_length_inputs:
@@ -87,8 +94,33 @@ def run_together(
                 "and padding is turned off. Set pad_variable_length_inputs to true, or ensure that all tensors with "
                 "the same name have equal dimensions starting with the first dim."
             )
-        joined[name] = np.concatenate([*arrays, *[arrays[-1][:1]] * padding])
-    outputs = servable.run(signature, joined, output_names)
+        joined[name] = np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
+        filling[name] = arrays[-1][:1]
+    parts = [
+        _run_part(servable, signature, joined, filling, start, output_names, options, limited)
+        for start in range(0, sum(counts), options.run_size)
+    ]
+    outputs = parts[0] if len(parts) == 1 else {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+    ends = list(itertools.accumulate(counts, initial=0))
+    return [{name: array[start:end] for name, array in outputs.items()} for start, end in itertools.pairwise(ends)]
+
+
+def _run_part(
+    servable: Servable,
+    signature: Signature,
+    inputs: Inputs,
+    filling: Inputs,
+    start: int,
+    output_names: Sequence[str],
+    options: BatchingOptions,
+    limited: bool,
+) -> Outputs:
+    taken = {name: array[start : start + options.run_size] for name, array in inputs.items()}
+    rows = len(next(iter(taken.values())))
+    padding = next((size for size in options.allowed_batch_sizes if size >= rows), rows) - rows
+    if padding:
+        taken = {name: np.concatenate([array, *[filling[name]] * padding]) for name, array in taken.items()}
+    outputs = servable.run(signature, taken, output_names, limited)
     for name in sorted(outputs, key=signature.tensors["outputs"].__getitem__):
         if not outputs[name].ndim:
             raise FailedPreconditionError("Batched output tensor has 0 dimensions")
@@ -97,8 +129,7 @@ def run_together(
                 "Batched output tensor's 0th dimension does not equal the sum of the 0th dimension sizes of the input "
                 "tensors"
             )
-    ends = list(itertools.accumulate(counts, initial=0))
-    return [{name: array[start:end] for name, array in outputs.items()} for start, end in itertools.pairwise(ends)]
+    return {name: array[:rows] for name, array in outputs.items()}
 
 
 def run_one(
@@ -107,6 +138,7 @@ def run_one(
     inputs: Inputs,
     output_names: Sequence[str],
     options: BatchingOptions | None,
+    limited: bool = False,
 ) -> Outputs:
     """Runs one request as a group of its own where TensorFlow Serving would, else as it is.
 
@@ -115,8 +147,8 @@ def run_one(
     """
     # TensorFlow Serving never answers a batch without rows. Nobody can want that.
     if options is None or not options.strict or not count_rows(inputs, options):
-        return servable.run(signature, inputs, output_names)
-    return run_together(servable, signature, [inputs], output_names, options)[0]
+        return servable.run(signature, inputs, output_names, limited)
+    return run_together(servable, signature, [inputs], output_names, options, limited)[0]
 
 
 def _of_one_size(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:

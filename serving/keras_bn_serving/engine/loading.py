@@ -3,6 +3,8 @@
 import logging
 import os
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import tensorflow as tf
@@ -32,6 +34,7 @@ class Loader:
         retry_wait_seconds: How long to wait before that.
         stopping: Set once there is no use in trying again.
         batching: How requests are grouped: warm-up requests keep the same rules.
+        on_warm_up: Told of every warm-up: the model's name, how it ended, and the seconds that it took.
     """
 
     options: LoadOptions = field(default_factory=LoadOptions)
@@ -41,6 +44,7 @@ class Loader:
     retry_wait_seconds: float = 60.0
     stopping: threading.Event = field(default_factory=threading.Event)
     batching: BatchingOptions | None = None
+    on_warm_up: Callable[[str, str, float], None] = lambda name, status, seconds: None
 
     def __call__(self, name: str, version: int, path: str) -> Servable:
         """Returns the version, loaded and warm.
@@ -63,11 +67,16 @@ class Loader:
         servable = Servable(path, self.options, name)
         file = os.path.join(path, _WARMUP_FILE)
         if self.warm_up and os.path.exists(file):
+            started, status = time.monotonic(), Code.UNKNOWN
             try:
                 _run_all(servable, file, self.warm_up_iterations, self.batching)
-            except BaseException:
+                status = Code.OK
+            except BaseException as error:
+                status = error.code if isinstance(error, ServingError) else status
                 servable.close()
                 raise
+            finally:
+                self.on_warm_up(name, status.name, time.monotonic() - started)
         return servable
 
 

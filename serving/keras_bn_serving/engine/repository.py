@@ -106,6 +106,8 @@ class ModelRepository:
         self._managing = threading.Lock()
         self._closing = threading.Event()
         self._patience = 0.0
+        self._on_failure = on_failure
+        self._unloading: list[threading.Thread] = []
 
     def start(self, configs: Iterable[ModelConfig]) -> None:
         """Loads the models and goes on to follow their folders.
@@ -204,6 +206,9 @@ class ModelRepository:
         with self._managing:
             self._configs = {}
             self._refresh()
+            unloading = self._unloading
+        for thread in unloading:
+            thread.join()
 
     def _poll(self) -> None:
         with self._managing:
@@ -252,7 +257,8 @@ class ModelRepository:
         """Loads a version that is not loaded, and not known to fail or to be tried `again`; returns it if tried."""
         known = self._models.setdefault(name, {})
         last = known.get(number)
-        if last is not None and last.state is not State.END:
+        # One that is being unloaded, and wanted again, is loaded beside it.
+        if last is not None and last.state not in (State.UNLOADING, State.END):
             return None
         # Before it is loaded: of a version that is just being copied, more may come meanwhile.
         files = _files_below(path)
@@ -285,17 +291,30 @@ class ModelRepository:
         return version
 
     def _unload(self, name: str, version: Version) -> None:
-        if version.state is not State.AVAILABLE:
-            return
+        """Unloads a version once it is out of use; on a thread of its own, so that one that never is stops nothing."""
         with self._changed:
+            if version.state is not State.AVAILABLE:
+                return
             version.state = State.UNLOADING
+        thread = threading.Thread(
+            target=self._unload_unused, args=(name, version), name=f"unload-{name}-{version.number}", daemon=True
+        )
+        self._unloading = [each for each in self._unloading if each.is_alive()] + [thread]
+        thread.start()
+
+    def _unload_unused(self, name: str, version: Version) -> None:
+        with self._changed:
             # Once the server stops, what does not end in time is cut off: closing a model cancels its runs.
             while version.in_use and not self._closing.is_set():
                 self._changed.wait(_LOOK_SECONDS)
             self._changed.wait_for(lambda: version.in_use == 0, self._patience)
             servable, version.servable = version.servable, None
-        if servable is not None:
-            servable.close()
+        try:
+            if servable is not None:
+                servable.close()
+        except Exception:
+            _log.exception("model %s version %d: could not be unloaded", name, version.number)
+            self._on_failure(threading.current_thread().name)
         with self._changed:
             version.state = State.END
         _log.info("model %s version %d: unloaded", name, version.number)

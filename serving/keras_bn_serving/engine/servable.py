@@ -42,7 +42,7 @@ class LoadOptions:
         intra_op_parallelism: Threads for one operation; 0 lets TensorFlow choose.
         inter_op_parallelism: Threads for operations side by side; 0 lets TensorFlow choose.
         xla: Whether to run functions that were saved to be compiled by XLA.
-        timeout_seconds: How long one run may take; 0 for any time.
+        timeout_seconds: How long a run may take that is limited at all.
     """
 
     intra_op_parallelism: int = 0
@@ -116,7 +116,7 @@ class Servable:
                 grouped = f"each request alone, as {why}" if (why := signature.findings.alone) else "grouped"
                 checked = "are checked" if signature.findings.checks_shapes else "are TensorFlow's to check"
                 _log.info("%s, signature %s: %s; shapes %s", name or path, signature.name, grouped, checked)
-        self._run_options = config_pb2.RunOptions(timeout_in_ms=round(options.timeout_seconds * 1000))
+        self._limit = config_pb2.RunOptions(timeout_in_ms=round(options.timeout_seconds * 1000))
         self._disabled = (
             set()
             if options.xla
@@ -127,7 +127,7 @@ class Servable:
             }
         )
         self._lock = threading.Lock()
-        self._callables: dict[tuple[str, tuple[str, ...]], object] = {}
+        self._callables: dict[tuple[str, tuple[str, ...], bool], object] = {}
 
     def signature(self, name: str) -> Signature:
         """Returns a signature by name; an empty name stands for `serving_default`.
@@ -141,7 +141,11 @@ class Servable:
         return self.signatures[key]
 
     def run(
-        self, signature: Signature, inputs: Mapping[str, np.ndarray], output_names: Iterable[str] = ()
+        self,
+        signature: Signature,
+        inputs: Mapping[str, np.ndarray],
+        output_names: Iterable[str] = (),
+        limited: bool = False,
     ) -> dict[str, np.ndarray]:
         """Runs a signature.
 
@@ -149,6 +153,7 @@ class Servable:
             signature: One of this model's.
             inputs: The arrays by input name, no more and no fewer than the signature has.
             output_names: Which outputs to compute; all where empty.
+            limited: Whether it may take no longer than the time limit.
 
         Raises:
             ServingError: If the inputs do not fit, or with TensorFlow's code and message if the model fails.
@@ -159,7 +164,7 @@ class Servable:
         if signature.name in self._disabled:
             raise InternalError("XLA compilation disabled")
         wanted = tuple(output_names) or tuple(signature.outputs)
-        run = self._callable(signature, wanted)
+        run = self._callable(signature, wanted, limited)
         try:
             values = run(*(inputs[name] for name in sorted(signature.inputs)))  # type: ignore[operator]
         except tf.errors.OpError as error:
@@ -176,8 +181,8 @@ class Servable:
         self._callables.clear()
         self._session.close()
 
-    def _callable(self, signature: Signature, output_names: tuple[str, ...]) -> object:
-        key = (signature.name, output_names)
+    def _callable(self, signature: Signature, output_names: tuple[str, ...], limited: bool) -> object:
+        key = (signature.name, output_names, limited)
         with self._lock:
             if key not in self._callables:
                 for name in output_names:
@@ -191,7 +196,7 @@ class Servable:
                     config_pb2.CallableOptions(
                         feed=[signature.tensors["inputs"][name] for name in sorted(signature.inputs)],
                         fetch=[signature.tensors["outputs"][name] for name in output_names],
-                        run_options=self._run_options,
+                        run_options=self._limit if limited else None,
                     )
                 )
             return self._callables[key]

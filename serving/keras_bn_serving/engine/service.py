@@ -74,6 +74,7 @@ class PredictionService:
         finish: Finish,
         output_names: Iterable[str] = (),
         start: Callable[[Callable[[], None]], object] | None = None,
+        limited: bool = False,
     ) -> Task:
         """Runs a signature on arrays, in the background.
 
@@ -84,6 +85,7 @@ class PredictionService:
             finish: Told the outputs by name, or the error, on another thread.
             output_names: Which outputs are wanted; all where empty.
             start: Calls what it is given a little later, once the requests that came with this one are there too.
+            limited: Whether it may run no longer than the time limit.
 
         Raises:
             FailedPreconditionError: If there is no such signature.
@@ -97,7 +99,7 @@ class PredictionService:
             lease.release()
             finish(outcome)
 
-        return self._batcher.submit(lease.servable, signature, inputs, done, output_names, start)
+        return self._batcher.submit(lease.servable, signature, inputs, done, output_names, start, limited)
 
     def classify(
         self,
@@ -105,6 +107,7 @@ class PredictionService:
         signature_name: str,
         message: input_pb2.Input,
         finish: Callable[[examples.Classes | BaseException], None],
+        limited: bool = False,
     ) -> Task:
         """Classifies examples, in the background.
 
@@ -116,7 +119,7 @@ class PredictionService:
         inputs = examples.serialize(message)
         count = len(inputs["inputs"])
         read = _reading(finish, lambda outputs: examples.read_classes(outputs, count))
-        return self.predict(lease, signature.name, inputs, read)
+        return self.predict(lease, signature.name, inputs, read, limited=limited)
 
     def regress(
         self,
@@ -124,6 +127,7 @@ class PredictionService:
         signature_name: str,
         message: input_pb2.Input,
         finish: Callable[[np.ndarray | BaseException], None],
+        limited: bool = False,
     ) -> Task:
         """Regresses examples, in the background.
 
@@ -135,7 +139,7 @@ class PredictionService:
         inputs = examples.serialize(message)
         count = len(inputs["inputs"])
         read = _reading(finish, lambda outputs: examples.read_numbers(outputs, count))
-        return self.predict(lease, signature.name, inputs, read)
+        return self.predict(lease, signature.name, inputs, read, limited=limited)
 
     def status(self, spec: ModelSpec) -> list[tuple[int, State, ServingError | None]]:
         """Returns the versions of a model with their states, newest first.

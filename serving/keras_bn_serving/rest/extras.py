@@ -8,11 +8,11 @@ from typing import Any
 
 from keras_bn_serving.codec.answer import encode_error
 from keras_bn_serving.codec.tensor_spec import TensorSpec
-from keras_bn_serving.engine.metrics import CONTENT_TYPE, Metrics
+from keras_bn_serving.engine.metrics import CONTENT_TYPE
 from keras_bn_serving.engine.repository import State
 from keras_bn_serving.engine.servable import Signature
 from keras_bn_serving.engine.service import ModelSpec, PredictionService
-from keras_bn_serving.rest.http_messages import Request, Response
+from keras_bn_serving.rest.messages import Request, Response
 
 _PAGE_FOLDER = Path(__file__).parent / "page"
 _PAGE_TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css", ".js": "text/javascript"}
@@ -29,17 +29,13 @@ class Extras:
 
     Args:
         service: What knows the models.
-        metrics: What has been counted.
-        waiting_rows: Tells how much waits to be run.
+        read_metrics: Returns what has been counted.
         metrics_path: Where the metrics are; empty for nowhere.
     """
 
-    def __init__(
-        self, service: PredictionService, metrics: Metrics, waiting_rows: Callable[[], int], metrics_path: str
-    ):
+    def __init__(self, service: PredictionService, read_metrics: Callable[[], bytes], metrics_path: str):
         self._service = service
-        self._metrics = metrics
-        self._waiting_rows = waiting_rows
+        self._read_metrics = read_metrics
         self._metrics_path = metrics_path
 
     def answer(self, request: Request) -> Response | None:
@@ -48,7 +44,7 @@ class Extras:
             return None
         path = request.target.split("?")[0]
         if path == self._metrics_path:
-            return Response(HTTPStatus.OK, self._metrics.text(self._waiting_rows()), CONTENT_TYPE)
+            return Response(HTTPStatus.OK, self._read_metrics(), CONTENT_TYPE)
         if path == "/healthz":
             return _json({"status": "alive"})
         if path == "/readyz":

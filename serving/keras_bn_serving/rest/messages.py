@@ -1,11 +1,11 @@
-"""HTTP requests and responses as values, and a response as bytes."""
+"""HTTP requests and responses as values."""
 
 import functools
 import re
-import time
-from email.utils import formatdate
 from http import HTTPStatus
 from typing import NamedTuple
+
+from keras_bn_serving.engine.memory import Share
 
 Headers = dict[bytes, bytes]
 
@@ -22,12 +22,14 @@ class Request(NamedTuple):
         target: The request's target, as it came.
         headers: By lower-case name; of equal names the last counts.
         body: Decompressed.
+        share: The memory that it holds.
     """
 
     method: str
     target: str
     headers: Headers
     body: bytes
+    share: Share
 
 
 class Response(NamedTuple):
@@ -46,6 +48,7 @@ class Response(NamedTuple):
     headers: tuple[tuple[str, str], ...] = ()
 
 
+@functools.lru_cache(maxsize=1024)
 def path_of(target: str) -> str | None:
     """Returns path, query and fragment of a target, which may be a whole URL; `None` if it is neither."""
     authority = _AUTHORITY.match(target)
@@ -60,29 +63,3 @@ def html_error(status: HTTPStatus) -> Response:
         "</BODY></HTML>\n"
     )
     return Response(status, page.encode(), "text/html")
-
-
-def serialize(response: Response, keep_alive: bool, version: str, head_only: bool) -> bytes:
-    """Writes a response as it goes over the wire."""
-    try:
-        reason = HTTPStatus(response.status).phrase
-    except ValueError:
-        reason = "Client Closed Request"
-    lines = [
-        f"HTTP/1.1 {response.status} {reason}",
-        f"Content-Type: {response.content_type}",
-        f"Date: {_date(int(time.time()))}",
-        f"Content-Length: {len(response.body)}",
-        *(f"{name}: {value}" for name, value in response.headers),
-    ]
-    if not keep_alive:
-        lines.append("Connection: close")
-    elif version == "1.0":
-        lines.append("Connection: keep-alive")
-    head = "\r\n".join(lines) + "\r\n\r\n"
-    return head.encode("latin-1") + (b"" if head_only else response.body)
-
-
-@functools.lru_cache(maxsize=1)
-def _date(seconds: int) -> str:
-    return formatdate(seconds, usegmt=True)

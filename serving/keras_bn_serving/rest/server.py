@@ -4,27 +4,40 @@ import asyncio
 import json
 import logging
 import re
+import threading
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from http import HTTPStatus
+from typing import Any, TypeVar
 from urllib.parse import unquote_to_bytes
 
+import numpy as np
 from google.protobuf import json_format
-from tensorflow_serving.apis import get_model_metadata_pb2, get_model_status_pb2
+from tensorflow_serving.apis import get_model_metadata_pb2, get_model_status_pb2, input_pb2
 
 from keras_bn_serving.codec.answer import encode_classifications, encode_error, encode_predict, encode_regressions
 from keras_bn_serving.codec.examples import decode_examples
-from keras_bn_serving.codec.tensor import PredictInput, decode_predict
+from keras_bn_serving.codec.tensor import PredictInput, decode_plain, decode_predict
 from keras_bn_serving.codec.tensor_spec import TensorSpec
 from keras_bn_serving.engine.arrivals import Arrivals
+from keras_bn_serving.engine.memory import Memory, Share, size_of
 from keras_bn_serving.engine.metrics import Metrics
 from keras_bn_serving.engine.repository import Lease
 from keras_bn_serving.engine.service import ModelSpec, PredictionService
-from keras_bn_serving.errors import NO_MEMORY, Code, InvalidArgumentError, ServingError
+from keras_bn_serving.errors import (
+    NO_MEMORY,
+    Code,
+    InvalidArgumentError,
+    ResourceExhaustedError,
+    ServingError,
+    error_of,
+)
 from keras_bn_serving.rest.extras import Extras
-from keras_bn_serving.rest.http_messages import Request, Response, html_error, path_of
+from keras_bn_serving.rest.messages import Request, Response, html_error, path_of
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 _request_log = logging.getLogger("keras_bn_serving.requests")
@@ -55,8 +68,16 @@ _LOOK = re.compile(
 )
 _PROTOCOL = re.compile("/v1/", re.IGNORECASE)
 _LARGEST_VERSION = 2**63 - 1
-# Below this a body is read at once, in a millisecond or so; a larger one would keep the other connections waiting.
-_READ_AT_ONCE_BYTES = 256 * 1024
+# What grows with a body or an answer keeps other connections waiting: at once only what takes a millisecond or less.
+SMALL_BYTES = 64 * 1024
+_AT_ONCE_BYTES = 1024
+_AT_ONCE_VALUES = 2048
+# Bytes of memory at the worst, measured: for a byte of a body that is a list of numbers, and of any other; for a value
+# of an answer, and for a byte of the array that it stands in.
+_PLAIN_COST = 25
+_DOCUMENT_COST = 40
+_VALUE_COST = 150
+_STRING_COST = 6
 _CORS = (
     ("Access-Control-Allow-Origin", "*"),
     ("Access-Control-Allow-Methods", "GET, POST"),
@@ -77,14 +98,14 @@ class RestOptions:
         cors: Whether pages of other origins may ask.
         list_models: Whether `GET /v1/models` lists the models, where TensorFlow Serving refuses it.
         metrics_path: Where Prometheus finds the metrics; empty for nowhere.
-        num_threads: Threads that read large bodies.
+        num_threads: Threads that read bodies and write answers, where either takes long.
         log_requests: Whether to write a line of JSON to the log for every request.
     """
 
     cors: bool = False
     list_models: bool = False
     metrics_path: str = ""
-    num_threads: int = 1
+    num_threads: int = 4
     log_requests: bool = False
 
 
@@ -94,7 +115,8 @@ class RestServer:
     Args:
         service: What answers.
         metrics: What counts.
-        waiting_rows: Tells how much waits to be run.
+        memory: What requests may hold.
+        read_metrics: Returns what has been counted, as text.
         options: What to do beside the protocol.
         timeout_seconds: How long an answer may take.
         loop: Where `handle` runs.
@@ -104,19 +126,21 @@ class RestServer:
         self,
         service: PredictionService,
         metrics: Metrics,
-        waiting_rows: Callable[[], int],
+        memory: Memory,
+        read_metrics: Callable[[], bytes],
         options: RestOptions,
         timeout_seconds: float,
         loop: asyncio.AbstractEventLoop,
     ):
         self._service = service
         self._metrics = metrics
+        self._memory = memory
         self._options = options
         self._timeout_seconds = timeout_seconds
-        self._extras = Extras(service, metrics, waiting_rows, options.metrics_path)
+        self._extras = Extras(service, read_metrics, options.metrics_path)
         self._loop = loop
         self._arrivals = Arrivals(loop)
-        self._readers = ThreadPoolExecutor(options.num_threads, thread_name_prefix="read")
+        self._workers = ThreadPoolExecutor(options.num_threads, thread_name_prefix="rest")
 
     async def handle(self, request: Request) -> Response:
         """Answers one request, whatever happens."""
@@ -169,7 +193,7 @@ class RestServer:
 
     def close(self) -> None:
         """Frees the threads."""
-        self._readers.shutdown()
+        self._workers.shutdown(wait=False, cancel_futures=True)
 
     async def _route(self, request: Request, run: re.Match[str] | None, look: re.Match[str] | None) -> Response:
         if not _PROTOCOL.match(request.target):
@@ -182,7 +206,7 @@ class RestServer:
         # The pattern ignores case, what it is dispatched by does not.
         if run is not None and run[4] in ("predict", "classify", "regress"):
             spec = _model_spec(*run.groups()[:3])
-            return await (self._predict if run[4] == "predict" else self._run)(spec, request.body, run[4])
+            return await (self._predict if run[4] == "predict" else self._run)(spec, request, run[4])
         if look is not None:
             if look[1] is None and self._options.list_models and not any(look.groups()):
                 return self._extras.models()
@@ -192,50 +216,139 @@ class RestServer:
             return self._metadata(spec) if look[4] == "metadata" else self._status(spec)
         raise InvalidArgumentError(f"Malformed request: {request.method} {request.target}")
 
-    async def _predict(self, spec: ModelSpec, body: bytes, method: str) -> Response:
+    async def _predict(self, spec: ModelSpec, request: Request, method: str) -> Response:
         taken: list[Lease] = []
-
-        def read() -> PredictInput:
-            return decode_predict(body, self._taking(spec, taken))
+        find_inputs = self._taking(spec, taken)
+        reading: Future[PredictInput] | None = None
 
         def release(_: object = None) -> None:
             for lease in taken:
                 lease.release()
 
-        reading = None if len(body) <= _READ_AT_ONCE_BYTES else self._readers.submit(read)
+        body, share = request.body, request.share
         try:
-            understood = (
-                read()
-                if reading is None
-                else await asyncio.wait_for(asyncio.wrap_future(reading), self._timeout_seconds)
-            )
+            understood = decode_plain(body, find_inputs) if len(body) <= SMALL_BYTES else None
+            if understood is None and len(body) <= _AT_ONCE_BYTES:
+                understood = decode_predict(body, find_inputs)
+            if understood is None:
+                reading, read = self._in_background(lambda go_on: self._decode(request, find_inputs, go_on))
+                understood = await read
+            if len(body) > SMALL_BYTES:
+                share.hold(share.held + size_of(understood.inputs))
             arrival = self._arrivals.expect()
             task = self._service.predict(
-                taken[0], understood.signature_name, understood.inputs, arrival.finish, start=self._loop.call_soon
+                taken[0],
+                understood.signature_name,
+                understood.inputs,
+                arrival.finish,
+                start=self._loop.call_soon,
+                limited=True,
             )
         except BaseException:
             release()
             if reading is not None:
-                # The reading goes on where the request is given up, and may take its lease only then.
+                # The reading goes on for a while where the request is given up, and may take its lease only then.
                 reading.add_done_callback(release)
             raise
         outputs = await arrival.result(self._timeout_seconds, task.cancel)
-        return Response(HTTPStatus.OK, encode_predict(outputs, understood.row_format))
+        row_format = understood.row_format
+        return await self._write(share, outputs, lambda: encode_predict(outputs, row_format))
 
-    async def _run(self, spec: ModelSpec, body: bytes, method: str) -> Response:
-        signature_name, message = decode_examples(body)
+    def _decode(self, request: Request, find_inputs: Any, go_on: Callable[[], None]) -> PredictInput:
+        body, held = request.body, request.share.held
+        with self._memory.share() as share:
+            share.hold(_PLAIN_COST * len(body), held)
+            plain = decode_plain(body, find_inputs)
+            if plain is not None:
+                return plain
+            share.hold(_DOCUMENT_COST * len(body), held)
+            return decode_predict(body, find_inputs, go_on)
+
+    async def _run(self, spec: ModelSpec, request: Request, method: str) -> Response:
+        body, share = request.body, request.share
+        if len(body) <= _AT_ONCE_BYTES:
+            signature_name, message = decode_examples(body)
+        else:
+
+            def decode(go_on: Callable[[], None]) -> tuple[str, input_pb2.Input]:
+                with self._memory.share() as working:
+                    working.hold(_DOCUMENT_COST * len(body), share.held)
+                    return decode_examples(body)
+
+            _, read = self._in_background(decode)
+            signature_name, message = await read
+        share.hold(share.held + message.ByteSize())
         lease = self._service.lease(spec)
         try:
             run = self._service.classify if method == "classify" else self._service.regress
             arrival = self._arrivals.expect()
-            task = run(lease, signature_name, message, arrival.finish)
+            task = run(lease, signature_name, message, arrival.finish, limited=True)
         except BaseException:
             lease.release()
             raise
         result = await arrival.result(self._timeout_seconds, task.cancel)
         if method == "regress":
-            return Response(HTTPStatus.OK, encode_regressions(result))
-        return Response(HTTPStatus.OK, encode_classifications(result.labels, result.scores))
+            return await self._write(share, {"": result}, lambda: encode_regressions(result))
+        arrays = {"labels": result.labels, "scores": result.scores}
+        return await self._write(share, arrays, lambda: encode_classifications(result.labels, result.scores))
+
+    async def _write(
+        self, share: Share, arrays: Mapping[str, np.ndarray | None], encode: Callable[[], bytes]
+    ) -> Response:
+        """Encodes an answer; on the loop only where it has few values."""
+        count = sum(array.size for array in arrays.values() if array is not None)
+        # Of strings it takes a look to know how large they are.
+        if count <= _AT_ONCE_VALUES and not any(
+            array is not None and array.dtype == object for array in arrays.values()
+        ):
+            return Response(HTTPStatus.OK, encode())
+        size = size_of({name: array for name, array in arrays.items() if array is not None})
+        if count <= _AT_ONCE_VALUES and size <= SMALL_BYTES:
+            return Response(HTTPStatus.OK, encode())
+        share.hold(share.held + size)
+
+        def write(go_on: Callable[[], None]) -> bytes:
+            with self._memory.share() as working:
+                working.hold(_VALUE_COST * count + _STRING_COST * size, share.held)
+                return encode()
+
+        _, encoded = self._in_background(write)
+        return Response(HTTPStatus.OK, await encoded)
+
+    def _in_background(self, work: Callable[[Callable[[], None]], T]) -> tuple[Future[Any], Awaitable[T]]:
+        """Starts `work` on another thread. It is given what it has to call now and then, and is ended by.
+
+        Returns:
+            The work as it goes on, and what to await: it gives up after as long as an answer may take.
+        """
+        given_up = threading.Event()
+
+        def go_on() -> None:
+            if given_up.is_set():
+                raise TimeoutError
+
+        def run() -> tuple[T | None, ServingError | None]:
+            try:
+                return work(go_on), None
+            except ServingError as error:
+                # A new one: where the old one was raised, all that was read of the body is still to be seen.
+                return None, error_of(error.code, error.message)
+            except MemoryError:
+                return None, ResourceExhaustedError(NO_MEMORY)
+
+        working = self._workers.submit(run)
+
+        async def wait() -> T:
+            try:
+                result, error = await asyncio.wait_for(asyncio.wrap_future(working), self._timeout_seconds)
+            finally:
+                given_up.set()
+            if error is not None:
+                # A new one again: this frame refers to the old one, and an error to all frames that it goes through.
+                raise error_of(error.code, error.message)
+            return result  # type: ignore[return-value]
+
+        return working, wait()
 
     def _count(self, asked: re.Match[str] | None, code: Code, seconds: float) -> None:
         # As TensorFlow Serving has it: whatever name is asked for, and for a look no word for what was called.
