@@ -32,7 +32,7 @@ REQUEST_MEMORY = 512 * MEBIBYTE
 
 @pytest.fixture(scope="module")
 def large_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that answers as many numbers as it is asked for, and with `wait` multiplies matrices that often before."""
+    """A model that answers as many numbers as it is asked for, and with `wait` multiplies matrices that often."""
 
     def numbers(count: tf.Tensor) -> dict[str, tf.Tensor]:
         return {"y": tf.reshape(tf.random.uniform([count[0]]), [1, -1])}
@@ -175,7 +175,8 @@ def test_the_time_limit_of_rest_is_none_of_grpcs(large_model: Path):
 
 def test_health_over_grpc_is_that_of_the_models_and_ends_before_the_server_does(large_model: Path):
     serving = health_pb2.HealthCheckResponse
-    with running_server("--model_name=m", f"--model_base_path={large_model}") as server:
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(running_server("--model_name=m", f"--model_base_path={large_model}"))
         with grpc.insecure_channel(server.grpc_target) as channel:
             health = health_pb2_grpc.HealthStub(channel)
             for name in ("", "m", "tensorflow.serving.PredictionService"):
