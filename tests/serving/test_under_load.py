@@ -213,7 +213,7 @@ def test_a_version_that_is_never_given_back_stops_the_swaps_of_no_other_model(tm
         for name in ("a", "b"):
             shutil.copytree(large_model / "1", tmp_path / name / "2")
         wait_for(lambda: [one.state for one in client.status("b")] == ["AVAILABLE", "END"])
-        assert [one.state for one in client.status("a")] == ["AVAILABLE", "UNLOADING"]
+        wait_for(lambda: [one.state for one in client.status("a")] == ["AVAILABLE", "UNLOADING"])
     stuck.join()
 
 
