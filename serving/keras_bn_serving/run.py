@@ -22,13 +22,15 @@ from keras_bn_serving.engine.machine import usable_memory
 from keras_bn_serving.engine.memory import Memory
 from keras_bn_serving.engine.metrics import Metrics
 from keras_bn_serving.engine.recurring import Recurring
-from keras_bn_serving.engine.repository import ModelRepository, State
+from keras_bn_serving.engine.repository import ModelRepository
 from keras_bn_serving.engine.service import PredictionService
+from keras_bn_serving.engine.versions import State
 from keras_bn_serving.errors import NotFoundError, ServingError, UnavailableError
 from keras_bn_serving.rest.application import Application, RestLimits
 from keras_bn_serving.rest.hosting import HttpServer
 from keras_bn_serving.rest.server import RestOptions, RestServer
-from keras_bn_serving.rpc.server import GrpcServer, GrpcServices
+from keras_bn_serving.rpc.server import GrpcServer
+from keras_bn_serving.rpc.services import GrpcServices
 
 _log = logging.getLogger(__name__)
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)

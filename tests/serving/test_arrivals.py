@@ -1,12 +1,17 @@
 """What other threads finish reaches the event loop: results, errors, and word of what is not wanted any more."""
 
 import asyncio
+import contextlib
+import gc
 import threading
-from collections.abc import Callable, Coroutine
+import weakref
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import pytest
 from keras_bn_serving.engine.arrivals import Arrivals
+from keras_bn_serving.engine.background import Background
+from keras_bn_serving.errors import InvalidArgumentError
 
 
 def run(make: Callable[[Arrivals], Coroutine[Any, Any, Any]]) -> Any:
@@ -85,3 +90,78 @@ def test_what_nobody_waits_for_any_longer_is_cancelled():
 
     run(give_up)
     assert cancelled == [True]
+
+
+class Held:
+    """Something large that a request holds."""
+
+
+@pytest.fixture
+def without_garbage_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def test_an_error_keeps_nothing_alive_that_its_request_held(without_garbage_collection: None):
+    seen: list[weakref.ref[Held]] = []
+
+    async def fail(arrivals: Arrivals) -> None:
+        held = Held()
+        seen.append(weakref.ref(held))
+        arrival = arrivals.expect()
+        arrival.finish(ValueError("no such row"))
+        await arrival.result(60, lambda: None)
+
+    async def ask(arrivals: Arrivals) -> None:
+        with contextlib.suppress(ValueError):
+            await fail(arrivals)
+        await asyncio.sleep(0)  # The loop lets go of what woke this up.
+        assert seen[0]() is None
+
+    run(ask)
+
+
+def test_an_error_of_background_work_keeps_nothing_alive_that_it_had_read(without_garbage_collection: None):
+    seen: list[weakref.ref[Held]] = []
+    background = Background(1, "test")
+
+    def work(go_on: Callable[[], None]) -> None:
+        held = Held()
+        seen.append(weakref.ref(held))
+        raise InvalidArgumentError("no such row")
+
+    async def fail() -> None:
+        held = Held()
+        seen.append(weakref.ref(held))
+        await background.start(work, 60)[1]
+
+    async def ask(arrivals: Arrivals) -> None:
+        with contextlib.suppress(InvalidArgumentError):
+            await fail()
+        await asyncio.sleep(0.05)  # The thread lets go of its last work.
+        assert [each() for each in seen] == [None, None]
+
+    run(ask)
+    background.close()
+
+
+def test_background_work_that_nobody_waits_for_is_told_so():
+    background = Background(1, "test")
+    ended = threading.Event()
+
+    def work(go_on: Callable[[], None]) -> None:
+        try:
+            while True:
+                go_on()
+        finally:
+            ended.set()
+
+    async def ask(arrivals: Arrivals) -> None:
+        with pytest.raises((TimeoutError, asyncio.TimeoutError)):
+            await background.start(work, 0.05)[1]
+
+    run(ask)
+    assert ended.wait(60)
+    background.close()

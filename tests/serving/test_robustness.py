@@ -101,6 +101,14 @@ def test_requests_sent_all_at_once_are_all_answered_in_order(server: RunningServ
     assert answers == [{"predictions": [n / 2 + 3]} for n in numbers]
 
 
+def test_nonsense_behind_a_request_does_not_come_before_its_answer(server: RunningServer):
+    body = b'{"instances": [1]}'
+    one = post(body, b"Content-Length: %d" % len(body))
+    answer = fuzzing.exchange(address_of(server), one + b"no request at all\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert json.loads(answer.partition(b"\r\n\r\n")[2].partition(b"HTTP/1.1")[0]) == {"predictions": [3.5]}
+
+
 def test_a_chunked_body_and_an_expected_continue_are_understood(server: RunningServer):
     body = b'5\r\n{"ins\r\n12\r\ntances": [1.0, 2]}\r\n0\r\n\r\n'
     status, answer = exchange(server, post(body, b"Transfer-Encoding: chunked"))

@@ -10,13 +10,19 @@ import numpy as np
 
 from keras_bn_serving.errors import ResourceExhaustedError, UnavailableError
 
-BUSY = "The requests under way hold as much memory as they may. Try again later."
-
-
 # A part of what is set aside is left to the allocator, which does not fill its pages.
 _FILLED = 0.8
 # After so many bytes have been given back, the allocator is asked for the pages that it keeps.
 _TRIM_BYTES = 64 * 1024 * 1024
+# What small requests give back is used again by the next ones.
+_LARGE_BYTES = 1024 * 1024
+
+
+class BusyError(UnavailableError):
+    """Others hold too much memory now."""
+
+    def __init__(self) -> None:
+        super().__init__("The requests under way hold as much memory as they may. Try again later.")
 
 
 class Memory:
@@ -50,7 +56,7 @@ class Memory:
             if size > 0 and self._held + size > self.limit:
                 return False
             self._held += size
-            self._given_back -= min(size, 0)
+            self._given_back += -size if -size > _LARGE_BYTES else 0
             trim = self._given_back > _TRIM_BYTES
             if trim:
                 self._given_back = 0
@@ -81,7 +87,7 @@ class Share:
             beside: How many the same request holds by another share.
 
         Raises:
-            UnavailableError: If others hold too much for that now.
+            BusyError: If others hold too much for that now.
             ResourceExhaustedError: If it is more than there is.
         """
         if size + beside > self._memory.limit:
@@ -90,7 +96,7 @@ class Share:
                 "requests together (--request_memory_in_mb)."
             )
         if not self._memory._add(size - self._held):
-            raise UnavailableError(BUSY)
+            raise BusyError
         self._held = size
 
     def __enter__(self) -> "Share":

@@ -1,8 +1,6 @@
 """The models being served: finds their versions, loads and unloads them, and hands them out while they are in use."""
 
-import enum
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -11,6 +9,7 @@ from types import TracebackType
 from keras_bn_serving.config.models import ModelConfig, check_base_path
 from keras_bn_serving.engine.recurring import Recurring
 from keras_bn_serving.engine.servable import Servable
+from keras_bn_serving.engine.versions import State, Version, files_below
 from keras_bn_serving.errors import Code, FailedPreconditionError, InvalidArgumentError, NotFoundError, ServingError
 
 _log = logging.getLogger(__name__)
@@ -20,35 +19,6 @@ _MOST_ENDED = 100
 _LOOK_SECONDS = 0.5
 # A version that has failed is tried again when its files change, and else after so long; longer after each failure.
 _LEAST_RETRY_SECONDS, _MOST_RETRY_SECONDS = 5.0, 300.0
-
-
-Files = tuple[tuple[str, int, int], ...]
-
-
-class State(enum.IntEnum):
-    """The life of a version, numbered as TensorFlow Serving numbers it."""
-
-    START = 10
-    LOADING = 20
-    AVAILABLE = 30
-    UNLOADING = 40
-    END = 50
-
-
-class Version:
-    """One version of a model and where in its life it is."""
-
-    def __init__(self, number: int, path: str):
-        self.number = number
-        self.path = path
-        self.state = State.START
-        self.error: ServingError | None = None
-        self.servable: Servable | None = None
-        self.in_use = 0
-        # Of a version that has failed: its files when it was tried, how often in a row, and when it is tried again.
-        self.tried: Files = ()
-        self.failures = 0
-        self.retry_at = 0.0
 
 
 class Lease:
@@ -261,7 +231,7 @@ class ModelRepository:
         if last is not None and last.state not in (State.UNLOADING, State.END):
             return None
         # Before it is loaded: of a version that is just being copied, more may come meanwhile.
-        files = _files_below(path)
+        files = files_below(path)
         failed = last is not None and last.error is not None
         if last is not None and failed and not again and files == last.tried and time.monotonic() < last.retry_at:
             return None
@@ -341,21 +311,6 @@ class ModelRepository:
                     f"Request to assign label to version {number} of model {config.name}, which is not currently "
                     "available for inference"
                 )
-
-
-def _files_below(path: str) -> Files:
-    """Every file below a folder with its size and time of change: tells one state of a version from another."""
-    files = []
-    for folder, _, names in os.walk(path):
-        for name in names:
-            file = os.path.join(folder, name)
-            try:
-                found = os.stat(file)
-            except OSError:  # It has just gone, or cannot be read: that may change, too.
-                files.append((file, -1, -1))
-            else:
-                files.append((file, found.st_size, found.st_mtime_ns))
-    return tuple(sorted(files))
 
 
 def _newest_first(version: Version) -> int:

@@ -9,8 +9,9 @@ from tensorflow_serving.apis import input_pb2
 from keras_bn_serving.codec.tensor_spec import TensorSpec
 from keras_bn_serving.engine import examples
 from keras_bn_serving.engine.batching import Batcher, Finish, Outputs, Task
-from keras_bn_serving.engine.repository import Lease, ModelRepository, State
+from keras_bn_serving.engine.repository import Lease, ModelRepository
 from keras_bn_serving.engine.servable import DEFAULT_SIGNATURE
+from keras_bn_serving.engine.versions import State
 from keras_bn_serving.errors import InvalidArgumentError, ServingError
 
 

@@ -9,9 +9,9 @@ from typing import Any
 from keras_bn_serving.codec.answer import encode_error
 from keras_bn_serving.codec.tensor_spec import TensorSpec
 from keras_bn_serving.engine.metrics import CONTENT_TYPE
-from keras_bn_serving.engine.repository import State
 from keras_bn_serving.engine.servable import Signature
 from keras_bn_serving.engine.service import ModelSpec, PredictionService
+from keras_bn_serving.engine.versions import State
 from keras_bn_serving.rest.messages import Request, Response
 
 _PAGE_FOLDER = Path(__file__).parent / "page"

@@ -203,7 +203,10 @@ class _Protocol(HttpToolsProtocol):
             raise _TooLarge(f"Request line and headers may take {_HEADER_BYTES} bytes.")
 
     def _refuse(self, status: HTTPStatus, reason: str) -> None:
-        """Answers what cannot be read, and closes the connection."""
+        """Answers what cannot be read, and closes the connection. An answer under way is then the last one."""
+        if self.cycle is not None and not self.cycle.response_complete and not self.cycle.more_body:
+            self.cycle.keep_alive = False
+            return
         body = encode_error(reason)
         head = f"HTTP/1.1 {status} {status.phrase}\r\ncontent-type: application/json\r\nconnection: close\r\n"
         self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)

@@ -4,13 +4,12 @@ import asyncio
 import json
 import logging
 import re
-import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import unquote_to_bytes
 
 import numpy as np
@@ -22,6 +21,7 @@ from keras_bn_serving.codec.examples import decode_examples
 from keras_bn_serving.codec.tensor import PredictInput, decode_plain, decode_predict
 from keras_bn_serving.codec.tensor_spec import TensorSpec
 from keras_bn_serving.engine.arrivals import Arrivals
+from keras_bn_serving.engine.background import Background, GoOn
 from keras_bn_serving.engine.memory import Memory, Share, size_of
 from keras_bn_serving.engine.metrics import Metrics
 from keras_bn_serving.engine.repository import Lease
@@ -30,14 +30,10 @@ from keras_bn_serving.errors import (
     NO_MEMORY,
     Code,
     InvalidArgumentError,
-    ResourceExhaustedError,
     ServingError,
-    error_of,
 )
 from keras_bn_serving.rest.extras import Extras
 from keras_bn_serving.rest.messages import Request, Response, html_error, path_of
-
-T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 _request_log = logging.getLogger("keras_bn_serving.requests")
@@ -140,7 +136,7 @@ class RestServer:
         self._extras = Extras(service, read_metrics, options.metrics_path)
         self._loop = loop
         self._arrivals = Arrivals(loop)
-        self._workers = ThreadPoolExecutor(options.num_threads, thread_name_prefix="rest")
+        self._background = Background(options.num_threads, "rest")
 
     async def handle(self, request: Request) -> Response:
         """Answers one request, whatever happens."""
@@ -193,7 +189,7 @@ class RestServer:
 
     def close(self) -> None:
         """Frees the threads."""
-        self._workers.shutdown(wait=False, cancel_futures=True)
+        self._background.close()
 
     async def _route(self, request: Request, run: re.Match[str] | None, look: re.Match[str] | None) -> Response:
         if not _PROTOCOL.match(request.target):
@@ -231,7 +227,9 @@ class RestServer:
             if understood is None and len(body) <= _AT_ONCE_BYTES:
                 understood = decode_predict(body, find_inputs)
             if understood is None:
-                reading, read = self._in_background(lambda go_on: self._decode(request, find_inputs, go_on))
+                reading, read = self._background.start(
+                    lambda go_on: self._decode(request, find_inputs, go_on), self._timeout_seconds
+                )
                 understood = await read
             if len(body) > SMALL_BYTES:
                 share.hold(share.held + size_of(understood.inputs))
@@ -254,7 +252,7 @@ class RestServer:
         row_format = understood.row_format
         return await self._write(share, outputs, lambda: encode_predict(outputs, row_format))
 
-    def _decode(self, request: Request, find_inputs: Any, go_on: Callable[[], None]) -> PredictInput:
+    def _decode(self, request: Request, find_inputs: Any, go_on: GoOn) -> PredictInput:
         body, held = request.body, request.share.held
         with self._memory.share() as share:
             share.hold(_PLAIN_COST * len(body), held)
@@ -270,12 +268,12 @@ class RestServer:
             signature_name, message = decode_examples(body)
         else:
 
-            def decode(go_on: Callable[[], None]) -> tuple[str, input_pb2.Input]:
+            def decode(go_on: GoOn) -> tuple[str, input_pb2.Input]:
                 with self._memory.share() as working:
                     working.hold(_DOCUMENT_COST * len(body), share.held)
                     return decode_examples(body)
 
-            _, read = self._in_background(decode)
+            _, read = self._background.start(decode, self._timeout_seconds)
             signature_name, message = await read
         share.hold(share.held + message.ByteSize())
         lease = self._service.lease(spec)
@@ -307,48 +305,16 @@ class RestServer:
             return Response(HTTPStatus.OK, encode())
         share.hold(share.held + size)
 
-        def write(go_on: Callable[[], None]) -> bytes:
+        def write(go_on: GoOn) -> bytes:
             with self._memory.share() as working:
                 working.hold(_VALUE_COST * count + _STRING_COST * size, share.held)
                 return encode()
 
-        _, encoded = self._in_background(write)
-        return Response(HTTPStatus.OK, await encoded)
-
-    def _in_background(self, work: Callable[[Callable[[], None]], T]) -> tuple[Future[Any], Awaitable[T]]:
-        """Starts `work` on another thread. It is given what it has to call now and then, and is ended by.
-
-        Returns:
-            The work as it goes on, and what to await: it gives up after as long as an answer may take.
-        """
-        given_up = threading.Event()
-
-        def go_on() -> None:
-            if given_up.is_set():
-                raise TimeoutError
-
-        def run() -> tuple[T | None, ServingError | None]:
-            try:
-                return work(go_on), None
-            except ServingError as error:
-                # A new one: where the old one was raised, all that was read of the body is still to be seen.
-                return None, error_of(error.code, error.message)
-            except MemoryError:
-                return None, ResourceExhaustedError(NO_MEMORY)
-
-        working = self._workers.submit(run)
-
-        async def wait() -> T:
-            try:
-                result, error = await asyncio.wait_for(asyncio.wrap_future(working), self._timeout_seconds)
-            finally:
-                given_up.set()
-            if error is not None:
-                # A new one again: this frame refers to the old one, and an error to all frames that it goes through.
-                raise error_of(error.code, error.message)
-            return result  # type: ignore[return-value]
-
-        return working, wait()
+        _, encoded = self._background.start(write, self._timeout_seconds)
+        text = await encoded
+        # The arrays are done with; the text stays until it is sent.
+        share.hold(share.held - size + len(text))
+        return Response(HTTPStatus.OK, text)
 
     def _count(self, asked: re.Match[str] | None, code: Code, seconds: float) -> None:
         # As TensorFlow Serving has it: whatever name is asked for, and for a look no word for what was called.

@@ -5,10 +5,13 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from tensorflow.core.framework import tensor_pb2
 from tensorflow.core.protobuf import meta_graph_pb2
-from tensorflow_serving.apis import predict_pb2
+from tensorflow_serving.apis import inference_pb2, predict_pb2
 
 from keras_bn_serving.codec.tensor_proto import to_array
-from keras_bn_serving.errors import InvalidArgumentError
+from keras_bn_serving.engine.examples import CLASSIFY, REGRESS, check_classify, check_regress
+from keras_bn_serving.engine.repository import Lease
+from keras_bn_serving.engine.servable import DEFAULT_SIGNATURE
+from keras_bn_serving.errors import InvalidArgumentError, UnimplementedError
 
 
 def decode_inputs(
@@ -44,6 +47,26 @@ def decode_inputs(
         )
     _check_output_filter(definition, request.output_filter)
     return inputs
+
+
+def check_tasks(tasks: Iterable[inference_pb2.InferenceTask], lease: Lease) -> None:
+    """Raises a ServingError unless the tasks of a MultiInferenceRequest are of one model, and each can be done."""
+    signatures: set[str] = set()
+    for task in tasks:
+        if not task.model_spec.name:
+            raise InvalidArgumentError("Found ModelSpec with an empty model name.")
+        if task.model_spec.name != lease.model_name:
+            raise InvalidArgumentError("All ModelSpecs in a MultiInferenceRequest must access the same model name.")
+        signature = task.model_spec.signature_name or DEFAULT_SIGNATURE
+        if signature in signatures:
+            raise InvalidArgumentError(f"Duplicate evaluation of signature: {signature}")
+        signatures.add(signature)
+        if signature not in lease.servable.signatures:
+            raise InvalidArgumentError(f"Requested signature not found in model graph: {signature}")
+        if task.method_name not in (CLASSIFY, REGRESS):
+            raise UnimplementedError(f"Unsupported signature method_name: {task.method_name}")
+        check = check_classify if task.method_name == CLASSIFY else check_regress
+        check(lease.servable.meta_graph.signature_def[signature])
 
 
 def _check_output_filter(definition: meta_graph_pb2.SignatureDef, names: Iterable[str]) -> None:
