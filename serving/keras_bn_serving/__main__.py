@@ -1,12 +1,12 @@
 """keras-bn serve, or python -m keras_bn_serving: the embedded server's command."""
 
-import argparse
 import logging
 import os
 import socket
 import sys
 from collections.abc import Sequence
 from importlib import metadata
+from types import SimpleNamespace
 
 from keras_bn_serving.config import files as config_files
 from keras_bn_serving.config import flags as command_line
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m keras
     return 0
 
 
-def _serve(options: argparse.Namespace) -> None:
+def _serve(options: SimpleNamespace) -> None:
     configs = _read_configs(options)
     for config in configs:
         try:
@@ -113,7 +113,7 @@ def _serve(options: argparse.Namespace) -> None:
     )
 
 
-def _read_configs(options: argparse.Namespace) -> list[ModelConfig]:
+def _read_configs(options: SimpleNamespace) -> list[ModelConfig]:
     if options.model_config_file:
         return config_files.read_model_configs(options.model_config_file)
     return [ModelConfig(options.model_name, os.path.abspath(options.model_base_path))]
