@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from types import SimpleNamespace
 
+from keras_bn_serving import request_ids
 from keras_bn_serving.config import files as config_files
 from keras_bn_serving.config import flags as command_line
 from keras_bn_serving.config.models import ModelConfig, check_base_path
@@ -24,7 +25,10 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m keras
         arguments: The flags; those of the process where left out.
         program: What the person typed before them, for the help.
     """
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.addFilter(request_ids.Marking())
+    format = "%(asctime)s %(levelname)s %(name)s%(request)s: %(message)s"
+    logging.basicConfig(format=format, level=logging.WARNING, handlers=[handler])
     try:
         options = command_line.parse(sys.argv[1:] if arguments is None else arguments, program)
     except command_line.UsageError as error:

@@ -1,6 +1,7 @@
 """Work that would keep an event loop from its other requests, done on other threads."""
 
 import asyncio
+import contextvars
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -49,7 +50,8 @@ class Background:
             except MemoryError:
                 return None, ResourceExhaustedError(NO_MEMORY)
 
-        working = self._threads.submit(run)
+        # What is logged there is of this request too.
+        working = self._threads.submit(contextvars.copy_context().run, run)
 
         async def wait() -> T:
             try:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
+from keras_bn_serving import request_ids
 from keras_bn_serving.engine.memory import Memory, Share
 from keras_bn_serving.errors import ResourceExhaustedError, UnavailableError
 from keras_bn_serving.rest.inflating import Inflater
@@ -14,6 +15,7 @@ from keras_bn_serving.rest.server import SMALL_BYTES, RestServer
 
 # An extension of ASGI's scope: the request's target as it came.
 TARGET = "keras_bn.target"
+_ID_HEADER = request_ids.HEADER.encode()
 _LOOK_SECONDS = 0.1
 # Of a byte of a body: its piece, and the whole that is made of the pieces; of a small one, all that becomes of it.
 _BODY_COST = 2
@@ -140,6 +142,7 @@ class Application:
             raise ValueError(f"no application for {scope['type']}")
         headers = dict(scope["headers"])
         target = _target(scope)
+        request_id = request_ids.begin(headers.get(_ID_HEADER, b"").decode("latin-1"))
         watch = self._watcher.begin(receive)
         with self._memory.share() as share:
             try:
@@ -162,7 +165,7 @@ class Application:
                 response = self._server.refuse(HTTPStatus.REQUEST_TIMEOUT, "The request did not arrive in time.")
             finally:
                 self._watcher.end(watch)
-            await _answer(response, send, scope["method"] == "HEAD")
+            await _answer(response, send, scope["method"] == "HEAD", request_id)
 
     async def _read(self, scope: _Scope, headers: Mapping[bytes, bytes], receive: _Receive, share: Share) -> bytes:
         length = headers.get(b"content-length", b"")
@@ -207,10 +210,11 @@ def _target(scope: _Scope) -> str:
     return target.decode("latin-1")
 
 
-async def _answer(response: Response, send: _Send, head_only: bool) -> None:
+async def _answer(response: Response, send: _Send, head_only: bool, request_id: str) -> None:
     headers = [
         (b"content-type", response.content_type.encode()),
         (b"content-length", str(len(response.body)).encode()),
+        (_ID_HEADER, request_id.encode()),
         *((name.lower().encode(), value.encode()) for name, value in response.headers),
     ]
     await send({"type": "http.response.start", "status": int(response.status), "headers": headers})

@@ -16,6 +16,7 @@ import numpy as np
 from google.protobuf import json_format
 from tensorflow_serving.apis import get_model_metadata_pb2, get_model_status_pb2, input_pb2
 
+from keras_bn_serving import request_ids
 from keras_bn_serving.codec.answer import encode_classifications, encode_error, encode_predict, encode_regressions
 from keras_bn_serving.codec.examples import decode_examples
 from keras_bn_serving.codec.tensor import PredictInput, decode_plain, decode_predict
@@ -172,6 +173,7 @@ class RestServer:
             _request_log.info(
                 json.dumps(
                     {
+                        "request_id": request_ids.current(),
                         "method": request.method,
                         "path": request.target,
                         "status": int(response.status),

@@ -20,6 +20,7 @@ from tensorflow_serving.apis import (
     regression_pb2,
 )
 
+from keras_bn_serving import request_ids
 from keras_bn_serving.codec.tensor_proto import from_array
 from keras_bn_serving.config.files import model_configs
 from keras_bn_serving.engine.arrivals import Arrivals
@@ -125,6 +126,9 @@ class GrpcServices:
         async def handle(data: bytes, context: grpc.aio.ServicerContext) -> bytes:
             started = time.perf_counter()
             name, message, code = "", "", Code.OK
+            given = [value for key, value in context.invocation_metadata() or () if key == request_ids.HEADER]
+            request_id = request_ids.begin(str(given[-1]) if given else "")
+            context.set_trailing_metadata(((request_ids.HEADER, request_id),))
             try:
                 with self._memory.share() as share:
                     share.hold(_MESSAGE_COST * len(data))
