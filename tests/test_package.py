@@ -95,7 +95,7 @@ LIBRARY_FLOORS = [
     {"__init__"},
 ]
 SERVER_FLOORS = [
-    {"errors", "quiet"},
+    {"errors", "quiet", "request_ids"},
     {"codec"},
     {"config", "engine"},
     {"rest", "rpc"},
@@ -162,6 +162,7 @@ def test_sdist_holds_what_the_compiled_operations_are_made_of_and_the_server(bui
     assert f"{SERVER}/rest/page/index.html" in names
 
 
+@pytest.mark.slow
 def test_package_built_without_a_compiler_says_so_in_a_line_and_works(tmp_path):
     said = wheel.build(tmp_path, CC="/no/compiler", CXX="/no/compiler")
     (line,) = [line for line in said.splitlines() if "compiled operations" in line]

@@ -283,7 +283,7 @@ STEPS: list[Body] = [
 def test_random_graphs_that_are_proved_answer_groups_as_their_requests():
     chance = np.random.default_rng(7)
     proved = 0
-    for _ in range(150):
+    for _ in range(60):
         steps = [STEPS[index] for index in chance.integers(len(STEPS), size=chance.integers(1, 6))]
 
         def body(x: Any, steps: list[Body] = steps) -> Any:
@@ -299,7 +299,7 @@ def test_random_graphs_that_are_proved_answer_groups_as_their_requests():
         if not alone:
             proved += 1
             agree(body, chance.uniform(0.1, 2.0, [5, 4, 6]))
-    assert proved > 20
+    assert proved > 8
 
 
 def test_strings_are_looked_up_row_by_row():

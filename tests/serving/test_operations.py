@@ -124,7 +124,7 @@ def test_every_operation_that_goes_unchecked_is_tried():
     assert SURVIVE_ANY_SHAPE - WITHOUT_INPUT - {name.split()[0] for name in names()} == set()
 
 
-@pytest.mark.parametrize("optimized", ["0", "1"])
+@pytest.mark.parametrize("optimized", ["0", pytest.param("1", marks=pytest.mark.slow)])
 def test_operations_that_go_unchecked_survive_every_shape(optimized: str):
     code = "from tests.serving import test_operations as t; [t.run(n) or print(n, flush=True) for n in t.names()]"
     environment = {**os.environ, "TF_ENABLE_ONEDNN_OPTS": optimized}

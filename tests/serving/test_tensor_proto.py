@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from google.protobuf import text_format
-from keras_bn_serving.codec.tensor_proto import from_array, to_array
+from keras_bn_serving.codec import data_types
+from keras_bn_serving.codec.tensor_proto import to_array, write_array
 from keras_bn_serving.errors import InvalidArgumentError
 from tensorflow.core.framework import tensor_pb2, types_pb2
 
@@ -35,6 +36,28 @@ def some_values(type_name: str, shape: tuple[int, ...]) -> np.ndarray:
         return np.arange(size).astype(dtype[0]).view(dtype).reshape(shape)
     numbers = np.arange(size) - (0 if dtype.kind in "ub" or type_name in ("uint4",) else size // 2)
     return (numbers * (1 + 0.5j) if dtype.kind == "c" else numbers).astype(dtype).reshape(shape)
+
+
+def from_array(array: np.ndarray) -> tensor_pb2.TensorProto:
+    message = tensor_pb2.TensorProto()
+    write_array(message, array)
+    return message
+
+
+def test_names_numbers_and_numpys_types_are_tensorflows():
+    for name, number in data_types.NUMBERS.items():
+        # Those that an older TensorFlow has not yet are left out.
+        if number in types_pb2.DataType.values():
+            assert types_pb2.DataType.Name(number) == f"DT_{name.upper()}"
+            if name not in ("resource", "variant"):
+                assert data_types.numpy_type(name) == np.dtype(tf.as_dtype(number).as_numpy_dtype)
+                assert data_types.number_of(data_types.numpy_type(name)) == number
+
+
+@pytest.mark.parametrize("name", ["resource", "variant", "float9"])
+def test_types_that_no_array_has_have_no_type_of_numpy(name: str):
+    with pytest.raises(KeyError):
+        data_types.numpy_type(name)
 
 
 @pytest.mark.parametrize("type_name", FIELDS)

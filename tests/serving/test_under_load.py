@@ -141,7 +141,7 @@ def test_memory_is_given_and_given_back():
 
 
 def test_a_client_of_rest_that_leaves_frees_what_its_request_holds(loaded: RunningServer):
-    body = b'{"signature_name": "wait", "instances": [3000]}'
+    body = b'{"signature_name": "wait", "instances": [1000]}'
     head = b"POST /v1/models/m:predict HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body)
     connection = socket.create_connection(address_of(loaded), timeout=30)
     connection.sendall(head + body)
@@ -168,10 +168,10 @@ def waiting(rounds: int) -> predict_pb2.PredictRequest:
 def test_the_time_limit_of_rest_is_none_of_grpcs(large_model: Path):
     flags = ("--model_name=m", f"--model_base_path={large_model}", "--rest_api_timeout_in_ms=50")
     with running_server(*flags) as server, grpc.insecure_channel(server.grpc_target) as channel:
-        status, body = post(server, b'{"signature_name": "wait", "instances": [3000]}')
+        status, body = post(server, b'{"signature_name": "wait", "instances": [1000]}')
         assert (status, b"too long" in body) == (504, True)
-        answer = prediction_service_pb2_grpc.PredictionServiceStub(channel).Predict(waiting(3000), timeout=120)
-        assert list(answer.outputs["y"].float_val) == [3000.0]
+        answer = prediction_service_pb2_grpc.PredictionServiceStub(channel).Predict(waiting(1000), timeout=120)
+        assert list(answer.outputs["y"].float_val) == [1000.0]
 
 
 def test_health_over_grpc_is_that_of_the_models_and_ends_before_the_server_does(large_model: Path):

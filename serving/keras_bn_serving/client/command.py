@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,6 @@ from PIL import ExifTags, Image, ImageOps
 
 from keras_bn_serving.client import Client
 from keras_bn_serving.errors import ServingError
-from keras_bn_serving.quiet import import_tensorflow
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp")
 _FILES = (".npy", ".npz", ".json", *_PICTURES)
@@ -59,8 +59,8 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m keras
     except _UsageError as error:
         return _fail(error, 2)
     try:
-        if options.url.startswith("grpc"):
-            import_tensorflow()
+        # Read when gRPC is imported: what it logs of a server that is not there is said by the error.
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
         with Client(options.url, timeout=options.timeout) as client:
             _ask(client, options)
     except (ServingError, _InputError, ValueError) as error:

@@ -1,30 +1,24 @@
-"""What a client sends and reads over gRPC; importing it imports TensorFlow, whose messages the protocol uses."""
+"""What a client sends and reads over gRPC."""
 
 import contextlib
-from collections.abc import Generator, Iterator, Mapping
+import functools
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import grpc
 import numpy as np
-import tensorflow as tf
 from google.protobuf import json_format
-from tensorflow.core.example import example_pb2
-from tensorflow_serving.apis import (
-    classification_pb2,
-    get_model_metadata_pb2,
-    get_model_status_pb2,
-    input_pb2,
-    model_pb2,
-    model_service_pb2_grpc,
-    predict_pb2,
-    prediction_service_pb2_grpc,
-    regression_pb2,
-)
 
+from keras_bn_serving.client.messages import message, state_name
 from keras_bn_serving.client.types import ModelVersion, Remembered, Target
-from keras_bn_serving.codec.tensor_proto import from_array, to_array
+from keras_bn_serving.codec.data_types import number_of, numpy_type
+from keras_bn_serving.codec.tensor_proto import to_array, write_array
 from keras_bn_serving.errors import Code, InvalidArgumentError, error_of
 
+_SERVICES = {
+    **dict.fromkeys(("Predict", "Classify", "Regress", "GetModelMetadata"), "PredictionService"),
+    "GetModelStatus": "ModelService",
+}
 _UNLIMITED = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 
 
@@ -33,6 +27,7 @@ class Rpc(NamedTuple):
 
     method: str
     request: Any
+    response: str
 
 
 Operation = Generator[Rpc, Any, Any]
@@ -55,7 +50,7 @@ class GrpcProtocol:
             # Another version may have come since, of other types.
             self._input_types.forget((target, signature_name))
             response = yield (yield from self._request(target, inputs, signature_name))
-        outputs = {name: to_array(message, name) for name, message in response.outputs.items()}
+        outputs = {name: to_array(tensor, name) for name, tensor in response.outputs.items()}
         return next(iter(outputs.values())) if len(outputs) == 1 else outputs
 
     def _request(self, target: Target, inputs: Any, signature_name: str) -> Generator[Rpc, Any, Rpc]:
@@ -68,46 +63,41 @@ class GrpcProtocol:
             if len(types) != 1:
                 raise ValueError(f"`inputs` must be a mapping with the names {sorted(types)}. Received: one array.")
             inputs = {next(iter(types)): inputs}
-        request = predict_pb2.PredictRequest(
-            model_spec=_spec(target, signature_name),
-            inputs={name: from_array(_to_type(value, types.get(name))) for name, value in inputs.items()},
-        )
-        return Rpc("Predict", request)
+        request = message("PredictRequest")(model_spec=_spec(target, signature_name))
+        for name, value in inputs.items():
+            write_array(request.inputs[name], _to_type(name, value, types.get(name)))
+        return Rpc("Predict", request, "PredictResponse")
 
     def classify(self, target: Target, examples: Any, context: Any, signature_name: str) -> Operation:
         """Asks for a classification; returns a list of labels with scores for every example."""
-        request = classification_pb2.ClassificationRequest(
+        request = message("ClassificationRequest")(
             model_spec=_spec(target, signature_name), input=_input(examples, context)
         )
-        response = yield Rpc("Classify", request)
+        response = yield Rpc("Classify", request, "ClassificationResponse")
         return [[(one.label, one.score) for one in each.classes] for each in response.result.classifications]
 
     def regress(self, target: Target, examples: Any, context: Any, signature_name: str) -> Operation:
         """Asks for a regression; returns an array."""
-        request = regression_pb2.RegressionRequest(
+        request = message("RegressionRequest")(
             model_spec=_spec(target, signature_name), input=_input(examples, context)
         )
-        response = yield Rpc("Regress", request)
+        response = yield Rpc("Regress", request, "RegressionResponse")
         return np.array([each.value for each in response.result.regressions], np.float32)
 
     def status(self, target: Target) -> Operation:
         """Asks for a model's versions; returns them newest first."""
-        request = get_model_status_pb2.GetModelStatusRequest(model_spec=_spec(target, ""))
-        response = yield Rpc("GetModelStatus", request)
-        states = get_model_status_pb2.ModelVersionStatus.State
+        request = message("GetModelStatusRequest")(model_spec=_spec(target, ""))
+        response = yield Rpc("GetModelStatus", request, "GetModelStatusResponse")
         return [
-            ModelVersion(each.version, states.Name(each.state), Code(each.status.error_code), each.status.error_message)
+            ModelVersion(each.version, state_name(each.state), Code(each.status.error_code), each.status.error_message)
             for each in response.model_version_status
         ]
 
     def metadata(self, target: Target) -> Operation:
         """Asks for a model's signatures; returns them by name, as REST gives them."""
-        request = get_model_metadata_pb2.GetModelMetadataRequest(
-            model_spec=_spec(target, ""), metadata_field=["signature_def"]
-        )
-        response = yield Rpc("GetModelMetadata", request)
-        definitions = get_model_metadata_pb2.SignatureDefMap()
-        response.metadata["signature_def"].Unpack(definitions)
+        request = message("GetModelMetadataRequest")(model_spec=_spec(target, ""), metadata_field=["signature_def"])
+        response = yield Rpc("GetModelMetadata", request, "GetModelMetadataResponse")
+        definitions = message("SignatureDefMap").FromString(response.metadata["signature_def"].value)
         return json_format.MessageToDict(
             definitions, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
         )["signature_def"]
@@ -118,10 +108,7 @@ class GrpcProtocol:
         if types is None:
             signatures = yield from self.metadata(target)
             inputs = signatures.get(signature_name or "serving_default", {}).get("inputs", {})
-            types = {
-                name: tf.as_dtype(info["dtype"].removeprefix("DT_").lower()).as_numpy_dtype
-                for name, info in inputs.items()
-            }
+            types = {name: numpy_type(info["dtype"].removeprefix("DT_").lower()) for name, info in inputs.items()}
             self._input_types.keep(key, types)
         return types
 
@@ -135,11 +122,11 @@ class GrpcTransport:
             if credentials is None
             else grpc.secure_channel(target, credentials, _UNLIMITED)
         )
-        self._stubs = _stubs(self._channel)
+        self._methods = _methods(self._channel)
 
     def send(self, call: Rpc, seconds: float) -> Any:
         with _translated():
-            return _method(self._stubs, call)(call.request, timeout=seconds)
+            return self._methods(call)(call.request, timeout=seconds)
 
     def close(self) -> None:
         self._channel.close()
@@ -154,25 +141,26 @@ class AsyncGrpcTransport:
             if credentials is None
             else grpc.aio.secure_channel(target, credentials, _UNLIMITED)
         )
-        self._stubs = _stubs(self._channel)
+        self._methods = _methods(self._channel)
 
     async def send(self, call: Rpc, seconds: float) -> Any:
         with _translated():
-            return await _method(self._stubs, call)(call.request, timeout=seconds)
+            return await self._methods(call)(call.request, timeout=seconds)
 
     async def close(self) -> None:
         await self._channel.close()
 
 
-def _stubs(channel: Any) -> list[Any]:
-    return [
-        prediction_service_pb2_grpc.PredictionServiceStub(channel),
-        model_service_pb2_grpc.ModelServiceStub(channel),
-    ]
+def _methods(channel: Any) -> Callable[[Rpc], Any]:
+    @functools.cache
+    def method(name: str, response: str) -> Any:
+        return channel.unary_unary(
+            f"/tensorflow.serving.{_SERVICES[name]}/{name}",
+            request_serializer=lambda request: request.SerializeToString(),
+            response_deserializer=message(response).FromString,
+        )
 
-
-def _method(stubs: list[Any], call: Rpc) -> Any:
-    return next(getattr(stub, call.method) for stub in stubs if hasattr(stub, call.method))
+    return lambda call: method(call.method, call.response)
 
 
 @contextlib.contextmanager
@@ -183,8 +171,8 @@ def _translated() -> Iterator[None]:
         raise error_of(Code(error.code().value[0]), error.details() or "") from error
 
 
-def _spec(target: Target, signature_name: str) -> model_pb2.ModelSpec:
-    spec = model_pb2.ModelSpec(name=target.model_name, signature_name=signature_name)
+def _spec(target: Target, signature_name: str) -> Any:
+    spec = message("ModelSpec")(name=target.model_name, signature_name=signature_name)
     if target.version is not None:
         spec.version.value = target.version
     if target.label is not None:
@@ -192,29 +180,46 @@ def _spec(target: Target, signature_name: str) -> model_pb2.ModelSpec:
     return spec
 
 
-def _to_type(value: Any, dtype: Any) -> np.ndarray:
+def _to_type(name: str, value: Any, dtype: np.dtype | None) -> np.ndarray:
     """Returns an array of the input's type where that is no more than another width of the same kind of number."""
-    array = value if isinstance(value, np.ndarray) else np.asarray(value, object if dtype is object else None)
+    array = (
+        value
+        if isinstance(value, np.ndarray)
+        else np.asarray(value, object if dtype is not None and dtype.hasobject else None)
+    )
     if array.dtype.kind in "OSU":
         texts = [each.encode() if isinstance(each, str) else each for each in array.ravel().tolist()]
+        if not all(isinstance(text, bytes) for text in texts):
+            raise ValueError(
+                f"`inputs` must be an array, not ragged, or strings. Received: for {name!r}, {value!r:.100}"
+            )
         array = np.empty(array.shape, object)
         array.flat[:] = texts
         return array
-    return array if dtype is None or not np.can_cast(array.dtype, dtype, "same_kind") else array.astype(dtype)
+    if dtype is not None and np.can_cast(array.dtype, dtype, "same_kind"):
+        return array.astype(dtype)
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    try:
+        number_of(array.dtype)
+    except KeyError:
+        raise ValueError(
+            f"`inputs` must be of a type that TensorFlow has. Received: {array.dtype} for {name!r}."
+        ) from None
+    return array
 
 
-def _input(examples: Any, context: Any) -> input_pb2.Input:
-    message = input_pb2.Input()
+def _input(examples: Any, context: Any) -> Any:
+    given = message("Input")()
     if context is None:
-        message.example_list.examples.extend(map(_example, examples))
+        given.example_list.examples.extend(map(_example, examples))
     else:
-        message.example_list_with_context.context.CopyFrom(_example(context))
-        message.example_list_with_context.examples.extend(map(_example, examples))
-    return message
+        given.example_list_with_context.context.CopyFrom(_example(context))
+        given.example_list_with_context.examples.extend(map(_example, examples))
+    return given
 
 
-def _example(features: Mapping[str, Any]) -> example_pb2.Example:
-    example = example_pb2.Example()
+def _example(features: Mapping[str, Any]) -> Any:
+    example = message("Example")()
     for name, value in features.items():
         array = np.atleast_1d(np.asarray(value, object if isinstance(value, (str, bytes)) else None))
         feature = example.features.feature[name]

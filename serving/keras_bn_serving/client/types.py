@@ -1,13 +1,24 @@
 """What a client says and hears, whatever the protocol."""
 
+import random
 import time
-from typing import Generic, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypeVar
 
-from keras_bn_serving.errors import Code
+from numpy.typing import NDArray
+
+from keras_bn_serving.errors import Code, DeadlineExceededError, ServingError
+
+# The array of the only output, or of each by name.
+Prediction = NDArray[Any] | dict[str, NDArray[Any]]
+# For each example its labels with their scores.
+Classes = list[list[tuple[str, float]]]
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 _REMEMBERED_SECONDS = 10.0
+# Codes after which asking again may help.
+AGAIN = (Code.RESOURCE_EXHAUSTED, Code.UNAVAILABLE)
 
 
 class Target(NamedTuple):
@@ -52,3 +63,54 @@ class Remembered(Generic[Key, Value]):
     def forget(self, key: Key) -> None:
         """Forgets what was said, if anything."""
         self._values.pop(key, None)
+
+
+@dataclass(frozen=True)
+class Retry:
+    """When to ask again: only where the server was out of reach or said that it is busy.
+
+    Attributes:
+        attempts: How often to ask at most.
+        first_wait_seconds: The wait after the first try; it doubles with every further one, and a random part of up
+            to half of it is left out.
+        longest_wait_seconds: No wait is longer.
+    """
+
+    attempts: int = 4
+    first_wait_seconds: float = 0.1
+    longest_wait_seconds: float = 2.0
+
+    def wait(self, attempt: int, error: ServingError, deadline: float) -> float:
+        """Returns the seconds to wait after try number `attempt`, the first being 1.
+
+        Raises:
+            ServingError: `error`, where asking again would not help or there is no time left for it.
+        """
+        longest = min(self.first_wait_seconds * 2 ** (attempt - 1), self.longest_wait_seconds)
+        wait = longest * random.uniform(0.5, 1.0)
+        if error.code not in AGAIN or attempt >= self.attempts or time.monotonic() + wait > deadline:
+            raise error
+        return wait
+
+
+def target_of(model_name: str, version: int | None, label: str | None) -> Target:
+    """Returns what a call is about.
+
+    Raises:
+        ValueError: Both a version and a label are given.
+    """
+    if version is not None and label is not None:
+        raise ValueError(f"Give `version` or `label`, not both. Received: version={version}, label={label!r}.")
+    return Target(model_name, version, label)
+
+
+def time_left(deadline: float) -> float:
+    """Returns the seconds until then, by the monotonic clock.
+
+    Raises:
+        DeadlineExceededError: There are none.
+    """
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise DeadlineExceededError("No time is left.")
+    return left

@@ -2,15 +2,13 @@
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import tensorflow as tf
-from tensorflow.core.framework import tensor_pb2, tensor_shape_pb2, types_pb2
 
+from keras_bn_serving.codec.data_types import NUMBERS, STRING, number_of, numpy_type
 from keras_bn_serving.errors import InvalidArgumentError, UnimplementedError
 
-_STRING = types_pb2.DT_STRING
 # A few bytes may stand for an array of any size whose values are all the same.
 _MOST_REPEATED = 64 * 1024 * 1024
 _MOST_DIMENSIONS = 64
@@ -35,11 +33,15 @@ class _Encoding(NamedTuple):
     element: np.dtype
 
 
-def to_array(message: tensor_pb2.TensorProto, name: str) -> np.ndarray:
+def to_array(message: Any, name: str) -> np.ndarray:
     """Returns the array of a message, whichever way it is encoded; strings as an array of `bytes` objects.
 
     Fewer values than the shape holds: the last one fills the rest, zero (or the empty string) where there is none.
     More: the first ones count.
+
+    Args:
+        message: A `TensorProto`, of whichever class.
+        name: Of the tensor, for the error.
 
     Raises:
         InvalidArgumentError: If type, shape and contents do not fit each other.
@@ -49,7 +51,7 @@ def to_array(message: tensor_pb2.TensorProto, name: str) -> np.ndarray:
     encoding = _encodings().get(message.dtype)
     repeats = not message.tensor_content
     if (
-        (encoding is None and message.dtype != _STRING)
+        (encoding is None and message.dtype != STRING)
         or len(shape) > _MOST_DIMENSIONS
         or min(shape, default=0) < 0
         or (repeats and size > _MOST_REPEATED)
@@ -69,27 +71,27 @@ def to_array(message: tensor_pb2.TensorProto, name: str) -> np.ndarray:
     return np.frombuffer(message.tensor_content, encoding.element).reshape(shape)
 
 
-def from_array(array: np.ndarray) -> tensor_pb2.TensorProto:
-    """Returns the message of an array, its values in the field of its type."""
-    shape = tensor_shape_pb2.TensorShapeProto(
-        dim=[tensor_shape_pb2.TensorShapeProto.Dim(size=size) for size in array.shape]
-    )
-    if array.dtype == object:
-        return tensor_pb2.TensorProto(dtype=_STRING, tensor_shape=shape, string_val=array.ravel().tolist())
-    data_type = tf.as_dtype(array.dtype).as_datatype_enum
-    message = tensor_pb2.TensorProto(dtype=data_type, tensor_shape=shape)
-    encoding = _encodings()[data_type]
+def write_array(message: Any, array: np.ndarray) -> None:
+    """Writes an array into an empty `TensorProto`, its values in the field of its type."""
+    message.tensor_shape.SetInParent()
+    for size in array.shape:
+        message.tensor_shape.dim.add(size=size)
+    message.dtype = number_of(array.dtype)
+    if message.dtype == STRING:
+        message.string_val.extend(array.ravel().tolist())
+        return
+    encoding = _encodings()[message.dtype]
     if array.size == 0:
-        return message
+        return
     if encoding.field in _WIRE_TYPES:
         # Number by number this takes two hundred times as long.
-        message.MergeFromString(_packed(encoding.field, array.astype(_WIRE_TYPES[encoding.field]).tobytes()))
+        number = message.DESCRIPTOR.fields_by_name[encoding.field].number
+        message.MergeFromString(_packed(number, array.astype(_WIRE_TYPES[encoding.field]).tobytes()))
     elif encoding.field == "float8_val":
         message.float8_val = array.tobytes()
     else:
         stored = np.ascontiguousarray(array).ravel().view(encoding.stored)
         getattr(message, encoding.field).extend(stored.tolist())
-    return message
 
 
 def _reshaped(array: np.ndarray, shape: tuple[int, ...], name: str) -> np.ndarray:
@@ -106,15 +108,15 @@ def element_type(type_name: str) -> np.dtype:
     Raises:
         UnimplementedError: If values of that type cannot be sent.
     """
-    data_type = types_pb2.DataType.Value(f"DT_{type_name.upper()}")
-    if data_type == _STRING:
+    data_type = NUMBERS[type_name]
+    if data_type == STRING:
         return np.dtype(object)
     if data_type not in _encodings():
         raise UnimplementedError(f"Values of type {type_name} cannot be sent.")
     return _encodings()[data_type].element
 
 
-def _values(message: tensor_pb2.TensorProto, encoding: _Encoding) -> np.ndarray:
+def _values(message: Any, encoding: _Encoding) -> np.ndarray:
     field = getattr(message, encoding.field)
     if isinstance(field, bytes):
         return np.frombuffer(field, encoding.value)
@@ -163,8 +165,7 @@ def _varint(content: bytes, position: int, name: str) -> tuple[int, int]:
     raise _problem(name)
 
 
-def _packed(field: str, values: bytes) -> bytes:
-    number = tensor_pb2.TensorProto.DESCRIPTOR.fields_by_name[field].number
+def _packed(number: int, values: bytes) -> bytes:
     head = bytearray([number << 3 | _LENGTH_DELIMITED])
     length = len(values)
     while length > 0x7F:
@@ -204,12 +205,8 @@ def _encodings() -> dict[int, _Encoding]:
             ),
         ),
     }
-    encodings = {}
-    for field, (value, types) in fields.items():
-        for type_name, stored in types.items():
-            # Types that an older TensorFlow lacks are of no model that it can load.
-            data_type = dict(types_pb2.DataType.items()).get(f"DT_{type_name.upper()}")
-            if data_type is not None:
-                element = np.dtype(tf.as_dtype(data_type).as_numpy_dtype)
-                encodings[data_type] = _Encoding(field, np.dtype(value), np.dtype(stored), element)
-    return encodings
+    return {
+        NUMBERS[name]: _Encoding(field, np.dtype(value), np.dtype(stored), numpy_type(name))
+        for field, (value, types) in fields.items()
+        for name, stored in types.items()
+    }

@@ -21,7 +21,7 @@ from tensorflow_serving.apis import (
 )
 
 from keras_bn_serving import request_ids
-from keras_bn_serving.codec.tensor_proto import from_array
+from keras_bn_serving.codec.tensor_proto import write_array
 from keras_bn_serving.config.files import model_configs
 from keras_bn_serving.engine.arrivals import Arrivals
 from keras_bn_serving.engine.background import Background
@@ -202,10 +202,10 @@ class GrpcServices:
         share.hold(share.held + _MESSAGE_COST * size)
 
         def encode() -> predict_pb2.PredictResponse:
-            return predict_pb2.PredictResponse(
-                model_spec=answered_by(lease, name or DEFAULT_SIGNATURE),
-                outputs={key: from_array(value) for key, value in outputs.items()},
-            )
+            response = predict_pb2.PredictResponse(model_spec=answered_by(lease, name or DEFAULT_SIGNATURE))
+            for key, value in outputs.items():
+                write_array(response.outputs[key], value)
+            return response
 
         return await self._either(size, encode)
 
