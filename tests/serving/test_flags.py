@@ -151,7 +151,7 @@ def test_health_readiness_and_openapi_are_there(server: RunningServer):
     body = paths["/v1/models/image:predict"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     rows = body["oneOf"][0]["properties"]["inputs"]["properties"]["image"]
     assert rows["items"]["minItems"] == 2
-    assert rows["items"]["items"]["items"]["items"] == {"type": "integer"}
+    assert rows["items"]["items"]["items"]["items"] == {"type": "integer", "minimum": 0, "maximum": 255}
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from typing import Any
 from keras_bn_serving.codec.answer import encode_error
 from keras_bn_serving.codec.tensor_spec import TensorSpec
 from keras_bn_serving.engine.metrics import CONTENT_TYPE
-from keras_bn_serving.engine.servable import Signature
 from keras_bn_serving.engine.service import ModelSpec, PredictionService
 from keras_bn_serving.engine.versions import State
+from keras_bn_serving.rest import openapi
 from keras_bn_serving.rest.messages import Request, Response
 
 _PAGE_FOLDER = Path(__file__).parent / "page"
@@ -50,7 +50,7 @@ class Extras:
         if path == "/readyz":
             return self._readiness()
         if path == "/openapi.json":
-            return _json(self._openapi())
+            return _json(openapi.describe(self._service))
         if path == "/page/models":
             return self.models()
         # TensorFlow Serving has no page, and what is not a browser is told so.
@@ -98,57 +98,6 @@ class Extras:
                 HTTPStatus.SERVICE_UNAVAILABLE, encode_error(f"No version is available of: {', '.join(missing)}")
             )
         return _json({"status": "ready"})
-
-    def _openapi(self) -> dict[str, Any]:
-        paths: dict[str, Any] = {}
-        for name in self._service.repository.names():
-            path = f"/v1/models/{name}"
-            paths[path] = {"get": _operation(f"Versions of {name} and their states")}
-            paths[f"{path}/metadata"] = {"get": _operation(f"Signatures of {name}")}
-            available = [n for n, state, _ in self._service.repository.known(name) if state is State.AVAILABLE]
-            if available:
-                with self._service.lease(ModelSpec(name, available[0])) as lease:
-                    bodies = [_body(each) for each in lease.servable.signatures.values() if each.inputs]
-                operation = _operation(f"A prediction by {name}")
-                operation["requestBody"] = {
-                    "required": True, "content": {"application/json": {"schema": {"oneOf": bodies}}},
-                }  # fmt: skip
-                paths[f"{path}:predict"] = {"post": operation}
-        return {"openapi": "3.1.0", "info": {"title": "Model server", "version": "1"}, "paths": paths}
-
-
-def _operation(summary: str) -> dict[str, Any]:
-    answer = {"content": {"application/json": {"schema": {"type": "object"}}}}
-    return {
-        "summary": summary,
-        "responses": {"200": {"description": "The answer", **answer}, "default": {"description": "An error", **answer}},
-    }
-
-
-def _body(signature: Signature) -> dict[str, Any]:
-    inputs = {name: _schema(spec) for name, spec in signature.inputs.items()}
-    return {
-        "type": "object",
-        "title": signature.name,
-        "required": ["inputs"],
-        "properties": {
-            "signature_name": {"const": signature.name},
-            "inputs": {"type": "object", "required": sorted(inputs), "properties": inputs},
-        },
-    }
-
-
-def _schema(spec: TensorSpec) -> dict[str, Any]:
-    if spec.dtype == "string":
-        bytes_value = {"type": "object", "required": ["b64"], "properties": {"b64": {"type": "string"}}}
-        schema: dict[str, Any] = {"oneOf": [{"type": "string"}, bytes_value]}
-    elif spec.dtype == "bool":
-        schema = {"type": "boolean"}
-    else:
-        schema = {"type": "number" if spec.dtype in ("float", "double") else "integer"}
-    for size in reversed(spec.shape or ()):
-        schema = {"type": "array", "items": schema, **({} if size < 0 else {"minItems": size, "maxItems": size})}
-    return schema
 
 
 def _describe(spec: TensorSpec) -> dict[str, Any]:
