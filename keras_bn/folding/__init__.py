@@ -51,7 +51,7 @@ def fold(model: keras.Model, check: Any = None, tolerance: float | None = None) 
         check: inputs, as `model` takes them, to prove the new model on, the larger and the more real the better. Has to
             be given where random numbers are not fit for the model: strings, sizes that are free and must be large.
         tolerance: largest relative error allowed; None for 1e-4, or 2e-2 where a layer computes in half precision, or
-            four times what `model` itself is from its result in float64, if that is more.
+            four times what `model` itself is from its result in float64, if that is more, up to 1e-2.
 
     Returns:
         A `Folded`: the new `model` and the `report`.

@@ -521,6 +521,16 @@ def test_a_model_that_rounds_more_than_the_tolerance_itself_is_folded_and_export
     assert keras_bn.export(model, tmp_path / "m", warmup=check).errors.relative <= report.tolerance
 
 
+def test_no_model_rounds_so_much_itself_that_anything_would_pass():
+    # float32 holds nothing of 1 beside 1e9: the model itself is off by all of it.
+    loses_all = keras.Sequential([keras.Input((4,)), keras.layers.Lambda(lambda x: (x + 1e9) - 1e9)])
+    x = np.random.default_rng(0).normal(size=(8, 4)).astype("float32")
+    assert proof.rounding_error(loses_all, x) > 0.5
+    tolerance = proof.Tolerance(loses_all)
+    assert not tolerance.allows(0.02, [x])
+    assert tolerance.allows(0.009, [x])
+
+
 def test_a_model_that_only_folding_makes_round_is_refused():
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(4, use_bias=False), keras_bn.BatchNormalization()])
     model.layers[0].set_weights([np.eye(4)])
