@@ -21,7 +21,7 @@ from keras_bn.exporting.signatures import BYTES, SERVING
 from keras_bn.folding import FoldingReport
 from keras_bn.folding import fold as fold_model
 from keras_bn.folding.proof import Errors, Tolerance, accepted_inputs
-from keras_bn.model import batch_norms_below, check_finite, check_model, layers_below
+from keras_bn.model import batch_norms_below, check_finite, check_model, graph_of, layers_below
 from keras_bn.names import argument
 from keras_bn.population.report import Recalibration
 
@@ -142,6 +142,12 @@ def export(
     _check_arguments(model, version, labels, preprocess, accuracy)
     check_finite(model)
     base = Path(model_base_path)
+    if fold and graph_of(model) is None:
+        raise ValueError(
+            "`fold` must be False for a subclassed model, as what it does is known to its own `call` only: its "
+            f"normalizations are then exported as they are. Received: fold={fold}, model={model.name!r} of type "
+            f"{type(model).__name__}."
+        )
     _versions.check_free(base, version, overwrite)
     if warmup is not None:
         _warmup.require()

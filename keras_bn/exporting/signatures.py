@@ -52,14 +52,20 @@ class Serving:
                 "`preprocess` must be None for a model that does not take one batch of pictures, rank 4. "
                 f"Received: preprocess={preprocess!r} for inputs of shapes {[leaf.shape for leaf in leaves]}."
             )
-        names = _input_names(leaves)
+        names = _input_names(leaves, _keys(self._structure))
         self.inputs = {
             name: tf.TensorSpec((None, *leaf.shape[1:]), tf.uint8 if preprocess else wire_dtype(leaf.dtype), name=name)
             for name, leaf in zip(names, leaves, strict=True)
         }
         # Traced here for the names: what an output is called depends on the operation that makes it.
-        flat = self.concrete(lambda tensors: keras.tree.flatten(self._run(tensors)), self.inputs)
-        self.output_names = _output_names(model, flat)
+        structures: list[Any] = []
+
+        def run(tensors: Tensors) -> Any:
+            structures.append(self._run(tensors))
+            return keras.tree.flatten(structures[-1])
+
+        flat = self.concrete(run, self.inputs)
+        self.output_names = _output_names(model, flat, _keys(structures[-1]))
 
     def predict(self, tensors: Tensors) -> dict[str, tf.Tensor]:
         """The model's outputs by name; also eagerly, for comparison."""
@@ -199,8 +205,17 @@ def input_structure(model: keras.Model) -> Any:
     )
 
 
-def _input_names(leaves: list[keras.KerasTensor]) -> list[str]:
+def _keys(structure: Any) -> list[str] | None:
+    """The keys of a dictionary of tensors, in the order in which it is flattened; None for anything else."""
+    if not isinstance(structure, Mapping) or any(keras.tree.is_nested(value) for value in structure.values()):
+        return None
+    return sorted(structure) if all(isinstance(key, str) for key in structure) else None
+
+
+def _input_names(leaves: list[keras.KerasTensor], keys: list[str] | None) -> list[str]:
     given = [_input_name(leaf) for leaf in leaves]
+    if keys is not None:
+        given = [name or argument(key) or None for name, key in zip(given, keys, strict=True)]
     if len(leaves) == 1 and given[0] is None:
         shape = leaves[0].shape
         return ["image" if len(shape) == 4 and shape[-1] in (1, 3, 4) else "inputs"]
@@ -212,11 +227,10 @@ def _input_name(leaf: keras.KerasTensor) -> str | None:
     return None if re.fullmatch(r"(input_layer|keras_tensor|input)(_\d+)?", leaf.name) else argument(leaf.name) or None
 
 
-def _output_names(model: keras.Model, flat: Any) -> list[str]:
+def _output_names(model: keras.Model, flat: Any, keys: list[str] | None) -> list[str]:
     """Names of the flattened outputs: dictionary keys, else what the last operation says, else the layer's own name."""
-    structure = None if isinstance(model, keras.Sequential) else getattr(model, "output", None)
-    if isinstance(structure, dict) and not any(keras.tree.is_nested(value) for value in structure.values()):
-        return unique([identifier(key) for key in sorted(structure)])
+    if keys is not None:
+        return unique([identifier(key) for key in keys])
     tensors = keras.tree.flatten(flat.structured_outputs)
     symbolic = getattr(model, "outputs", None)
     given = [_layer_name(tensor) for tensor in symbolic] if symbolic else [None] * len(tensors)

@@ -31,8 +31,8 @@ class Tolerance:
 
     Where no number is given it is that of `default_tolerance`, or, for a model that rounds more, four times what the
     model itself is from its result in float64, which is measured when it is needed. (Both are off, and folding rounds
-    each weight once more: where sums of 512 products cancel 1.0 to 2.9 times were seen.) It is never more than 1e-2: of a
-    model that rounds more nothing is proved that way.
+    each weight once more: where sums of 512 products cancel 1.0 to 2.9 times were seen.) It is never more than
+    1e-2: of a model that rounds more nothing is proved that way.
 
     Args:
         model: what was there before.

@@ -154,10 +154,37 @@ def test_a_subclassed_model_exports_once_it_was_called(tmp_path):
     off_unit_statistics(model)
     batch = np.ones((4, 3), "float32")
     expected = model.norm(batch, training=False)
-    with pytest.raises(ValueError, match="`model` must be a functional or sequential Keras model"):
+    with pytest.raises(
+        ValueError, match=r"`fold` must be False for a subclassed model.*Received: fold=True, model='doub"
+    ):
         keras_bn.export(model, tmp_path)
     answer = serve(keras_bn.export(model, tmp_path, fold=False).path, inputs=batch)
     np.testing.assert_allclose(answer["outputs"], expected, rtol=1e-6)
+
+
+def test_keys_of_dictionaries_name_inputs_and_outputs_of_a_subclassed_model(tmp_path):
+    class Station(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.norm = keras_bn.BatchNormalization()
+
+        def call(self, inputs, training=None):
+            x = self.norm(inputs["temperature"] - inputs["dew point"], training=training)
+            return {"spread": x, "Sign": x > 0}
+
+    rng = np.random.default_rng(0)
+    inputs = {name: rng.normal(size=(6, 3)).astype("float32") for name in ("temperature", "dew point")}
+    model = Station()
+    model(inputs)
+    exported = keras_bn.export(model, tmp_path, fold=False, warmup=inputs)
+    assert list(exported.inputs) == ["dew_point", "temperature"]
+    assert list(exported.outputs) == ["Sign", "spread"]
+    answer = serve(exported.path, temperature=inputs["temperature"], dew_point=inputs["dew point"])
+    np.testing.assert_allclose(answer["spread"], model(inputs)["spread"], rtol=1e-6)
+    (drift,) = keras_bn.drift(exported.path, {"temperature": inputs["temperature"], "dew_point": inputs["dew point"]})
+    (expected,) = keras_bn.drift(model, inputs)
+    assert drift["layer"] == expected["layer"]
+    assert drift["kl"] == pytest.approx(expected["kl"], rel=1e-4)
 
 
 def test_any_batch_size_is_served_also_where_the_input_had_a_fixed_one(tmp_path):
