@@ -2,7 +2,6 @@
 
 import asyncio
 import functools
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ from numpy.typing import NDArray
 
 from keras_bn_serving.client.connection import Connection
 from keras_bn_serving.client.rest import AsyncRestTransport
-from keras_bn_serving.client.types import Classes, ModelVersion, Prediction, Target, target_of, time_left
+from keras_bn_serving.client.types import Classes, ModelVersion, Prediction, deadline_after, target_of, time_left
 from keras_bn_serving.client.waiting import POLL_SECONDS, Wait
 from keras_bn_serving.errors import ServingError
 
@@ -92,7 +91,7 @@ class AsyncClient(Connection):
         self, model_name: str, *, version: int | None = None, timeout: float | None = None
     ) -> list[ModelVersion]:
         """As `Client.status`."""
-        return await self._run(self._operations.status(Target(model_name, version)), timeout)
+        return await self._run(self._operations.status(target_of(model_name, version)), timeout)
 
     async def metadata(
         self,
@@ -120,7 +119,8 @@ class AsyncClient(Connection):
         raise wait.too_long()
 
     async def close(self) -> None:
-        """Closes the connections."""
+        """Closes the connections; the client is of no further use."""
+        self._closed = True
         await self._transport.close()
 
     async def __aenter__(self) -> "AsyncClient":
@@ -136,7 +136,9 @@ class AsyncClient(Connection):
         return module.AsyncGrpcTransport(target, credentials)
 
     async def _run(self, operation: Any, timeout: float | None) -> Any:
-        deadline = time.monotonic() + (self._timeout if timeout is None else timeout)
+        if self._closed:
+            raise ValueError("The client is closed; make another one.")
+        deadline = deadline_after(self._timeout if timeout is None else timeout)
         go_on = functools.partial(operation.send, None)
         while True:
             try:

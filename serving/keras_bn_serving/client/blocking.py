@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from keras_bn_serving.client.connection import Connection
 from keras_bn_serving.client.rest import RestTransport
-from keras_bn_serving.client.types import Classes, ModelVersion, Prediction, Target, target_of, time_left
+from keras_bn_serving.client.types import Classes, ModelVersion, Prediction, deadline_after, target_of, time_left
 from keras_bn_serving.client.waiting import POLL_SECONDS, Wait
 from keras_bn_serving.errors import ServingError
 
@@ -149,7 +149,7 @@ class Client(Connection):
         Raises:
             ServingError: If the server has no such model or version.
         """
-        return self._run(self._operations.status(Target(model_name, version)), timeout)
+        return self._run(self._operations.status(target_of(model_name, version)), timeout)
 
     def metadata(
         self,
@@ -182,7 +182,8 @@ class Client(Connection):
         raise wait.too_long()
 
     def close(self) -> None:
-        """Closes the connections."""
+        """Closes the connections; the client is of no further use."""
+        self._closed = True
         self._transport.close()
 
     def __enter__(self) -> "Client":
@@ -198,7 +199,9 @@ class Client(Connection):
         return module.GrpcTransport(target, credentials)
 
     def _run(self, operation: Any, timeout: float | None) -> Any:
-        deadline = time.monotonic() + (self._timeout if timeout is None else timeout)
+        if self._closed:
+            raise ValueError("The client is closed; make another one.")
+        deadline = deadline_after(self._timeout if timeout is None else timeout)
         go_on = functools.partial(operation.send, None)
         while True:
             try:

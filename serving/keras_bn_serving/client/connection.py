@@ -7,7 +7,7 @@ import httpx
 
 from keras_bn_serving.client import drift
 from keras_bn_serving.client.rest import RestProtocol
-from keras_bn_serving.client.types import Retry, Target
+from keras_bn_serving.client.types import Retry, Target, deadline_after
 
 _SCHEMES = ("http", "https", "grpc", "grpcs")
 
@@ -23,14 +23,16 @@ class Connection:
         root_certificate: bytes = b"",
         http: httpx.Client | httpx.AsyncClient | None = None,
     ):
-        parts = urlsplit(url)
-        if parts.scheme not in _SCHEMES or not parts.netloc:
+        if not isinstance(url, str) or not _is_address(url):
             raise ValueError(f"`url` must be http, https, grpc or grpcs://host:port. Received: url={url!r}.")
+        parts = urlsplit(url)
         if http is not None and parts.scheme not in ("http", "https"):
             raise ValueError(f"`http` sends REST requests; with gRPC leave it out. Received: url={url!r}.")
         self.url = url.rstrip("/")
         self._http: Any = http
+        deadline_after(timeout)
         self._timeout = timeout
+        self._closed = False
         self._retry = retry or Retry()
         self._operations: Any
         if parts.scheme in ("http", "https"):
@@ -56,3 +58,12 @@ class Connection:
             return self._operations.predict(target, some, drift.SIGNATURE)
 
         return drift.operation(predict, inputs, batch_size)
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in _SCHEMES and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        # A port that is no number, or above 65535.
+        return False

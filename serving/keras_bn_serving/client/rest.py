@@ -5,6 +5,7 @@ import base64
 import contextlib
 import json
 import math
+import re
 import time
 from collections.abc import Generator, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -14,8 +15,9 @@ import httpx
 import numpy as np
 import orjson
 
+from keras_bn_serving.client.inputs import fitting, is_numeric, type_of
 from keras_bn_serving.client.types import ModelVersion, Remembered, Target
-from keras_bn_serving.errors import Code, DeadlineExceededError, UnavailableError, error_of
+from keras_bn_serving.errors import Code, DeadlineExceededError, InvalidArgumentError, UnavailableError, error_of
 
 _CODES = {
     400: Code.INVALID_ARGUMENT,
@@ -61,18 +63,24 @@ class RestProtocol:
     def predict(self, target: Target, inputs: Any, signature_name: str) -> Operation:
         """Asks for a prediction in column format; returns an array, or several by name."""
         place = _place(target)
-        body: dict[str, Any] = {"signature_name": signature_name} if signature_name else {}
-        if isinstance(inputs, Mapping):
-            body["inputs"] = {name: _jsonable(value) for name, value in inputs.items()}
-        else:
-            body["inputs"] = _jsonable(inputs)
-        names = yield from self._outputs(place, target, signature_name)
-        reply = yield Call("POST", f"{place}:predict", _dumps(body))
+        known = self._signatures.find(place) is not None
+        signature = yield from self._signature(place, target, signature_name)
+        try:
+            body = _predict_body(inputs, signature, signature_name)
+        except InvalidArgumentError:
+            if not known:
+                raise
+            # Another version may have come since, of other types.
+            self._signatures.forget(place)
+            signature = yield from self._signature(place, target, signature_name)
+            body = _predict_body(inputs, signature, signature_name)
+        names = signature.get("outputs", {})
+        reply = yield Call("POST", f"{place}:predict", body)
         outputs = _loads(reply.body)["outputs"]
         if len(names) != 1 and not (isinstance(outputs, dict) and outputs.keys() == names.keys()):
             # Another version has come since.
             self._signatures.forget(place)
-            names = yield from self._outputs(place, target, signature_name)
+            names = (yield from self._signature(place, target, signature_name)).get("outputs", {})
         if len(names) == 1:
             return _array(outputs, next(iter(names.values()))["dtype"])
         return {name: _array(value, names[name]["dtype"]) for name, value in outputs.items()}
@@ -107,12 +115,12 @@ class RestProtocol:
         reply = yield Call("GET", f"{_place(target)}/metadata")
         return _loads(reply.body)["metadata"]["signature_def"]["signature_def"]
 
-    def _outputs(self, place: str, target: Target, signature_name: str) -> Generator[Call, Reply, dict[str, Any]]:
+    def _signature(self, place: str, target: Target, signature_name: str) -> Generator[Call, Reply, dict[str, Any]]:
         signatures = self._signatures.find(place)
         if signatures is None:
             signatures = yield from self.metadata(target)
             self._signatures.keep(place, signatures)
-        return signatures.get(signature_name or "serving_default", {}).get("outputs", {})
+        return signatures.get(signature_name or "serving_default", {})
 
 
 class RestTransport:
@@ -214,6 +222,31 @@ def _place(target: Target) -> str:
     return path if target.label is None else f"{path}/labels/{quote(target.label, safe='')}"
 
 
+def _predict_body(inputs: Any, signature: Mapping[str, Any], signature_name: str) -> bytes:
+    infos = signature.get("inputs", {})
+
+    def value_of(name: str, value: Any) -> Any:
+        dtype = type_of(infos[name]) if name in infos else None
+        try:
+            array = value if isinstance(value, np.ndarray) else np.asarray(value)
+        except ValueError:
+            # Lists of unequal lengths, or objects of JSON among them: the server says what is wrong.
+            return _jsonable(value)
+        if not is_numeric(array):
+            return _jsonable(value)
+        if array.dtype.kind == "c":
+            raise ValueError(
+                f"`inputs` must not be complex: JSON has no such numbers. Received: for {name!r}, {array.dtype}."
+            )
+        return _jsonable(fitting(name, array, dtype))
+
+    if isinstance(inputs, Mapping):
+        given = {name: value_of(name, value) for name, value in inputs.items()}
+    else:
+        given = value_of(next(iter(infos)) if len(infos) == 1 else "", inputs)
+    return _dumps({"signature_name": signature_name, "inputs": given} if signature_name else {"inputs": given})
+
+
 def _examples_body(examples: Any, context: Any, signature_name: str) -> bytes:
     body: dict[str, Any] = {"signature_name": signature_name} if signature_name else {}
     if context is not None:
@@ -233,7 +266,10 @@ def check(reply: Reply) -> Reply:
     try:
         message = str(_loads(reply.body)["error"])
     except (ValueError, KeyError, TypeError):
-        message = reply.body[:200].decode(errors="replace") or f"HTTP status {reply.status}"
+        # No server of models, or a path that is none of its own.
+        page = re.search(rb"<title>(.*?)</title>", reply.body, re.IGNORECASE | re.DOTALL)
+        said = page[1] if page else reply.body[:200]
+        message = " ".join(said.decode(errors="replace").split()) or f"HTTP status {reply.status}"
     raise error_of(_CODES.get(reply.status, Code.UNKNOWN), message)
 
 
@@ -256,7 +292,10 @@ def _jsonable(value: Any) -> Any:
 def _dumps(body: dict[str, Any]) -> bytes:
     if any(_has_nonfinite(value) for value in _arrays(body)):
         return json.dumps(body, default=lambda value: value.tolist()).encode()
-    return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
+    try:
+        return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
+    except TypeError as error:
+        raise ValueError(f"`inputs` must be numbers, truth values, strings or bytes. Received: {error}.") from error
 
 
 def _arrays(value: Any) -> list[Any]:

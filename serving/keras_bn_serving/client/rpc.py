@@ -9,9 +9,9 @@ import grpc
 import numpy as np
 from google.protobuf import json_format
 
+from keras_bn_serving.client.inputs import fitting, is_numeric, type_of
 from keras_bn_serving.client.messages import message, state_name
 from keras_bn_serving.client.types import ModelVersion, Remembered, Target
-from keras_bn_serving.codec.data_types import number_of, numpy_type
 from keras_bn_serving.codec.tensor_proto import to_array, write_array
 from keras_bn_serving.errors import Code, InvalidArgumentError, error_of
 
@@ -65,7 +65,7 @@ class GrpcProtocol:
             inputs = {next(iter(types)): inputs}
         request = message("PredictRequest")(model_spec=_spec(target, signature_name))
         for name, value in inputs.items():
-            write_array(request.inputs[name], _to_type(name, value, types.get(name)))
+            write_array(request.inputs[name], _tensor(name, value, types.get(name)))
         return Rpc("Predict", request, "PredictResponse")
 
     def classify(self, target: Target, examples: Any, context: Any, signature_name: str) -> Operation:
@@ -108,7 +108,7 @@ class GrpcProtocol:
         if types is None:
             signatures = yield from self.metadata(target)
             inputs = signatures.get(signature_name or "serving_default", {}).get("inputs", {})
-            types = {name: numpy_type(info["dtype"].removeprefix("DT_").lower()) for name, info in inputs.items()}
+            types = {name: type_of(info) for name, info in inputs.items()}
             self._input_types.keep(key, types)
         return types
 
@@ -180,31 +180,24 @@ def _spec(target: Target, signature_name: str) -> Any:
     return spec
 
 
-def _to_type(name: str, value: Any, dtype: np.dtype | None) -> np.ndarray:
-    """Returns an array of the input's type where that is no more than another width of the same kind of number."""
-    array = (
-        value
-        if isinstance(value, np.ndarray)
-        else np.asarray(value, object if dtype is not None and dtype.hasobject else None)
-    )
-    if array.dtype.kind in "OSU":
-        texts = [each.encode() if isinstance(each, str) else each for each in array.ravel().tolist()]
-        if not all(isinstance(text, bytes) for text in texts):
-            raise ValueError(
-                f"`inputs` must be an array, not ragged, or strings. Received: for {name!r}, {value!r:.100}"
-            )
-        array = np.empty(array.shape, object)
-        array.flat[:] = texts
-        return array
-    if dtype is not None and np.can_cast(array.dtype, dtype, "same_kind"):
-        return array.astype(dtype)
-    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+def _tensor(name: str, value: Any, dtype: np.dtype | None) -> np.ndarray:
+    strings = dtype is not None and dtype.hasobject
     try:
-        number_of(array.dtype)
-    except KeyError:
+        array = value if isinstance(value, np.ndarray) else np.asarray(value, object if strings else None)
+    except ValueError as error:
         raise ValueError(
-            f"`inputs` must be of a type that TensorFlow has. Received: {array.dtype} for {name!r}."
+            f"`inputs` must be an array, or lists of equal lengths. Received: for {name!r}, {error}"
         ) from None
+    if is_numeric(array):
+        return fitting(name, array, dtype)
+    texts = [each.encode() if isinstance(each, str) else each for each in array.ravel().tolist()]
+    if not all(isinstance(text, bytes) for text in texts):
+        raise ValueError(
+            f"`inputs` must be numbers, truth values, strings or bytes. Received: for {name!r}, {array.dtype}, "
+            f"{value!r:.100}"
+        )
+    array = np.empty(array.shape, object)
+    array.flat[:] = texts
     return array
 
 

@@ -5,6 +5,7 @@ import time
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
+import numpy as np
 from numpy.typing import NDArray
 
 from keras_bn_serving.errors import Code, DeadlineExceededError, ServingError
@@ -93,15 +94,35 @@ class Retry:
         return wait
 
 
-def target_of(model_name: str, version: int | None, label: str | None) -> Target:
+def target_of(model_name: str, version: int | None = None, label: str | None = None) -> Target:
     """Returns what a call is about.
 
     Raises:
-        ValueError: Both a version and a label are given.
+        TypeError: An argument is of the wrong type.
+        ValueError: A version is negative, or both a version and a label are given.
     """
+    if not isinstance(model_name, str):
+        raise TypeError(f"`model_name` must be a string. Received: model_name={model_name!r}.")
+    if version is not None and (isinstance(version, bool) or not isinstance(version, int | np.integer)):
+        raise TypeError(f"`version` must be an integer, or None for the newest. Received: version={version!r}.")
+    if version is not None and not 0 <= version < 2**63:
+        raise ValueError(f"`version` must be from 0 to 2**63 - 1, or None for the newest. Received: version={version}.")
+    if label is not None and not isinstance(label, str):
+        raise TypeError(f"`label` must be a string, or None. Received: label={label!r}.")
     if version is not None and label is not None:
         raise ValueError(f"Give `version` or `label`, not both. Received: version={version}, label={label!r}.")
-    return Target(model_name, version, label)
+    return Target(model_name, None if version is None else int(version), label)
+
+
+def deadline_after(timeout: float) -> float:
+    """Returns when that many seconds are over, by the monotonic clock.
+
+    Raises:
+        ValueError: They are not a number above 0.
+    """
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0:
+        raise ValueError(f"`timeout` must be a number of seconds above 0. Received: timeout={timeout!r}.")
+    return time.monotonic() + timeout
 
 
 def time_left(deadline: float) -> float:
