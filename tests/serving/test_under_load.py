@@ -224,15 +224,18 @@ def try_post(server: RunningServer, body: bytes) -> None:
 
 def test_small_requests_are_answered_while_large_ones_are_read_and_written(loaded: RunningServer):
     """No time is asserted: the large one is still under way when a hundred small ones have their answers."""
-    with ThreadPoolExecutor(2) as clients:
+    with ThreadPoolExecutor(3) as clients:
+        # An error quotes what it is about, however long that is.
+        quoting = clients.submit(post, loaded, b'{"instances": ["' + b"a" * (2 * MEBIBYTE) + b'"]}')
         reading = clients.submit(post, loaded, WORST["members"])
         writing = clients.submit(post, loaded, b'{"instances": [400000]}')
         connection = http.client.HTTPConnection(*address_of(loaded), timeout=60)
         while_busy = 0
         with contextlib.closing(connection):
-            while not (reading.done() and writing.done()):
+            while not (reading.done() and writing.done() and quoting.done()):
                 connection.request("GET", "/healthz")
                 assert connection.getresponse().read()
                 while_busy += 1
         assert writing.result()[0] == 200
+        assert quoting.result()[0] == 400
     assert while_busy > 5

@@ -27,12 +27,9 @@ _SMALLEST_DOUBLE = sys.float_info.min
 # Bytes that are no UTF-8 pass through the parser as the last code points of plane 16, which nobody assigns.
 _HIDDEN = {0xDC00 + byte: 0x10FF00 + byte for byte in range(0x80, 0x100)}
 _SHOWN = {hidden: surrogate for surrogate, hidden in _HIDDEN.items()}
-_ESCAPES = {code: f"\\u{code:04X}" for code in range(0x20)} | {
-    ord(char): escape
-    for char, escape in {
-        "\b": "\\b", "\f": "\\f", "\n": "\\n", "\r": "\\r", "\t": "\\t", '"': '\\"', "\\": "\\\\",
-    }.items()
-}  # fmt: skip
+# The backslash first: the others bring some.
+_FREQUENT_ESCAPES = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t", "\b": "\\b", "\f": "\\f"}
+_CONTROL = re.compile("[\x00-\x1f]")
 
 
 class JsonObject(list[tuple[str, Any]]):
@@ -87,7 +84,14 @@ def dump(value: Any) -> str:
 
 def escape(text: str) -> str:
     """Returns a JSON string literal for `text`."""
-    return f'"{text.translate(_ESCAPES)}"'
+    for character, escaped in _FREQUENT_ESCAPES.items():
+        text = text.replace(character, escaped)
+    # A hundred times as fast as `str.translate` where there is little or nothing to be done.
+    return '"' + _CONTROL.sub(_numbered, text) + '"'
+
+
+def _numbered(found: re.Match[str]) -> str:
+    return f"\\u{ord(found[0]):04X}"
 
 
 def flush(number: float) -> float:

@@ -153,7 +153,7 @@ class RestServer:
         try:
             response, code = await self._route(request, run, look), Code.OK
         except ServingError as error:
-            response, code = Response(HTTP_STATUS[error.code], encode_error(error.message)), error.code
+            response, code = Response(HTTP_STATUS[error.code], await self._encode_error(error.message)), error.code
         except _Overflow:
             response, code = Response(HTTPStatus.BAD_REQUEST, b""), Code.INVALID_ARGUMENT
         except (TimeoutError, asyncio.TimeoutError):
@@ -317,6 +317,13 @@ class RestServer:
         # The arrays are done with; the text stays until it is sent.
         share.hold(share.held - size + len(text))
         return Response(HTTPStatus.OK, text)
+
+    async def _encode_error(self, message: str) -> bytes:
+        """Encodes an error's text, which may quote a value that is as long as a body."""
+        if len(message) <= SMALL_BYTES:
+            return encode_error(message)
+        _, encoded = self._background.start(lambda go_on: encode_error(message))
+        return await encoded
 
     def _count(self, asked: re.Match[str] | None, code: Code, seconds: float) -> None:
         # As TensorFlow Serving has it: whatever name is asked for, and for a look no word for what was called.
