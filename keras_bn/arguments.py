@@ -19,8 +19,10 @@ def is_schedule(value: object) -> TypeGuard[keras.optimizers.schedules.LearningR
 
 def axes(axis):
     axes = list(axis) if isinstance(axis, (list, tuple)) else [axis]
-    if not axes or not all(isinstance(one, numbers.Integral) for one in axes):
+    if not axes or not all(isinstance(one, numbers.Integral) and not isinstance(one, bool) for one in axes):
         raise TypeError(f"`axis` must be an int or a list of ints, at least one. Received: axis={axis!r}.")
+    if len(set(axes)) < len(axes):
+        raise ValueError(f"`axis` must name each axis once. Received: axis={axis!r}.")
     return [int(one) for one in axes]
 
 
@@ -36,7 +38,7 @@ def number(name, value, low, high=math.inf, alternative=""):
     allowed = f"a number in [{low:g}, {high:g}]" if high < math.inf else f"a number not below {low:g}"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"`{name}` must be {allowed}{alternative}. Received: {name}={value!r}.")
-    if not low <= value <= high:
+    if not low <= value <= high or value == math.inf:
         raise ValueError(f"`{name}` must be {allowed}{alternative}. Received: {name}={value!r}.")
     return float(value)
 

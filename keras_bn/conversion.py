@@ -10,7 +10,7 @@ import numpy as np
 from keras_bn.cloning import clone
 from keras_bn.folding.proof import Tolerance, errors_between, proof_batches
 from keras_bn.layer import BatchNormalization
-from keras_bn.model import check_model, graph_of, set_statistics
+from keras_bn.model import check_model, check_weights_finite, graph_of, set_statistics
 
 _STOCK = {"module": "keras.layers", "class_name": "BatchNormalization", "registered_name": None}
 _OURS = {
@@ -156,7 +156,12 @@ def _proved(model: keras.Model, new: Any, check: Any) -> Any:
     if check is None and graph_of(model) is None:
         return new
     batches, allowed = proof_batches(model, check), Tolerance(model)
-    errors = errors_between(model, new, batches)
+    try:
+        errors = errors_between(model, new, batches)
+    except ValueError:
+        # Nothing finite comes out of it: is it the inputs or the model?
+        check_weights_finite(model)
+        raise
     if not allowed.allows(errors.relative, batches):
         raise ValueError(
             "`model` must have layers that are what their configuration says; the copy of it computes something else. "

@@ -10,7 +10,14 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_bn.model import calls_replaced, channel_axes, inference_mode, named_batch_norms, observed_call
+from keras_bn.model import (
+    calls_replaced,
+    channel_axes,
+    check_weights_finite,
+    inference_mode,
+    named_batch_norms,
+    observed_call,
+)
 from keras_bn.names import argument
 from keras_bn.statistics import aligned_weights
 
@@ -98,15 +105,17 @@ def drift(model: Any, inputs: Any, batch_size: int = 32) -> list[dict[str, Any]]
             raise ValueError(f"`inputs` must be what the model can compute with. Received: {reason(error)}") from error
         for name, figures in by_layer.items():
             in_float64 = RowFigures(*map(_in_float64, figures))
-            _check_finite(name, in_float64, first)
+            _check_finite(name, in_float64, first, model)
             parts.setdefault(name, []).append(merged(in_float64, axis=0))
     return [{"layer": name, **plain(summary(pooled(_stacked(part))))} for name, part in parts.items()]
 
 
-def _check_finite(layer: str, figures: RowFigures, first: int) -> None:
+def _check_finite(layer: str, figures: RowFigures, first: int, model: Any) -> None:
     finite = np.isfinite(figures.mean_shift) & np.isfinite(figures.variance_ratio)
     (broken,) = np.nonzero(~finite.all(axis=1))
     if broken.size:
+        if isinstance(model, keras.Model):
+            check_weights_finite(model)
         raise ValueError(
             f"`inputs` must be finite. Received: example {first + broken[0]} (counted from 0) with non-finite values "
             f"at the input of layer {layer!r}."

@@ -7,7 +7,14 @@ import keras
 import numpy as np
 
 from keras_bn.drift import distance, plain, summary
-from keras_bn.model import affine_weights, check_model, named_batch_norms, statistics_of, variables_restored
+from keras_bn.model import (
+    affine_weights,
+    broken_weights,
+    check_model,
+    named_batch_norms,
+    statistics_of,
+    variables_restored,
+)
 from keras_bn.population.accumulator import Accumulator
 from keras_bn.population.batches import Batches
 from keras_bn.population.measurement import measure_leniently
@@ -73,14 +80,17 @@ def health(
                 name=name,
                 channels=mean.size,
                 small_gamma=np.flatnonzero(np.abs(gamma) < SMALL_GAMMA).tolist(),
-                small_variance=np.flatnonzero(variance < SMALL_VARIANCE * layer.epsilon).tolist(),
+                small_variance=np.flatnonzero((variance >= 0) & (variance < SMALL_VARIANCE * layer.epsilon)).tolist(),
+                negative_variance=tuple(np.flatnonzero(variance < 0).tolist()),
                 non_finite=np.flatnonzero(~np.isfinite(mean) | ~np.isfinite(variance)).tolist(),
                 non_finite_batches=skipped.get(name, 0),
                 unmeasured=batches is not None and name not in accumulators,
                 **measured,
             )
         )
-    return Health(rows)
+    # Where data comes through finite, a mask may hide them.
+    reached = batches is None or skipped
+    return Health(rows, tuple(broken_weights(model)) if reached else ())
 
 
 class LayerHealth(NamedTuple):
@@ -93,6 +103,7 @@ class LayerHealth(NamedTuple):
         small_variance: indices of the channels that hardly vary.
         non_finite: indices of the channels with a NaN or infinite moving statistic.
         non_finite_batches: number of batches with a non-finite value at the input of this layer first.
+        negative_variance: indices of the channels whose moving variance is below 0, which gives NaN.
         unmeasured: whether there was data, but nothing finite of it that counts came to this layer.
         mean_shift: of the population from the moving mean, root mean square over channels, in standard deviations.
         variance_ratio: population's to moving variance, that of the channel farthest from 1.
@@ -107,6 +118,7 @@ class LayerHealth(NamedTuple):
     non_finite: list[int]
     non_finite_batches: int
     unmeasured: bool = False
+    negative_variance: tuple[int, ...] = ()
     mean_shift: float = float("nan")
     variance_ratio: float = float("nan")
     kl: float = float("nan")
@@ -122,6 +134,7 @@ class Health(NamedTuple):
     """What `health` found; prints as a table with what to do about it."""
 
     layers: list[LayerHealth]
+    broken_weights: tuple[str, ...] = ()
 
     @property
     def suspects(self) -> list[str]:
@@ -133,10 +146,19 @@ class Health(NamedTuple):
     def findings(self) -> list[str]:
         """Sentences a person can act on; none for a healthy model."""
         said = []
+        if self.broken_weights:
+            said.append(
+                f"Weights are not finite: {', '.join(self.broken_weights)}. No data mends them: train again, with a "
+                "lower learning rate, or go back to an earlier checkpoint."
+            )
         for one in self.layers:
             if one.non_finite:
                 said.append(f"{one.name}: {len(one.non_finite)} channels have non-finite statistics; recalibrate.")
-            if one.non_finite_batches:
+            if one.negative_variance:
+                said.append(
+                    f"{one.name}: {len(one.negative_variance)} channels have a moving variance below 0; recalibrate."
+                )
+            if one.non_finite_batches and not self.broken_weights:
                 said.append(f"{one.name}: {one.non_finite_batches} batches of the data are not finite here; mend them.")
             if one.unmeasured:
                 said.append(

@@ -171,6 +171,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
                 raise ValueError(
                     f"`axis` must be in [{-rank}, {rank - 1}] for rank-{rank} inputs. Received: axis={self.axis}."
                 )
+        if len({axis % rank for axis in axes}) < len(axes):
+            raise ValueError(f"`axis` must name each axis once, for rank-{rank} inputs. Received: axis={self.axis}.")
         axes = sorted({axis % rank for axis in axes})
         if len(axes) == rank:
             raise ValueError(

@@ -67,6 +67,33 @@ def check_finite(model: keras.Model) -> None:
             )
 
 
+def broken_weights(model: keras.Layer) -> list[str]:
+    """Paths of the weights that are not finite, without the statistics of normalizations, which data mends."""
+    statistics = {id(variable) for layer in batch_norms_below(model) for variable in layer.non_trainable_variables}
+    broken = []
+    for variable in model.variables:
+        value = keras.ops.convert_to_numpy(variable)
+        numbers = id(variable) not in statistics and value.dtype.kind not in "biuOSU"
+        if numbers and not np.all(np.isfinite(value.astype("float64"))):
+            broken.append(variable.path)
+    return broken
+
+
+def check_weights_finite(model: keras.Layer) -> None:
+    """Refuses weights through which no data comes finite.
+
+    Raises:
+        ValueError: when one of them is NaN or infinite.
+    """
+    broken = broken_weights(model)
+    if broken:
+        raise ValueError(
+            "`model` must have finite weights, as after a training that did not diverge; no data mends them. "
+            f"Received: {', '.join(map(repr, broken[:3]))}{' and others' if len(broken) > 3 else ''} with NaN or "
+            "infinity."
+        )
+
+
 def default_tolerance(model: keras.Layer) -> float:
     """Of relative errors: 1e-4, or 2e-2 where a layer computes in half precision."""
     halves = any(layer.compute_dtype in ("float16", "bfloat16") for layer in layers_below(model))

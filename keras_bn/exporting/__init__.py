@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_bn import arguments
 from keras_bn.drift import SIGNATURE as DRIFT
 from keras_bn.drift import reason
 from keras_bn.exporting import signatures as _signatures
@@ -140,6 +141,8 @@ def export(
     ```
     """
     _check_arguments(model, version, labels, preprocess, accuracy)
+    for name, value in {"fold": fold, "jit_compile": jit_compile, "overwrite": overwrite, "drift": drift}.items():
+        arguments.flag(name, value)
     check_finite(model)
     base = Path(model_base_path)
     if fold and graph_of(model) is None:
@@ -188,8 +191,10 @@ def _check_arguments(model: Any, version: Any, labels: Any, preprocess: Any, acc
     check_model(model, built=True)
     if version is not None and (isinstance(version, bool) or not isinstance(version, int)):
         raise TypeError(f"`version` must be an integer from 0, or None for the next. Received: version={version!r}.")
-    if version is not None and version < 0:
-        raise ValueError(f"`version` must be an integer from 0, or None for the next. Received: version={version}.")
+    if version is not None and not 0 <= version < 2**63:
+        raise ValueError(
+            f"`version` must be an integer from 0 to 2**63 - 1, or None for the next. Received: version={version}."
+        )
     if labels is not None and (isinstance(labels, str) or not all(isinstance(label, str) for label in labels)):
         raise TypeError(f"`labels` must be a sequence of strings, one for each class. Received: labels={labels!r}.")
     if preprocess is not None and not callable(preprocess):

@@ -8,7 +8,13 @@ import numpy as np
 
 from keras_bn import arguments
 from keras_bn.drift import distance, plain, summary
-from keras_bn.model import check_model, named_batch_norms, set_statistics, statistics_of, variables_restored
+from keras_bn.model import (
+    check_model,
+    named_batch_norms,
+    set_statistics,
+    statistics_of,
+    variables_restored,
+)
 from keras_bn.population.accumulator import METHODS
 from keras_bn.population.batches import Batches
 from keras_bn.population.measurement import measure_as_it_stands, measure_joint, measure_repeated, measure_sequential
@@ -123,7 +129,8 @@ def measure(
     count = sum(w), mean = sum(w * x) / count, m2 = sum(w * (x - mean)**2)
 
     in float64, per channel. Moments of parts of the data, wherever they were measured, merge exactly with `+`, go
-    through JSON with `to_dict`, and become moving statistics with `apply_statistics`. One layer after the other, in the
+    through JSON with `to_dict` (and back with `keras_bn.Moments(**parsed)`), and become moving statistics with
+    `apply_statistics`. One layer after the other, in the
     order they are called, that is `recalibrate` over data that is in several places:
 
     ```python
@@ -168,11 +175,14 @@ def apply_statistics(model: keras.Model, *measured: Mapping[str, Moments]) -> No
 
     Raises:
         TypeError: when `model` is no Keras model, or something measured is not a mapping of `keras_bn.Moments`.
-        ValueError: when the model has no layer of such a name with as many channels, or nothing was counted.
+        ValueError: when the model has no layer of such a name with as many channels, nothing was counted, or what is
+            given are no moments.
     """
     check_model(model, built=True)
     norms = named_batch_norms(model)
     together: dict[str, Moments] = {}
+    if not measured:
+        raise ValueError("`measured` must be what `keras_bn.measure` returned, once at least. Received: nothing.")
     for part in measured:
         if not isinstance(part, Mapping) or not all(isinstance(moments, Moments) for moments in part.values()):
             raise TypeError(
@@ -182,16 +192,21 @@ def apply_statistics(model: keras.Model, *measured: Mapping[str, Moments]) -> No
         for name, moments in part.items():
             together[name] = together[name] + moments if name in together else moments
     for name, moments in together.items():
-        if name not in norms or np.shape(moments.mean) != tuple(norms[name].moving_mean.shape):
+        if (
+            name not in norms
+            or np.shape(moments.mean) != tuple(norms[name].moving_mean.shape)
+            or np.shape(moments.m2) != np.shape(moments.mean)
+        ):
             known = {name: tuple(layer.moving_mean.shape) for name, layer in norms.items()}
             raise ValueError(
                 f"`measured` must be of the normalizations of the model, {known}. "
                 f"Received: {name!r} of shape {np.shape(moments.mean)}."
             )
-        if not np.all(np.asarray(moments.count) > 0) or not np.all(np.isfinite([moments.mean, moments.variance])):
+        count, mean, m2 = (np.asarray(value, "float64") for value in moments[:3])
+        if not (np.all(count > 0) and np.all(np.isfinite(mean)) and np.all((m2 >= 0) & np.isfinite(m2))):
             raise ValueError(
-                "`measured` must be finite and of values that count. "
-                f"Received: {name!r} with count {moments.count} and mean {moments.mean}."
+                "`measured` must be finite, of values that count, with `m2` not negative. "
+                f"Received: {name!r} with count {moments.count}, mean {moments.mean} and m2 {moments.m2}."
             )
     for name, moments in together.items():
         set_statistics(norms[name], moments.mean, np.asarray(moments.variance))

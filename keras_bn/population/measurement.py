@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from keras_bn.model import (
     calls_replaced,
+    check_weights_finite,
     inference_mode,
     input_moments,
     observed_call,
@@ -193,6 +194,8 @@ def _one_pass(
         if stop is not None and stop.non_finite is not None and skipped is not None:
             skipped[stop.non_finite] = skipped.get(stop.non_finite, 0) + 1
         elif stop is not None and stop.problem is not None:
+            if stop.non_finite is not None:
+                check_weights_finite(model)
             raise ValueError(stop.problem)
         for name, accumulator in accumulators.items():
             # Layers before the one that refuses have seen a whole batch.
@@ -224,6 +227,13 @@ def _checked_moments(
             f"`data` must have sample weights of shape (batch,) = ({x.shape[0]},) at the input of {name!r}. "
             f"Received: shape {np.shape(weight)} in batch {index}."
         )
+    for what, weights in (("sample weights", weight), ("masks", mask)):
+        values = np.zeros(0) if weights is None else np.asarray(weights)
+        if values.dtype != bool and not np.all((values >= 0) & np.isfinite(values.astype("float64"))):
+            raise _Stop(
+                f"`data` must have {what} that are finite and not negative. Received: from {values.min()} to "
+                f"{values.max()} in batch {index} (counted from 0), at the input of {name!r}."
+            )
     moments = input_moments(layer, x, mask, weight)
     if not (np.all(np.isfinite(moments.mean)) and np.all(np.isfinite(moments.m2))):
         raise _Stop(

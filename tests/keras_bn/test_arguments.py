@@ -181,3 +181,16 @@ def test_unknown_statistics_are_refused():
     text = "`statistics` must be one of 'auto', 'batch', 'moving'. Received: statistics='running'."
     with pytest.raises(ValueError, match=re.escape(text)):
         keras_bn.use_statistics(keras_bn.BatchNormalization(), "running")
+
+
+@pytest.mark.parametrize(("arguments", "error"), [
+    ({"axis": [1, 1]}, ValueError), ({"axis": True}, TypeError), ({"epsilon": float("inf")}, ValueError),
+])  # fmt: skip
+def test_axes_named_twice_and_an_infinite_epsilon_are_refused(arguments, error):
+    with pytest.raises(error, match=f"`{next(iter(arguments))}` must"):
+        keras_bn.BatchNormalization(**arguments)
+
+
+def test_an_axis_named_from_both_ends_is_refused_when_the_rank_is_known():
+    with pytest.raises(ValueError, match=r"`axis` must name each axis once, for rank-2 inputs"):
+        keras_bn.BatchNormalization(axis=[1, -1]).build((4, 3))

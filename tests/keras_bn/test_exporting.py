@@ -221,3 +221,14 @@ def test_wrong_arguments_are_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"`model_base_path` must be a folder.*which is a file"):
         keras_bn.export(small_cnn(), tmp_path / "file")
+
+
+@pytest.mark.parametrize(("arguments", "error", "text"), [
+    ({"version": 10**20}, ValueError, r"`version` must be an integer from 0 to 2\*\*63 - 1"),
+    ({"fold": "no"}, TypeError, "`fold` must be True or False. Received: fold='no'"),
+    ({"overwrite": "x"}, TypeError, "`overwrite` must be True or False"),
+])  # fmt: skip
+def test_arguments_that_would_be_taken_for_others_are_refused(tmp_path, arguments, error, text):
+    model = keras.Sequential([keras.Input((2,)), keras_bn.BatchNormalization()])
+    with pytest.raises(error, match=text):
+        keras_bn.export(model, tmp_path, **arguments)

@@ -575,3 +575,42 @@ def test_what_to_measure_is_checked(options, error, text):
     model = keras.Sequential([keras.Input((4,)), keras_bn.BatchNormalization(name="bn")])
     with pytest.raises(error, match=re.escape(text)):
         keras_bn.recalibrate(model, np.zeros((8, 4), "float32"), **options)
+
+
+@pytest.mark.parametrize(
+    "weights", [[1.0, 1.0, 1.0, -1.0], [1.0, np.nan, 1.0, 1.0], [-1.0] * 4, [np.inf, 1.0, 1.0, 1.0]]
+)
+def test_sample_weights_that_are_none_are_named(weights):
+    inputs = keras.Input((2,))
+    model = keras.Model(inputs, keras_bn.BatchNormalization()(inputs))
+    x = np.array([[1, 2], [3, 4], [5, 9], [100, -7]], "float32")
+    for take in (keras_bn.recalibrate, keras_bn.measure, keras_bn.health):
+        with pytest.raises(ValueError, match="`data` must have sample weights that are finite and not negative"):
+            take(model, (x, np.zeros(4), np.array(weights)), verbose=0)
+
+
+@pytest.mark.parametrize("spoilt", [{"m2": [-5.0, 1.0]}, {"m2": [1.0]}, {"count": -1.0}, {"mean": [np.nan, 0.0]}, None])
+def test_moments_that_are_none_are_refused(spoilt):
+    inputs = keras.Input((2,))
+    model = keras.Model(inputs, keras_bn.BatchNormalization(name="norm")(inputs))
+    measured = keras_bn.measure(model, np.random.default_rng(0).normal(size=(8, 2)).astype("float32"), verbose=0)
+    parts = [] if spoilt is None else [{"norm": keras_bn.Moments(**{**measured["norm"].to_dict(), **spoilt})}]
+    with pytest.raises(ValueError, match="`measured` must be"):
+        keras_bn.apply_statistics(model, *parts)
+
+
+def test_weights_that_diverged_are_named_and_not_the_data():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3, name="dense"), keras_bn.BatchNormalization()])
+    model.layers[0].kernel.assign(np.full((2, 3), np.nan))
+    x = np.ones((8, 2), "float32")
+    for take in (keras_bn.recalibrate, keras_bn.measure, keras_bn.drift, keras_bn.convert):
+        with pytest.raises(ValueError, match=r"`model` must have finite weights.*Received: .*dense/kernel' with NaN"):
+            take(model, x)
+    assert any("dense/kernel" in one and "No data mends them" in one for one in keras_bn.health(model, x).findings)
+    assert not any("mend them." in one.replace("mends them", "") for one in keras_bn.health(model, x).findings)
+
+
+def test_a_negative_variance_is_a_finding_of_its_own():
+    model = keras.Sequential([keras.Input((2,)), keras_bn.BatchNormalization(name="norm")])
+    model.layers[0].moving_variance.assign([-1.0, 1.0])
+    assert keras_bn.health(model).findings == ["norm: 1 channels have a moving variance below 0; recalibrate."]
