@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Exits with 0 when the network is trained, 2 on a wrong flag or `TF_CONFIG`, 1 on missing data, 130 on Ctrl-C, and
     138 where another worker was lost: to be started again.
     """
-    parser = _parser()
+    parser = flag_parser()
     flags = vars(parser.parse_args(arguments))
     source, output, restart = flags.pop("data"), flags.pop("output"), flags.pop("restart")
     strategy, count, replicas = flags.pop("strategy"), flags.pop("local_workers"), flags.pop("replicas")
@@ -79,7 +79,8 @@ def _train(settings: Settings, source: str | None, folder: Path, restart: bool, 
     print(f"Saved: {saved} ({model.count_params():,} weights); log: {folder / run_folder.LOG}")
 
 
-def _parser() -> argparse.ArgumentParser:
+def flag_parser() -> argparse.ArgumentParser:
+    """What reads the command's flags."""
     parser = argparse.ArgumentParser(
         prog="python -m models.train",
         description="Train a reference network on Fashion-MNIST with keras_bn.BatchNormalization. After an "

@@ -16,6 +16,11 @@ from tests.models import workers
 PROGRAM = Path(__file__).with_name("workers.py")
 
 
+# Adam makes a step of nearly its whole length of a gradient that is nearly rounding, as convolutions have some: a tenth
+# of one. Without synchronized statistics it is several steps.
+TOLERANCES = {"mlp": 1e-5, "cnn": 3e-4}
+
+
 def _check_equal(weights, others, tolerance=1e-5):
     for ours, theirs in zip(weights, others, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance, err_msg=getattr(ours, "path", ""))
@@ -49,12 +54,12 @@ def uneven_of_one(fashion_mnist):
 
 
 def _check_run(folder, of_one):
-    _, model, rows = of_one
+    kind, model, rows = of_one
     saved = keras.models.load_model(folder / "run" / "model.keras")
-    _check_equal(saved.weights, model.weights)
+    _check_equal(saved.weights, model.weights, TOLERANCES[kind])
     assert len(_rows(folder / "run")) == len(rows)
     for ours, theirs in zip(_rows(folder / "run"), rows, strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-4)
+        assert ours == pytest.approx(theirs, rel=1e-3)
 
 
 def _check_uneven(folder, count, model):
