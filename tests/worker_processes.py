@@ -23,7 +23,9 @@ def clusters(count: int) -> list[str]:
 
 
 def run(program: Path, count: int, folder: Path, *arguments: str) -> None:
-    """Runs `program FOLDER ARGUMENTS` as that many workers, until all are through; what they print goes to files.
+    """Runs `program FOLDER ARGUMENTS` in `folder` as that many workers, until all are through.
+
+    What they print goes to files there.
 
     Raises:
         RuntimeError: One of them failed; with the end of what it said.
@@ -36,7 +38,7 @@ def run(program: Path, count: int, folder: Path, *arguments: str) -> None:
         workers = [
             subprocess.Popen(
                 [sys.executable, program, folder, *arguments],
-                cwd=ROOT,
+                cwd=folder,
                 env=environment | ({"TF_CONFIG": config} if config else {}),
                 stdout=stack.enter_context(log.open("w")),
                 stderr=subprocess.STDOUT,

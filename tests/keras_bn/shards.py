@@ -82,6 +82,24 @@ def mirrored():
     return results
 
 
+def bytes_sent(strategy, synchronized, channels=7):
+    """What the graph of a training step hands over to other workers for each channel: forward, backward, averages."""
+    with strategy.scope():
+        layer = keras_bn.BatchNormalization(synchronized=synchronized)
+        layer.build((None, channels))
+
+    def local(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            loss = tf.reduce_sum(layer(x, training=True) ** 3)
+        return tape.gradient(loss, x)
+
+    step = tf.function(lambda x: strategy.run(local, (x,)), autograph=False)
+    graph = step.get_concrete_function(tf.TensorSpec([None, channels])).graph
+    sent = [operation.inputs[0] for operation in graph.get_operations() if operation.type == "CollectiveReduceV2"]
+    return sum(tensor.shape.num_elements() * tensor.dtype.size for tensor in sent) / channels
+
+
 def worker(strategy):
     resolver = strategy.cluster_resolver
     count, index = len(resolver.cluster_spec().as_dict()["worker"]), resolver.task_id
@@ -100,6 +118,7 @@ def worker(strategy):
         except ValueError as error:
             return np.array(str(error))
 
+    results |= {f"bytes/{synchronized}": bytes_sent(strategy, synchronized) for synchronized in (True, False)}
     before = statistics(network)
     last = index == count - 1
     results["error/non-finite"] = error_of(data=share * np.float32("nan") if last else share)

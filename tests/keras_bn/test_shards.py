@@ -74,6 +74,12 @@ def test_all_workers_get_the_same_statistics_bit_for_bit(of_workers):
 
 
 @pytest.mark.slow
+def test_a_step_sends_as_many_bytes_whatever_the_number_of_workers(of_workers):
+    # Two sums forward, twice, and two backward; without synchronization the two averages of the moving statistics.
+    assert (of_workers[0]["bytes/True"], of_workers[0]["bytes/False"]) == (24.0, 8.0)
+
+
+@pytest.mark.slow
 def test_an_error_on_one_worker_is_raised_on_all_and_leaves_the_model_as_it_was(of_workers):
     *others, last = of_workers
     assert "`data` must be finite" in str(last["error/non-finite"])
