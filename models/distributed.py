@@ -62,7 +62,8 @@ def workers() -> Iterator[tf.distribute.Strategy]:
         # Who leaves while others compute is taken for dead.
         of_chief(strategy, [0])
     except _LOST as error:
-        print(f"Another worker was lost, the same command goes on after the last whole epoch: {error}", file=sys.stderr)
+        said = f"{error}\nAnother worker was lost; the same command goes on after the last whole epoch."
+        print(said, file=sys.stderr, flush=True)
         raise SystemExit(local_workers.TRY_AGAIN) from error
 
 

@@ -1,4 +1,4 @@
-"""Four replicas, unequal shares, every precision, layout and grouping, in memory and from a file: all equal the oracle."""
+"""Four replicas with unequal shares, in every precision, layout and grouping: all equal the oracle."""
 
 import os
 import subprocess
