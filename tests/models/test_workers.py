@@ -78,6 +78,22 @@ def test_replicas_of_one_process_train_as_one(of_one, uneven_of_one, tmp_path):
     _check_uneven(tmp_path, 1, uneven_of_one)
 
 
+class StopInTheSecondEpoch(keras.callbacks.Callback):
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch == 1:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("of_one", ["mlp"], indirect=True)
+def test_replicas_go_on_where_one_process_was_stopped(of_one, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train(workers.SETTINGS[of_one[0]], workers.few(), tmp_path / "run", callbacks=[StopInTheSecondEpoch()])
+    worker_processes.run(PROGRAM, 1, tmp_path, of_one[0])
+    assert "Going on after epoch 1/3" in (tmp_path / "worker_0.log").read_text()
+    _check_run(tmp_path, of_one)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("of_one", ["mlp"], indirect=True)
 def test_two_workers_of_whom_one_is_killed_and_comes_back_train_as_one(of_one, uneven_of_one, tmp_path, capfd):
