@@ -3,6 +3,8 @@
 #     docker build --tag fashion-cnn .                                  TensorFlow Serving (x86-64)
 #     docker build --tag fashion-cnn:embedded --target embedded .       the embedded server (arm64 as well)
 #
+# and what trains it: `docker build --tag fashion-cnn:training --target training .`
+#
 # Where packages come from an index of your own, hand pip's configuration over as a secret, which no image keeps:
 # `--secret id=pip_config,src=$HOME/.config/pip/pip.conf`.
 #
@@ -53,6 +55,23 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     && rm -rf keras_bn keras_bn_cli serving
 COPY models models
 RUN TF_CPP_MIN_LOG_LEVEL=2 /opt/venv/bin/python -m models.pretrained export /models/fashion_cnn --version 1
+
+
+# What trains the network, alone or as one of several workers: models/k8s, docs/scale.md.
+FROM ${PYTHON_IMAGE} AS training
+LABEL org.opencontainers.image.title="fashion_cnn, training" \
+      org.opencontainers.image.description="Trains the reference networks, on one machine or on many" \
+      org.opencontainers.image.licenses="Apache-2.0"
+ARG REVISION=unknown
+ARG CREATED=unknown
+LABEL org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.created="${CREATED}"
+COPY --from=builder /opt/venv /opt/venv
+COPY models /app/models
+WORKDIR /app
+ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+USER 65532:65532
+ENTRYPOINT ["/opt/venv/bin/python", "-m", "models.train"]
 
 
 # The embedded server: the same protocol and flags, on any machine that TensorFlow runs on.

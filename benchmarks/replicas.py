@@ -6,6 +6,7 @@ import argparse
 import os
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -20,6 +21,7 @@ from keras_bn.statistics import merged_across_replicas, weighted_moments
 
 EPSILON = 1e-3
 CHANNELS = 64
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "scale.md"
 COLUMNS = ("replicas", "offset", "contestant", "bytes per channel", "error of mean", "error of variance")
 
 T = TypeVar("T")
@@ -135,6 +137,26 @@ def rows_of(replica_counts: Sequence[int], offsets: Sequence[float]) -> list[dic
     return rows
 
 
+def page_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The part of the rows that is in docs/scale.md: a line for each number of replicas and contestant."""
+    cells = {(row["replicas"], row["contestant"], row["offset"]): row for row in rows}
+    lines = ["| replicas | | bytes | mean at 1e6 | variance at 0 | at 1e3 | at 1e6 |", "|---|---|---|---|---|---|---|"]
+    for count, name in dict.fromkeys((count, name) for count, name, _ in cells):
+        near, far, farthest = (cells[count, name, offset] for offset in (0.0, 1e3, 1e6))
+        variances = " | ".join(f"{row['error of variance']:.2g}" for row in (near, far, farthest))
+        sent = f"{near['bytes per channel']:.4g}"
+        lines.append(f"| {count} | {name} | {sent} | {farthest['error of mean']:.2g} | {variances} |")
+    return "\n".join(lines)
+
+
+def write_page(rows: Sequence[dict[str, Any]]) -> None:
+    """Puts the table into docs/scale.md, in the place of the one that is there."""
+    before, rest = PAGE.read_text().split("<!-- benchmarks.replicas -->\n", 1)
+    _, after = rest.split("<!-- end -->\n", 1)
+    table = f"<!-- benchmarks.replicas -->\n{page_table(rows)}\n<!-- end -->\n"
+    PAGE.write_text(f"{before}{table}{after}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.replicas",
@@ -148,6 +170,8 @@ def main() -> None:
     flags = parser.parse_args()
     rows = rows_of(flags.replicas, flags.offsets)
     measuring.save(flags.name, rows, COLUMNS)
+    if flags.name == parser.get_default("name"):
+        write_page(rows)
 
 
 if __name__ == "__main__":

@@ -96,7 +96,8 @@ def revert(model: keras.Model, check: Any = None) -> Any:
 
     Raises:
         TypeError: when `model` is no Keras model.
-        ValueError: as for `convert`, or when a layer has an option that stock Keras does not know.
+        ValueError: as for `convert`, or when a layer has an option that stock Keras does not know, such as groups of
+            replicas, `synchronized=8`.
     """
     check_model(model, built=True)
     return _proved(model, clone(model, BatchNormalization, _to_stock), check)
@@ -188,6 +189,13 @@ def _to_stock(config: dict[str, Any], alone: bool) -> list[keras.Layer]:
     limits = settings.get("renorm_clipping") or {}
     if isinstance(limits, str) or any(isinstance(limit, dict) for limit in limits.values()):
         unknown["renorm_clipping"] = limits
+    if not isinstance(settings.get("synchronized", False), bool):
+        # To stock Keras any number is True, and it would merge all replicas.
+        raise ValueError(
+            "`model` must have `synchronized=True` or `synchronized=False` to become stock, which knows no groups of "
+            "replicas; set `layer.synchronized` to one of them first: inference is the same. "
+            f"Received: layer {settings.get('name')!r} with synchronized={settings['synchronized']!r}."
+        )
     if unknown:
         raise ValueError(
             "`model` must have only options that stock Keras knows, to become stock. "

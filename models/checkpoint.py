@@ -9,6 +9,8 @@ from pathlib import Path
 
 import keras
 
+from models import run_folder
+
 
 class Checkpoint(keras.callbacks.Callback):
     """After each epoch, writes a row to `log.csv` and all weights, the optimizer's too, to a checkpoint.
@@ -19,8 +21,8 @@ class Checkpoint(keras.callbacks.Callback):
 
     def __init__(self, folder: str | os.PathLike):
         super().__init__()
-        self.log = Path(folder) / "log.csv"
-        self.path = Path(folder) / "checkpoint.weights.h5"
+        self.log = Path(folder) / run_folder.LOG
+        self.path = Path(folder) / run_folder.CHECKPOINT
 
     def restore(self, model: keras.Model) -> None:
         """Give the compiled `model` the weights that it had after its last whole epoch, where there was one."""

@@ -30,6 +30,9 @@ class Settings:
     erase: int = _setting(0, "with --augment: side in pixels of a square that is erased at random", type=int)
     validation_images: int = _setting(0, "hold out so many training images and report on them each epoch", type=int)
     training_images: int | None = _setting(None, "use only so many training images, for a quick trial", type=int)
+    recalibrate: bool = _setting(
+        False, "in the end, replace moving statistics by those of all training images", action="store_true"
+    )
     seed: int = _setting(0, "of the weights, the order and the augmentation", type=int)
 
     def __post_init__(self):
@@ -54,3 +57,12 @@ class Settings:
             raise ValueError(f"`network` must be one of {', '.join(NETWORK_NAMES)}. Received: network={self.network}")
         if self.erase and not self.augment:
             raise ValueError(f"`erase` needs `augment`. Received: erase={self.erase}, augment={self.augment}")
+
+    def flags(self) -> list[str]:
+        """The words after `python -m models.train` that make these settings: what differs from the defaults."""
+        words = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value != field.default:
+                words += [f"--{field.name}"] if value is True else [f"--{field.name}", str(value)]
+        return words

@@ -1,18 +1,18 @@
 """Training that can be interrupted anywhere and ends as if it had not been."""
 
-import dataclasses
-import json
+import functools
 import os
 import sys
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from models import data, networks
+import keras_bn
+from models import data, networks, run_folder
 from models.augmentation import augment
 from models.checkpoint import Checkpoint, whole
 from models.settings import Settings
@@ -47,24 +47,24 @@ def train(
     """
     folder = Path(folder)
     if restart:
-        for name in ("settings.json", "log.csv", "checkpoint.weights.h5", "model.keras"):
-            (folder / name).unlink(missing_ok=True)
-    _claim(folder, settings, images)
-    if (folder / "model.keras").exists():
-        print(f"Trained already: {folder / 'model.keras'}")
-        return keras.models.load_model(folder / "model.keras")
+        run_folder.forget(folder)
+    run_folder.claim(folder, settings, images)
+    path = folder / run_folder.MODEL
+    if path.exists():
+        print(f"Trained already: {path}")
+        return keras.models.load_model(path)
 
-    x, y, validation = _split(settings, images)
+    x, y, validation = split(settings, images)
     steps = len(x) // settings.batch_size
     keras.utils.set_random_seed(settings.seed)
     checkpoint = Checkpoint(folder)
-    model = _compiled(settings, steps)
+    model = compiled(settings, steps)
     checkpoint.restore(model)
     first_epoch = int(model.optimizer.iterations) // steps
     if first_epoch:
         print(f"Going on after epoch {first_epoch}/{settings.epochs} of {folder}")
     batches = data.training_batches(
-        x, y, settings.batch_size, seed=settings.seed, first_epoch=first_epoch, augment=_augmentation(settings)
+        x, y, settings.batch_size, seed=settings.seed, first_epoch=first_epoch, augment=augmentation(settings)
     )
     model.fit(
         batches,
@@ -78,8 +78,10 @@ def train(
         verbose=1 if sys.stdout.isatty() else 2,
         callbacks=[checkpoint, *callbacks],
     )
-    with whole(folder / "model.keras") as path:
-        model.save(path)
+    if settings.recalibrate:
+        keras_bn.recalibrate(model, x, batch_size=500, verbose=0)
+    with whole(path) as half:
+        model.save(half)
     return model
 
 
@@ -97,30 +99,9 @@ def accuracy(model: keras.Model, x: np.ndarray, y: np.ndarray) -> float:
     return float(np.mean(model.predict(x, batch_size=500, verbose=0).argmax(axis=-1) == y))
 
 
-def _claim(folder: Path, settings: Settings, images: data.ImageData) -> None:
-    """Write down whose folder this is, or refuse it where another run's settings stand there."""
-    fingerprint = {
-        "training_images": len(images.x_train),
-        "crc32": zlib.crc32(np.ascontiguousarray(images.x_train).data),
-    }
-    wanted = {**dataclasses.asdict(settings), "data": fingerprint}
-    path = folder / "settings.json"
-    if path.exists():
-        found = json.loads(path.read_text())
-        other = [
-            f"{name}: {found.get(name)}, now {value}" for name, value in wanted.items() if found.get(name) != value
-        ]
-        if other:
-            raise ValueError(
-                f"{folder} holds a training with other settings ({'; '.join(other)}). Go on with the same settings, "
-                "choose another `--output`, or start anew with `--restart`."
-            )
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(wanted, indent=2) + "\n")
-
-
-def _split(settings: Settings, images: data.ImageData):
+def split(
+    settings: Settings, images: data.ImageData
+) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray] | None]:
     """The images to train on, their labels as one-hot rows, and the validation data (None for none)."""
     available = len(images.x_train) - settings.validation_images
     used = available if settings.training_images is None else settings.training_images
@@ -135,8 +116,11 @@ def _split(settings: Settings, images: data.ImageData):
     return images.x_train[:used], labels[:used], validation
 
 
-def _compiled(settings: Settings, steps_per_epoch: int) -> keras.Model:
-    options = {} if settings.width is None else {"width": settings.width}
+def compiled(settings: Settings, steps_per_epoch: int, synchronized: bool = False) -> keras.Model:
+    """The network with its optimizer, whose normalizations are those of all replicas where they are `synchronized`."""
+    options: dict[str, Any] = {} if settings.width is None else {"width": settings.width}
+    if synchronized:
+        options["normalization"] = functools.partial(keras_bn.BatchNormalization, synchronized=True)
     model = getattr(networks, settings.network)(**options)
     steps = settings.epochs * steps_per_epoch
     warmup = steps // 10
@@ -151,7 +135,8 @@ def _compiled(settings: Settings, steps_per_epoch: int) -> keras.Model:
     return model
 
 
-def _augmentation(settings: Settings) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor] | None:
+def augmentation(settings: Settings) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor] | None:
+    """What `data.training_batches` is to do to its images."""
     if not settings.augment:
         return None
     return lambda images, seed: augment(images, seed, erase=settings.erase)

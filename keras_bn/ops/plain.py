@@ -170,7 +170,8 @@ def _normalize_weighted(rows, gamma, beta, epsilon, weights, synchronized):
     inverse_std = tf.math.rsqrt(variance + epsilon)
     y = (shifted - moments.mean[..., None, :]) * (inverse_std * gamma)[..., None, :] + beta
     moments = moments._replace(mean=moments.mean + center)
-    return tf.cast(y, rows.dtype), Moments(*map(tf.stop_gradient, moments))
+    # Without weights `unit` is a Python number, which would become float32.
+    return tf.cast(y, rows.dtype), Moments(*(tf.stop_gradient(tf.cast(value, gamma.dtype)) for value in moments))
 
 
 def _split_groups(rows: tf.Tensor, examples: tf.Tensor, group_size: int) -> list[tf.Tensor]:

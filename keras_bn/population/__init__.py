@@ -19,6 +19,7 @@ from keras_bn.population.accumulator import METHODS
 from keras_bn.population.batches import Batches
 from keras_bn.population.measurement import measure_as_it_stands, measure_joint, measure_repeated, measure_sequential
 from keras_bn.population.report import RecalibratedLayer, Recalibration
+from keras_bn.population.workers import Workers
 from keras_bn.statistics import Moments
 
 ORDERS = ("sequential", "joint")
@@ -54,16 +55,21 @@ def recalibrate(
     A layer that is called several times gets the statistics of all its calls; where one of them feeds another no order
     is exact, and the report says how far off it is.
 
+    Of data that is distributed among replicas each replica's part is a batch. A model made in the scope of a strategy
+    of several worker processes is recalibrated by all of them together: each calls this with a share of the data, at
+    least one batch, and all get the statistics of all shares, the same bit for bit.
+
     While it measures, the model's calls are replaced and all functions of the process run eagerly: do not use the model
     in another thread until it is through. On any exception, also Ctrl-C, the model is as it was, bit for bit.
 
     Args:
         model: a built Keras model of any kind.
         data: an array, a list or dictionary of arrays for several inputs, or a tuple of such inputs, targets and
-            weights or shorter; a `tf.data.Dataset`, `keras.utils.PyDataset`, generator or iterable of batches, each the
-            inputs or a tuple `(inputs, targets, sample_weight)` or shorter. A list of arrays is batches where the model
-            has one input. A sample of weight 2 counts as two, one of weight 0 not at all, and masks are obeyed; for the
-            unbiased variances of `"algorithm2"` floats are reliabilities, as the `mask` of the layer.
+            weights or shorter; a `tf.data.Dataset`, also as a strategy distributes it, `keras.utils.PyDataset`,
+            generator or iterable of batches, each the inputs or a tuple `(inputs, targets, sample_weight)` or shorter.
+            A list of arrays is batches where the model has one input. A sample of weight 2 counts as two, one of weight
+            0 not at all, and masks are obeyed; for the unbiased variances of `"algorithm2"` floats are reliabilities,
+            as the `mask` of the layer.
         steps: number of batches, or None for all.
         method: `"pooled"` or `"algorithm2"`.
         order: `"sequential"` or `"joint"`.
@@ -80,15 +86,19 @@ def recalibrate(
 
     Raises:
         TypeError: when `model` or `data` is of the wrong type.
-        ValueError: when an argument is not allowed, the model has no batch normalization or is trained on several
-            machines, `data` is empty or a subclassed model's list of arrays (inputs or batches?), or a batch makes a
-            layer's input non-finite; the batch and the layer are named.
+        ValueError: when an argument is not allowed, the model has no batch normalization, `data` is empty or a
+            subclassed model's list of arrays (inputs or batches?), or a batch makes a layer's input non-finite; the
+            batch and the layer are named. Of several workers all raise one when one does.
 
     Reference: Ioffe & Szegedy 2015 (arXiv 1502.03167), Algorithm 2; Wu & Johnson 2021 (arXiv 2105.07576), "precise BN".
     """
     check_model(model, built=True)
     check_options(method, order, verbose, tolerance)
-    _check_one_machine(model)
+    if tolerance is not None and Workers(model).count > 1:
+        raise ValueError(
+            "`tolerance` must be None for a model that several workers train: each would stop at another batch. Take "
+            f"as many batches on each with `steps`. Received: tolerance={tolerance}."
+        )
     norms, targets = _chosen(model, layers)
     batches = data if isinstance(data, Batches) else Batches(data, steps, batch_size)
     batches.settled(model)
@@ -138,7 +148,8 @@ def measure(
         keras_bn.apply_statistics(model, *[keras_bn.measure(model, shard, layers=[name]) for shard in shards])
     ```
 
-    The model is left as it was, but do not use it in another thread meanwhile.
+    The model is left as it was, but do not use it in another thread meanwhile. It measures what is in this process: of
+    data that is distributed among replicas their parts here, of a model of several workers this worker's share.
 
     Args:
         model: as for `recalibrate`.
@@ -231,15 +242,3 @@ def check_options(method: Any, order: Any, verbose: Any, tolerance: Any = None) 
     arguments.choice("verbose", verbose, VERBOSE)
     if tolerance is not None:
         arguments.number("tolerance", tolerance, 0.0)
-
-
-def _check_one_machine(model: keras.Model) -> None:
-    strategy = model.distribute_strategy
-    resolver = None if strategy is None else strategy.cluster_resolver
-    workers = [] if resolver is None else resolver.cluster_spec().as_dict().get("worker", [])
-    if len(workers) > 1:
-        raise ValueError(
-            "`model` must be of one machine: each worker would measure its own shard of the data only. Save it, and "
-            f"recalibrate it with all the data in one process. Received: model={model.name!r} of a strategy with "
-            f"{len(workers)} workers."
-        )

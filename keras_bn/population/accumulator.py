@@ -1,5 +1,6 @@
 """Moments of what one layer is given, pooled over the batches and batch by batch."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -95,6 +96,21 @@ class Accumulator:
 
         r = np.asarray(self.pooled.variance) + self._epsilon
         return float(np.max(np.maximum(error(self._means) / np.sqrt(r), error(self._variances) / r)))
+
+    def to_array(self) -> np.ndarray:
+        """All that `population` needs, of shape `(9, *channels)`; of several, `merged` takes the rows."""
+        if self._pooled is None or self._means is None:
+            raise ValueError("`data` must hold at least one batch. Received: no batch.")
+        return np.stack([*map(np.asarray, self._pooled), *map(np.asarray, self._means), self._sum_unbiased])
+
+    def merged(self, arrays: Sequence[np.ndarray]) -> "Accumulator":
+        """One of all batches behind `arrays`, which others gave by `to_array`."""
+        result = Accumulator(self._epsilon)
+        parts = [[tf.constant(row) for row in array] for array in arrays]
+        result._pooled = merge([Moments(*part[:4]) for part in parts])
+        result._means = merge([Moments(*part[4:8]) for part in parts])
+        result._sum_unbiased = np.sum([array[8] for array in arrays], 0)
+        return result
 
     def population(self, method: str) -> Population:
         """By the `method` of `recalibrate`."""

@@ -1,5 +1,6 @@
 """Whatever a person calls data, as batches of a model's inputs that can be gone through again."""
 
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -19,7 +20,8 @@ class Batches:
         data: inputs, split into batches of `batch_size`: an array, a list or dictionary of arrays, or a tuple
             `(inputs,)`, `(inputs, targets)` or `(inputs, targets, sample_weight)`; or batches of such: a
             `tf.data.Dataset`, a `keras.utils.PyDataset`, any iterable, a generator. A generator can be gone through
-            only once, so its batches are kept in memory. A list of arrays is inputs or batches: `settled` decides.
+            only once, so its batches are kept in memory. A list of arrays is inputs or batches: `settled` decides. Of
+            a batch that is distributed among replicas the part of each replica of this process is a batch.
         steps: number of batches to take, or None for all.
         batch_size: for arrays.
     """
@@ -29,11 +31,6 @@ class Batches:
             raise ValueError(f"`steps` must be a positive integer, or None for all batches. Received: steps={steps!r}.")
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"`batch_size` must be a positive integer. Received: batch_size={batch_size!r}.")
-        if isinstance(data, tf.distribute.DistributedDataset | tf.distribute.DistributedIterator):
-            raise TypeError(
-                "`data` must not be distributed among replicas: give the data set that it was made of. "
-                f"Received: data of type {type(data).__name__}."
-            )
         if isinstance(data, str | bytes) or not (
             _is_arrays(data) or isinstance(data, Iterable | keras.utils.PyDataset)
         ):
@@ -45,13 +42,16 @@ class Batches:
         self._arrays: bool | None = None if isinstance(data, list) and _is_arrays(data) else _is_arrays(data)
         self._kept: list[Batch] = []
         once_only = not self._arrays and isinstance(data, Iterator)
-        self._source = _take(data, steps) if once_only else None
+        # One iterator of parts: who stops in the middle of a distributed batch goes on with its next part.
+        self._source = itertools.chain.from_iterable(map(_parts, _take(data, steps))) if once_only else None
         length = None if self._arrays is None else self._length()
         if length is None and steps is None and _is_endless(data):
             raise ValueError(
                 "`steps` must be given for data that never ends (a `repeat()`ed data set). Received: steps=None."
             )
         self.length = steps if length is None else length if steps is None else min(steps, length)
+        if isinstance(data, tf.distribute.DistributedDataset | tf.distribute.DistributedIterator):
+            self.length = None  # A batch counts as often as it has parts, of which some are empty.
 
     def settled(self, model: keras.Model) -> "Batches":
         """Decides about a list of arrays: batches where `model` has one input, its inputs where it has several.
@@ -76,7 +76,8 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         if self._source is None:
-            yield from map(_ready, _take(self._raw(), self._steps))
+            for batch in _take(self._raw(), self._steps):
+                yield from map(_ready, _parts(batch))
             return
         yield from self._kept
         for batch in self._source:
@@ -114,6 +115,20 @@ class Batches:
         return len(self._data) if hasattr(self._data, "__len__") else None
 
 
+def _parts(batch: Any) -> Iterator[Any]:
+    """What each replica of this process has of a batch, those without an example left out; else the batch itself."""
+    values = [leaf for leaf in tf.nest.flatten(batch) if isinstance(leaf, tf.distribute.DistributedValues)]
+    if not values:
+        yield batch
+        return
+    for replica in range(len(values[0].values)):
+        part = tf.nest.map_structure(
+            lambda leaf, i=replica: leaf.values[i] if isinstance(leaf, tf.distribute.DistributedValues) else leaf, batch
+        )
+        if all(leaf.shape[0] for leaf in tf.nest.flatten(part) if tf.is_tensor(leaf) and leaf.shape.rank):
+            yield part
+
+
 def _ready(batch: Any) -> Batch:
     x, _, weight = keras.utils.unpack_x_y_sample_weight(batch)
     return keras.tree.map_structure(_as_tensor, x), weight
@@ -141,6 +156,8 @@ def _is_arrays(data: Any) -> bool:
 def _is_endless(data: Any) -> bool:
     if isinstance(data, tf.data.Dataset):
         return bool(data.cardinality() == tf.data.INFINITE_CARDINALITY)
+    if isinstance(data, tf.distribute.DistributedDataset):  # Some of them know it, as an attribute.
+        return bool(getattr(data, "cardinality", 0) == tf.data.INFINITE_CARDINALITY)
     return isinstance(data, keras.utils.PyDataset) and data.num_batches is None
 
 
@@ -155,9 +172,4 @@ def _rows(x: Any) -> int:
 
 
 def _as_tensor(x: Any) -> Any:
-    if isinstance(x, tf.distribute.DistributedValues):
-        raise TypeError(
-            "`data` must not be distributed among replicas: give the data set that it was made of. "
-            f"Received: a batch of type {type(x).__name__}."
-        )
     return x if tf.is_tensor(x) else tf.convert_to_tensor(np.asarray(x))

@@ -19,6 +19,7 @@ from keras_bn.model import (
 )
 from keras_bn.population.accumulator import Accumulator, Population
 from keras_bn.population.batches import Batches
+from keras_bn.population.workers import Workers
 from keras_bn.statistics import Moments
 
 Layers = dict[str, keras.layers.BatchNormalization]
@@ -40,15 +41,8 @@ def measure_joint(
 
     Alters the moving statistics of `targets`: wrap it in `variables_restored`.
     """
-    accumulators = _one_pass(
-        model,
-        layers,
-        batches,
-        _Progress(1, batches, verbose),
-        targets=set(targets),
-        known=set(layers) - set(targets),
-        tolerance=tolerance,
-    )
+    progress, known = _Progress(1, batches, verbose), set(layers) - set(targets)
+    accumulators = _pooled_pass(model, layers, batches, progress, set(targets), known, tolerance=tolerance)
     return {name: accumulator.population(method) for name, accumulator in accumulators.items()}
 
 
@@ -65,14 +59,16 @@ def measure_sequential(
 
     Leaves the measured statistics in `targets`; wrap it in `variables_restored`.
     """
-    calls = [name for name in _calls_in_order(model, layers, batches) if name in targets]
-    if batches.length == 1 and method == "pooled" and len(set(calls)) == len(calls):  # The batch is the population.
+    workers = Workers(model)
+    calls = workers.agreed(lambda: [name for name in _calls_in_order(model, layers, batches) if name in targets])
+    is_one_batch = batches.length == 1 and workers.count == 1
+    if is_one_batch and method == "pooled" and len(set(calls)) == len(calls):  # The batch is the population.
         return measure_joint(model, layers, targets, batches, method, verbose)
     progress = _Progress(len(set(calls)), batches, verbose)
     others = set(layers) - set(targets)
     done: dict[str, Population] = {}
     for name in dict.fromkeys(calls):
-        accumulators = _one_pass(
+        accumulators = _pooled_pass(
             model,
             layers,
             batches,
@@ -101,11 +97,11 @@ def measure_repeated(
     model: keras.Model, layers: Layers, targets: Sequence[str], batches: Batches, verbose: int | str
 ) -> dict[str, Population]:
     """What targets that are called several times see in inference, everything on the statistics it has now."""
-    calls = _calls_in_order(model, layers, batches)
+    calls = Workers(model).agreed(lambda: _calls_in_order(model, layers, batches))
     repeated = {name for name in calls if calls.count(name) > 1 and name in targets}
     if not repeated:
         return {}
-    accumulators = _one_pass(
+    accumulators = _pooled_pass(
         model, layers, batches, _Progress(1, batches, verbose), targets=repeated, known=set(layers)
     )
     return {name: accumulator.population("pooled") for name, accumulator in accumulators.items()}
@@ -155,6 +151,21 @@ class _Progress:
             self._bar = keras.utils.Progbar(None if length is None else self._passes * length, unit_name="batch")
         self._done += 1
         self._bar.update(self._done)
+
+
+def _pooled_pass(model: keras.Model, *args: Any, **options: Any) -> dict[str, Accumulator]:
+    """`_one_pass`, of all workers' data together."""
+    workers = Workers(model)
+    accumulators: dict[str, Accumulator] = {}
+
+    def measure() -> list[str]:
+        accumulators.update(_one_pass(model, *args, **options))
+        return list(accumulators)
+
+    names = workers.agreed(measure)
+    if workers.count == 1:
+        return accumulators
+    return {name: accumulators[name].merged(workers.gathered(accumulators[name].to_array())) for name in names}
 
 
 def _one_pass(

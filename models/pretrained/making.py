@@ -1,6 +1,5 @@
 """From a finished training to the files that are shipped."""
 
-import dataclasses
 import json
 import shutil
 import sys
@@ -94,12 +93,7 @@ def training_command(settings: Settings) -> str:
     Returns:
         One line.
     """
-    words = ["python -m models.train"]
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        if value != field.default:
-            words.append(f"--{field.name}" if value is True else f"--{field.name} {value}")
-    return " ".join([*words, "--output runs/pretrained"])
+    return " ".join(["python -m models.train", *settings.flags(), "--output runs/pretrained"])
 
 
 def forget_new_arguments(path: Path) -> None:
@@ -126,6 +120,11 @@ def _settings(run: Path, images: data.ImageData) -> tuple[Settings, int]:
     settings = Settings(**values)
     if settings.network != "fashion_cnn":
         raise ValueError(f"`network` of the shipped network must be fashion_cnn. Received: {settings.network}")
+    if settings.recalibrate:
+        raise ValueError(
+            "`recalibrate` must be False for the network that is shipped, which is recalibrated here. "
+            "Received: recalibrate=True"
+        )
     if fingerprint["crc32"] != zlib.crc32(np.ascontiguousarray(images.x_train).data):
         raise ValueError(f"{run} was trained on other images than {images}. Name its own by `--data`.")
     return settings, settings.training_images or len(images.x_train) - settings.validation_images

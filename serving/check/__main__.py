@@ -53,10 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tf_serving_image", metavar="IMAGE", help="TensorFlow Serving; by default the Dockerfile's")
     flags = parser.parse_args(arguments)
     import_tensorflow()
-    from . import files, images, kubernetes
+    from . import files, images, kubernetes, training
 
     report = _Report()
-    for check in files.CHECKS + kubernetes.CHECKS:
+    for check in files.CHECKS + kubernetes.CHECKS + training.CHECKS:
         report.step(_title(check), check)
     if not flags.files_only:
         _run_servers(report, flags.tf_serving_binary)

@@ -26,7 +26,7 @@ _POD_MONITOR = {"port", "path", "scheme", "interval", "scrapeTimeout", "honorLab
 def check_kubernetes(root: Path = ROOT) -> str:
     """Every resource fits Kubernetes's schema, in which a field that is not known is an error."""
     paths = sorted((root / "serving/k8s").rglob("*.yaml"))
-    names = [name for path in paths for name in _validate(yaml.safe_load_all(path.read_text()))]
+    names = [name for path in paths for name in validate(yaml.safe_load_all(path.read_text()))]
     return f"{len(names)} resources against {KUBERNETES_VERSION}"
 
 
@@ -68,7 +68,7 @@ def check_kustomize(root: Path = ROOT) -> str:
             _write_overlay(Path(folder), component)
         for part in ("base", "overlays/example", *(f"overlays/{component}" for component in components)):
             resources = list(yaml.safe_load_all(run([*command, str(Path(folder, part))])))
-            names += list(_validate(resources))
+            names += list(validate(resources))
             for problem in _connection_problems(resources, root):
                 raise CheckError(f"{part}: {problem}")
     return f"{len(names)} rendered resources"
@@ -166,7 +166,7 @@ def _without_variables(arguments: list[str]) -> list[str]:
     return [re.sub(r"\$\(\w+\)", "2", word) for word in arguments if not word.startswith(_REAL_SERVER_ONLY)]
 
 
-def _validate(resources: Any) -> Iterator[str]:
+def validate(resources: Any) -> Iterator[str]:
     """Validates resources strictly; gives their names. KServe's are validated as the pod that they describe."""
     import kubernetes_validate
 

@@ -688,3 +688,18 @@ def test_pure_half_precision_layer_keeps_its_policy():
     y = layer(tf.cast(_x(), "bfloat16"), training=True)
     assert y.dtype == tf.bfloat16
     assert layer.moving_mean.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph", "jit_compile"])
+@pytest.mark.parametrize("options", [{}, {"unbiased_variance": True}, {"momentum": None}], ids=str)
+def test_synchronized_layers_normalize_float64(mode, options):
+    x = np.random.default_rng(0).normal(1e6, 2, (12, 3))
+    layer = keras_bn.BatchNormalization(dtype="float64", synchronized=True, **options)
+
+    def call(x):
+        return layer(x, training=True)
+
+    if mode != "eager":
+        call = tf.function(call, jit_compile=mode == "jit_compile", autograph=False)
+    layer.build(x.shape)
+    np.testing.assert_allclose(call(tf.constant(x)), Reference(x, -1).y, atol=1e-9)

@@ -124,6 +124,25 @@ def test_options_stock_keras_does_not_know_are_refused(options):
         keras_bn.revert(model)
 
 
+def test_groups_of_replicas_are_refused_until_they_are_all_or_none():
+    model = unsettled(keras.Sequential([keras.Input((4,)), OURS(name="grouped", synchronized=8)]))
+    with pytest.raises(ValueError, match=r"knows no groups of replicas.*layer 'grouped' with synchronized=8"):
+        keras_bn.revert(model)
+    for way_out in (True, False):
+        model.layers[0].synchronized = way_out
+        stock = keras_bn.revert(model)
+        assert (type(stock.layers[0]), stock.layers[0].synchronized) == (STOCK, way_out)
+        np.testing.assert_allclose(stock(batch((5, 4))), model(batch((5, 4))), rtol=1e-5)
+
+
+def test_groups_of_replicas_are_saved_and_loaded(tmp_path):
+    model = unsettled(keras.Sequential([keras.Input((4,)), OURS(synchronized=8)]))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert loaded.layers[0].synchronized == 8
+    np.testing.assert_array_equal(loaded(batch((5, 4))), model(batch((5, 4))))
+
+
 def test_an_activation_becomes_a_layer_of_its_own():
     inputs = keras.Input((4,))
     norm = OURS(activation="relu", name="n")

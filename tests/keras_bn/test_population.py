@@ -310,22 +310,22 @@ def test_inputs_with_targets_and_weights_are_split_together():
     np.testing.assert_allclose(model.layers[-1].moving_mean, np.average(2 * x, 0, weights), rtol=1e-5)
 
 
-def test_data_distributed_among_replicas_is_refused():
+def test_distributed_data_that_never_ends_needs_a_number_of_steps():
     strategy = tf.distribute.MirroredStrategy(["CPU:0"])
-    data = tf.data.Dataset.from_tensor_slices(pictures(8)).batch(4)
-    with pytest.raises(TypeError, match=r"`data` must not be distributed among replicas: give the data set"):
+    data = tf.data.Dataset.from_tensor_slices(pictures(8)).batch(4).repeat()
+    with pytest.raises(ValueError, match=r"`steps` must be given for data that never ends"):
         keras_bn.recalibrate(four_layer_cnn(), strategy.experimental_distribute_dataset(data))
 
 
-def test_a_model_of_several_machines_is_refused(monkeypatch):
+def test_workers_that_would_stop_at_different_batches_are_refused(monkeypatch):
     class Strategy:
         cluster_resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
-            tf.train.ClusterSpec({"worker": ["a:1", "b:1"]})
+            tf.train.ClusterSpec({"chief": ["a:1"], "worker": ["b:1"]})
         )
 
     monkeypatch.setattr(keras.Model, "distribute_strategy", Strategy())
-    with pytest.raises(ValueError, match=r"`model` must be of one machine.* a strategy with 2 workers"):
-        keras_bn.recalibrate(four_layer_cnn(), pictures(4))
+    with pytest.raises(ValueError, match=r"`tolerance` must be None for a model that several workers.*tolerance=0.1"):
+        keras_bn.recalibrate(four_layer_cnn(), pictures(4), tolerance=0.1)
 
 
 def test_nested_models_and_time_distributed_are_reached():

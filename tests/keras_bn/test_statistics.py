@@ -148,6 +148,24 @@ def test_statistics_of_simulated_replicas_send_as_much_whatever_their_number_and
         assert row["error of mean"] < (0.04 if row["offset"] else 1e-6)
 
 
+@pytest.mark.parametrize(("count", "size"), [(4, 2), (16, 2), (16, 8)])
+def test_simulated_groups_send_as_many_times_more_as_there_are_groups(count, size):
+    x = np.random.default_rng(0).normal(size=(count, 5, 3)).astype("float32")
+
+    def merge(replica):
+        shift = x[replica, 0]
+        moments = statistics.weighted_moments(tf.constant(x[replica] - shift), None)
+        merged, center = statistics.merged_across_replicas(moments, tf.constant(shift), size)
+        return merged.mean + center
+
+    replicas = benchmark.SimulatedReplicas(count)
+    means = replicas.run(merge)
+    assert replicas.sent == 3 * 16 * count / size
+    for replica, mean in enumerate(means):
+        first = replica // size * size
+        np.testing.assert_allclose(mean, x[first : first + size].reshape(-1, 3).mean(0), atol=1e-6)
+
+
 def test_a_simulated_replica_without_values_changes_nothing():
     x = np.random.default_rng(0).normal(1e6, 1, (3, 8, 4)).astype("float32")
     weights = np.ones((3, 8, 4), "float32")

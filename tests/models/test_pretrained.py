@@ -105,7 +105,7 @@ def test_the_file_holds_no_state_of_the_optimizer(made, tmp_path):
 def test_the_recorded_command_gives_the_settings_of_the_training(settings):
     program, flags = making.training_command(settings).split(" --", 1)
     assert program == "python -m models.train"
-    flags = vars(train._parser().parse_args(f"--{flags}".split()))
+    flags = vars(train.flag_parser().parse_args(f"--{flags}".split()))
     assert Settings(**{field.name: flags[field.name] for field in dataclasses.fields(Settings)}) == settings
 
 

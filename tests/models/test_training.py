@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import pytest
 
+import keras_bn
 from models import train
 from models.checkpoint import read_log
 from models.data import ImageData
@@ -93,6 +94,25 @@ def test_a_folder_of_another_run_is_refused(images, uninterrupted):
     _, folder = uninterrupted
     with pytest.raises(ValueError, match=r"seed: 7, now 1\).*`--restart`"):
         run(dataclasses.replace(SMALL, seed=1), images, folder)
+
+
+def test_a_run_from_before_a_setting_was_there_goes_on(images, uninterrupted, capsys):
+    _, folder = uninterrupted
+    settings = json.loads((folder / "settings.json").read_text())
+    assert settings.pop("recalibrate") is False
+    (folder / "settings.json").write_text(json.dumps(settings))
+    run(SMALL, images, folder)
+    assert "Trained already" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="recalibrate: False, now True"):
+        run(dataclasses.replace(SMALL, recalibrate=True), images, folder)
+
+
+def test_a_recalibrated_run_is_saved_with_the_statistics_of_all_training_images(images, tmp_path):
+    run(dataclasses.replace(SMALL, epochs=1, recalibrate=True), images, tmp_path)
+    saved = keras.models.load_model(tmp_path / "model.keras")
+    for name, moments in keras_bn.measure(saved, images.x_train[:300], verbose=0).items():
+        np.testing.assert_allclose(saved.get_layer(name).moving_mean, moments.mean, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(saved.get_layer(name).moving_variance, moments.variance, rtol=1e-5)
 
 
 def test_a_run_on_other_images_is_refused(images, uninterrupted):

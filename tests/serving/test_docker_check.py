@@ -5,13 +5,13 @@ import shutil
 
 import pytest
 
-from serving.check import CheckError, Skipped, files, kserve, kubernetes
+from serving.check import CheckError, Skipped, files, kserve, kubernetes, training
 from tests.serving.servers import ROOT
 
 pytest.importorskip("kubernetes_validate", reason="needs the test extra")
 
 
-@pytest.mark.parametrize("check", files.CHECKS + kubernetes.CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("check", files.CHECKS + kubernetes.CHECKS + training.CHECKS, ids=lambda check: check.__name__)
 def test_the_files_pass(check):
     try:
         check()
@@ -25,6 +25,7 @@ def copy(tmp_path):
     shutil.copytree(
         ROOT / "serving", tmp_path / "serving", ignore=shutil.ignore_patterns("*.py", "__pycache__", "page")
     )
+    shutil.copytree(ROOT / "models/k8s", tmp_path / "models/k8s")
     for name in ("Dockerfile", ".dockerignore", "setup.cfg"):
         shutil.copy(ROOT / name, tmp_path)
     return tmp_path
@@ -34,6 +35,7 @@ MODELS, BATCHING, MONITORING = (f"serving/config/{name}.config" for name in ("mo
 COMPOSE = "serving/compose.yaml"
 DASHBOARD = "serving/monitoring/grafana/dashboards/serving.json"
 DEPLOYMENT, AUTOSCALER = (f"serving/k8s/base/{name}.yaml" for name in ("deployment", "autoscaler"))
+TFJOB, VOLUME = "models/k8s/tfjob.yaml", "models/k8s/volume.yaml"
 KSERVE = "serving/k8s/kserve/inference-service.yaml"
 CONSTRAINTS = "serving/constraints/2.20.0.txt"
 GRPC, POD_MONITOR = (
@@ -117,6 +119,33 @@ SPOILT_RULES = [
     (kubernetes.check_pods, KSERVE, "shareProcessNamespace: true", "shareProcessNamespace: false", "SIGTERM"),
     (kubernetes.check_pods, KSERVE, "port: http1 }", "port: rest }", "which the container does not have"),
 ]
+SPOILT_TRAINING = [
+    (training.check_training, TFJOB, "kind: TFJob", "kind: PyTorchJob", "where kubeflow.org/v1 TFJob is wanted"),
+    (training.check_training, TFJOB, "cleanPodPolicy: Running", "cleanPodsPolicy: Running", "'cleanPodsPolicy' was"),
+    (training.check_training, TFJOB, "cleanPodPolicy: Running", "cleanPodPolicy: Never", "'Never' is not one of"),
+    (training.check_training, TFJOB, "    Worker:", "    Workers:", "'Workers' is not one of"),
+    (training.check_training, TFJOB, "emptyDir: {", "emptyDirectory: {", "emptyDirectory"),
+    (training.check_training, TFJOB, "name: fashion-cnn-training\n  labels", "name: 1cnn\n  labels", "a letter first"),
+    (training.check_training, TFJOB, "- name: tensorflow", "- name: trainer", "one container called tensorflow"),
+    (training.check_training, TFJOB, "Policy: ExitCode", "Policy: OnFailure", "restartPolicy must be ExitCode"),
+    (training.check_training, TFJOB, "minAvailable: 3", "minAvailable: 2", "minAvailable must be 3"),
+    (training.check_training, TFJOB, "replicas: 1\n", "replicas: 2\n", "Chief.replicas must be 1"),
+    (training.check_training, TFJOB, "containerPort: 2222", "containerPort: 2223", "tfjob-port must be 2222"),
+    (training.check_training, TFJOB, "--strategy=workers", "--strategy=one", "TF_CONFIG names 3 processes"),
+    (training.check_training, TFJOB, "--epochs=40", "--epoch_count=40", "unrecognized arguments: --epoch_count=40"),
+    (training.check_training, TFJOB, "--batch_size=384", "--batch_size=2", "`batch_size` must be at least 3"),
+    (training.check_training, TFJOB, "- --recalibrate", "- --restart", "`restart` must not be given with TF_CONFIG"),
+    (
+        training.check_training,
+        TFJOB,
+        "--output=/run/training",
+        "--output=/tmp/run",
+        "on a volume that outlives the pod",
+    ),
+    (training.check_training, TFJOB, "    Worker:", "    PS:", "no parameter servers"),
+    (training.check_training, VOLUME, "name: fashion-cnn-training", "name: other", "mounts the claim"),
+    (training.check_training, VOLUME, "accessModes", "accessMode", "accessMode"),
+]
 RENDERED = [
     ("serving/k8s/base/service.yaml", "selector: { app", "selector: { other", "Service selects {'other"),
     ("serving/k8s/base/network-policy.yaml", "port: rest", "port: http", "NetworkPolicy names the port 'http'"),
@@ -129,7 +158,10 @@ RENDERED = [
 
 @pytest.mark.parametrize(
     ("check", "name", "right", "wrong", "message"),
-    SPOILT + SPOILT_RULES + [pytest.param(*one, marks=pytest.mark.slow) for one in SPOILT_FOR_SLOW_TOOLS],
+    SPOILT
+    + SPOILT_RULES
+    + SPOILT_TRAINING
+    + [pytest.param(*one, marks=pytest.mark.slow) for one in SPOILT_FOR_SLOW_TOOLS],
     ids=lambda value: getattr(value, "__name__", None),
 )
 def test_a_mistake_in_a_file_is_found(copy, check, name, right, wrong, message):
@@ -152,6 +184,13 @@ def test_what_does_not_fit_together_once_rendered_is_found(copy, name, right, wr
     path.write_text(path.read_text().replace(right, wrong))
     with pytest.raises(CheckError, match=re.escape(message)):
         kubernetes.check_kustomize(copy)
+
+
+def test_pods_that_would_not_make_the_same_batches_are_found(copy):
+    path = copy / TFJOB
+    path.write_text(path.read_text().replace("--epochs=40", "--epochs=41", 1))
+    with pytest.raises(CheckError, match="all pods must run the same command"):
+        training.check_training(copy)
 
 
 def test_what_knative_refuses_by_default_is_named():
