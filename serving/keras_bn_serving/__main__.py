@@ -62,6 +62,7 @@ def _serve(options: argparse.Namespace) -> None:
     from keras_bn_serving.engine.grouping import BatchingOptions
     from keras_bn_serving.engine.loading import Loader
     from keras_bn_serving.engine.servable import LoadOptions
+    from keras_bn_serving.rest.hosts import AllowedHosts
     from keras_bn_serving.rest.server import RestOptions
     from keras_bn_serving.run import ServerOptions, serve
 
@@ -107,6 +108,8 @@ def _serve(options: argparse.Namespace) -> None:
                 metrics_path,
                 options.rest_api_num_threads,
                 options.log_requests,
+                options.enable_page,
+                AllowedHosts(options.allowed_hosts, options.address),
             ),
             **memory,
         ),

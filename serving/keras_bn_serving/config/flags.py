@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import logging
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -16,6 +17,8 @@ _FALSE = ("false", "0", "f", "no", "n")
 _DEFAULT_GRPC_PORT = 8500
 # Of a port: any that is free.
 AUTO = -1
+# A name or an address, that of IPv6 in brackets or without.
+_HOST = re.compile(r"\*|[a-z0-9._-]+|\[?[0-9a-f.]*(:[0-9a-f.]*){2,}\]?", re.IGNORECASE)
 _LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -99,6 +102,10 @@ def _make_parser(program: str) -> argparse.ArgumentParser:
     add("--rest_api_enable_cors_support", _boolean, False, "let pages of other origins ask", "BOOL")
     add("--rest_api_list_models", _boolean, False, "list the models at /v1/models", "BOOL")
     add("--monitoring_config_file", str, "", "MonitoringConfig as text proto: where the metrics are", "FILE")
+    add("--enable_page", _boolean, True, "answer browsers at / with a page for a person", "BOOL")
+    add("--allowed_hosts", _hosts, (),
+        "names that browsers may use for this server, beside localhost, 127.0.0.1, [::1] and --address; * for any",
+        "HOST[,HOST]")  # fmt: skip
     add("--log_requests", _boolean, False, "log a line of JSON for every REST request", "BOOL")
     add("--log_level", _level, "INFO", "what is logged at least: " + ", ".join(_LEVELS), "LEVEL")
     add("--request_memory_in_mb", _number(int, 1), None,
@@ -138,7 +145,7 @@ def _adder(parser: argparse.ArgumentParser, title: str) -> Callable[[str, Callab
 
     def add(name: str, kind: Callable[[str], Any], default: Any, help: str, metavar: str) -> None:
         switch: dict[str, Any] = {"nargs": "?", "const": True} if kind is _boolean else {}
-        if default in (None, ""):
+        if default in (None, "", ()):
             help += "%(default).0s"
         group.add_argument(name, type=kind, default=default, help=help, metavar=metavar, **switch)
 
@@ -170,6 +177,16 @@ def _port(text: str) -> int:
         raise argparse.ArgumentTypeError(
             f"must be a whole number, from 0 to 65535, where 0 is none, or auto. Received: {text!r}."
         ) from None
+
+
+def _hosts(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not names or not all(_HOST.fullmatch(name) for name in names):
+        raise argparse.ArgumentTypeError(
+            "must be host names or addresses without scheme and port, with commas between them, or *. "
+            f"Received: {text!r}."
+        )
+    return names
 
 
 def _level(text: str) -> str:
