@@ -31,6 +31,8 @@ export function view(values, specs, row) {
     said.push(`${ranked[0][0]} ${score(ranked[0][1], named.scores)}`);
     nodes.push(headline(ranked[0][0], score(ranked[0][1], named.scores)), bars(ranked.slice(0, MOST_BARS), named.scores));
   }
+  // A single value first: it is what was asked for where there are lists beside it.
+  left.sort((a, b) => Array.isArray(a[1]) - Array.isArray(b[1]));
   for (const [name, value] of left) {
     if (named?.told.includes(name)) continue;
     if (Array.isArray(value) && value.length && value.every(isNumber)) {

@@ -4,6 +4,10 @@ import { element } from "./dom.js";
 import { pictureField, pictureSize, thumbnail } from "./drawing.js";
 import { parse } from "./exact.js";
 
+// So many values are written down for a person to change; of larger inputs only the beginning of each axis.
+const MOST_VALUES = 20_000;
+const SHORT = 8;
+
 export function shapeText(spec) {
   return spec.shape === null ? "of any shape" : `[${spec.shape.map((size) => (size < 0 ? "any" : size)).join(", ")}]`;
 }
@@ -33,8 +37,11 @@ const dataUrl = (value) => `data:image/png;base64,${value.b64}`;
 function textField(name, spec) {
   const isFraction = spec.dtype === "float" || spec.dtype === "double";
   const least = spec.dtype === "string" ? "text" : spec.dtype === "bool" ? true : isFraction ? 0.5 : 1;
-  const example = (spec.shape ?? []).reduceRight((inner, size) => Array(Math.min(size < 0 ? 1 : size, 8)).fill(inner), least);
-  const area = element("textarea", { id: `input-${name}`, value: JSON.stringify(example), spellcheck: false });
+  const sizes = (spec.shape ?? []).map((size) => (size < 0 ? 1 : size));
+  const most = sizes.reduce((all, size) => all * size, 1) > MOST_VALUES ? SHORT : Infinity;
+  const example = sizes.reduceRight((inner, size) => Array(Math.min(size, most)).fill(inner), least);
+  const shown = JSON.stringify(example);
+  const area = element("textarea", { id: `input-${name}`, value: shown, spellcheck: false });
   area.setAttribute("aria-label", `${name}, as JSON`);
   return {
     node: area,
@@ -43,7 +50,7 @@ function textField(name, spec) {
         parse(area.value);
       } catch (error) {
         area.focus();
-        throw new Error(`What you wrote for “${name}” cannot be read: ${error.message}.\nWrite ${spec.dtype} values of shape ${shapeText(spec)} as a JSON list, for example ${JSON.stringify(example)}.`);
+        throw new Error(`What you wrote for “${name}” cannot be read: ${error.message}.\nWrite ${spec.dtype} values of shape ${shapeText(spec)} as a JSON list, for example ${shown.length > 200 ? `${shown.slice(0, 200)}…` : shown}.`);
       }
       return area.value.trim(); // As it is: a number with more digits than a double has would lose them.
     },

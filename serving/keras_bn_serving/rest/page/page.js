@@ -11,6 +11,7 @@ import { listItem, newest, usable } from "./models.js";
 
 const LOOK_MILLISECONDS = 2000;
 const LONGEST_COMMAND = 2000;
+const EMPTY = "The answer appears here.";
 let listed = ""; // The list of the models as it came last.
 let models = [];
 let model = null;
@@ -23,18 +24,19 @@ const version = () => model.versions.find((each) => each.version === byId("versi
 const signature = () => version()?.signatures[byId("signature").value];
 
 async function follow() {
-  if (!document.hidden || !listed) {
-    try {
-      const response = await fetch("/page/models", { cache: "no-store" });
-      const text = await response.text();
-      if (!response.ok) throw new Error(text);
-      take(text);
-    } catch (error) {
-      byId("summary").textContent = AWAY;
-      document.body.classList.add("away");
-    }
-  }
   setTimeout(follow, LOOK_MILLISECONDS);
+  if (document.hidden && listed) return;
+  let text;
+  try {
+    const response = await fetch("/page/models", { cache: "no-store" });
+    text = await response.text();
+    if (!response.ok) throw new Error(text);
+  } catch (error) {
+    byId("summary").textContent = AWAY;
+    document.body.classList.add("away");
+    return;
+  }
+  take(text);
 }
 
 function take(text) {
@@ -126,6 +128,7 @@ function showExamples(about) {
   const { inputs } = signature();
   const examples = about.examples[byId("signature").value] ?? [];
   show("examples", examples.length);
+  if (byId("hint").textContent === EMPTY && examples.length) byId("hint").textContent = `${EMPTY} One click on an example asks with it.`;
   byId("examples").replaceChildren(...examples.map((example, at) => {
     const pictures = Object.entries(inputs).map(([name, spec]) => glimpse(name, spec, example[name], examples.map((each) => each[name])));
     const button = element("button", { type: "button", className: "example", onclick: () => askWith(example) }, ...pictures.filter(Boolean));
@@ -262,7 +265,7 @@ function problem(text) {
 }
 
 function wait(text) {
-  byId("hint").textContent = text || "The answer appears here.";
+  byId("hint").textContent = text || EMPTY;
   byId("hint").classList.toggle("waiting", Boolean(text));
   show("hint", text);
   byId("result").setAttribute("aria-busy", String(Boolean(text)));
