@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -81,6 +82,13 @@ def test_programs_ask_by_any_name_as_with_tensorflow_serving(server: RunningServ
     assert ask(server, "/healthz", host)[0] == ask(server, "/readyz", host)[0] == 200
     # There is no page there, which does not depend on the name.
     assert ask(server, "/", host)[0] == 404
+
+
+def test_a_browser_is_told_that_the_page_loads_nothing_from_elsewhere(server: RunningServer):
+    with urllib.request.urlopen(urllib.request.Request(server.url, headers=PAGE), timeout=60) as response:
+        policy = "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'"
+        assert response.headers["Content-Security-Policy"] == policy
+        assert response.headers["X-Content-Type-Options"] == "nosniff"
 
 
 def test_of_a_whole_url_its_own_host_counts(server: RunningServer):

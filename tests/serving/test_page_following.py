@@ -114,6 +114,18 @@ def test_a_version_that_cannot_be_served_is_shown_with_its_reason(page: Page, fo
     assert page.text("#answer:not([hidden]) .by").startswith("double, version 1")
 
 
+def test_a_model_whose_versions_are_gone_says_so_until_one_comes_back(page: Page, folder: Path):
+    page.driver.get_log("browser")
+    (folder / "double" / "1").rename(folder / "away")
+    page.wait_for_text("#failures", "No version can answer yet.")
+    assert not page.find("#columns").is_displayed()
+    (folder / "away").rename(folder / "double" / "1")
+    page.write("x", "[6]")
+    page.ask()
+    assert page.text(FIGURE) == "y\n12"
+    assert [entry for entry in page.driver.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
 def test_a_server_that_is_gone_is_missed(page: Page, server: RunningServer):
     server.process.terminate()
     server.process.wait()

@@ -140,6 +140,19 @@ def test_the_page_of_a_real_network_as_it_is_shown_in_the_documentation(page: Pa
     keep(page, "server_page_phone.png", whole=True)
 
 
+def test_encoded_pictures_are_sent_as_they_are(page: Page, fashion: RunningServer):
+    page.url = fashion.url
+    page.open("#examples .example")
+    page.choose("#signature", "image_bytes")
+    page.click("#form:has(#input-image_bytes) .example:nth-child(2)")
+    page.wait_for_text("#answer:not([hidden]) .headline strong", "Trouser")
+    example = page.find(".preview").get_attribute("src")
+    page.find("#input-image_bytes").send_keys(str(pretrained.FOLDER / pretrained.EXAMPLES / "9_ankle_boot.png"))
+    page.wait_until(lambda: page.find(".preview").get_attribute("src") != example)
+    page.ask()
+    page.wait_for_text("#answer:not([hidden]) .headline strong", "Ankle boot")
+
+
 def test_nothing_is_loaded_from_elsewhere_and_the_browser_does_not_complain(page: Page, fashion: RunningServer):
     page.url = fashion.url
     page.open("#examples .example")

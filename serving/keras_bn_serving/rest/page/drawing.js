@@ -10,13 +10,15 @@ export function pictureSize(spec) {
   return isPicture && spec.dtype !== "string" ? { height, width, channels, rank } : null;
 }
 
+export const isFraction = (spec) => /float|double|half/.test(spec.dtype);
+
 // What black and white are sent as: of whole numbers a byte, of others what the examples look like.
 function levels(spec, examples) {
+  if (!isFraction(spec)) return spec.dtype === "int8" ? { black: -128, white: 127, step: 1 } : { black: 0, white: 255, step: 1 };
   const values = examples.flat(Infinity);
-  const isFraction = spec.dtype === "float" || spec.dtype === "double";
-  const most = values.reduce((a, b) => Math.max(a, b), isFraction ? 1 : 255);
+  const most = values.reduce((a, b) => Math.max(a, b), 1);
   const least = values.reduce((a, b) => Math.min(a, b), 0);
-  return { black: least < 0 ? -1 : 0, white: most > 2 ? 255 : 1, step: isFraction ? 1e-4 : 1 };
+  return { black: least < 0 ? -1 : 0, white: most > 2 ? 255 : 1, step: 1e-4 };
 }
 
 export function pictureField(name, spec, size, examples, problem) {

@@ -1,7 +1,7 @@
 // The fields of a question. Each has a node, what it sends as JSON text (`read`), and how it takes an example (`take`).
 
 import { element } from "./dom.js";
-import { pictureField, pictureSize, thumbnail } from "./drawing.js";
+import { isFraction, pictureField, pictureSize, thumbnail } from "./drawing.js";
 import { parse } from "./exact.js";
 
 // So many values are written down for a person to change; of larger inputs only the beginning of each axis.
@@ -35,8 +35,7 @@ export function glimpse(name, spec, value, examples) {
 const dataUrl = (value) => `data:image/png;base64,${value.b64}`;
 
 function textField(name, spec) {
-  const isFraction = spec.dtype === "float" || spec.dtype === "double";
-  const least = spec.dtype === "string" ? "text" : spec.dtype === "bool" ? true : isFraction ? 0.5 : 1;
+  const least = spec.dtype === "string" ? "text" : spec.dtype === "bool" ? true : isFraction(spec) ? 0.5 : 1;
   const sizes = (spec.shape ?? []).map((size) => (size < 0 ? 1 : size));
   const most = sizes.reduce((all, size) => all * size, 1) > MOST_VALUES ? SHORT : Infinity;
   const example = sizes.reduceRight((inner, size) => Array(Math.min(size, most)).fill(inner), least);

@@ -9,7 +9,7 @@ import { field, glimpse } from "./fields.js";
 import { note } from "./history.js";
 import { listItem, newest, usable } from "./models.js";
 
-const LOOK_MILLISECONDS = 2000;
+const LOOK_MILLISECONDS = 3000;
 const LONGEST_COMMAND = 2000;
 const EMPTY = "The answer appears here.";
 let listed = ""; // The list of the models as it came last.
@@ -48,6 +48,7 @@ function take(text) {
   if (text === listed) return;
   listed = text;
   abouts.clear();
+  ranges.clear();
   show("nothing", !models.length);
   show("nav", models.length);
   document.body.classList.toggle("single", models.length < 2);
@@ -125,7 +126,7 @@ async function chooseSignature() {
 }
 
 function showExamples(about) {
-  const { inputs } = signature();
+  const inputs = signature()?.inputs ?? {};
   const examples = about.examples[byId("signature").value] ?? [];
   show("examples", examples.length);
   if (byId("hint").textContent === EMPTY && examples.length) byId("hint").textContent = `${EMPTY} One click on an example asks with it.`;
