@@ -8,6 +8,7 @@ import ipaddress
 import re
 from collections.abc import Iterable
 
+from keras_bn_serving.errors import PermissionDeniedError
 from keras_bn_serving.rest.messages import Headers
 
 ANY = "*"
@@ -33,6 +34,14 @@ class AllowedHosts:
         self._names = {normal for name in (*_OURS, *names, address) if (normal := normalized(name))}
         self._any = ANY in names
         self._addresses = address in ("0.0.0.0", "::")
+
+    def check(self, host: str) -> None:
+        """Raises a PermissionDeniedError unless browsers may ask for this `Host`."""
+        if not self.allow(host):
+            raise PermissionDeniedError(
+                f"Browsers may not ask for the host {host!r}. To allow it, start the server with "
+                f"--allowed_hosts={normalized(host) or 'NAME'}."
+            )
 
     def allow(self, host: str) -> bool:
         """Returns whether browsers may ask for this `Host`, which may have a port."""

@@ -30,7 +30,6 @@ from keras_bn_serving.errors import (
     NO_MEMORY,
     Code,
     InvalidArgumentError,
-    PermissionDeniedError,
     ServingError,
 )
 from keras_bn_serving.rest import hosts
@@ -152,12 +151,12 @@ class RestServer:
             return html_error(HTTPStatus.NOT_IMPLEMENTED)
         if path is None:
             return html_error(HTTPStatus.BAD_REQUEST)
-        host = hosts.asked_for(request.headers, request.target)
+        target = request.target
         request = request._replace(target=path)
         run = _RUN.fullmatch(request.target) if request.method == "POST" else None
         look = _LOOK.fullmatch(request.target) if request.method == "GET" else None
         try:
-            self._check_host(request, host)
+            self._check_host(request, target)
             response, code = await self._route(request, run, look), Code.OK
         except ServingError as error:
             response, code = Response(HTTP_STATUS[error.code], encode_error(error.message)), error.code
@@ -199,16 +198,12 @@ class RestServer:
         """Frees the threads."""
         self._background.close()
 
-    def _check_host(self, request: Request, host: str) -> None:
+    def _check_host(self, request: Request, target: str) -> None:
         """Refuses what a page under a name of its own asks; programs may use any name, as with TensorFlow Serving."""
         # Where any page may ask, it needs no name for it.
         asks = hosts.is_of_browser(request.headers) and not self._options.cors
-        if (asks or self._extras.is_for_browsers(request)) and not self._options.allowed_hosts.allow(host):
-            name = hosts.normalized(host) or "NAME"
-            raise PermissionDeniedError(
-                f"Browsers may not ask for the host {host!r}. To allow it, start the server with "
-                f"--allowed_hosts={name}."
-            )
+        if asks or self._extras.is_for_browsers(request):
+            self._options.allowed_hosts.check(hosts.asked_for(request.headers, target))
 
     async def _route(self, request: Request, run: re.Match[str] | None, look: re.Match[str] | None) -> Response:
         if not _PROTOCOL.match(request.target):

@@ -84,8 +84,8 @@ function update(now, newestBefore) {
     show("notice", true);
   }
   // What has been drawn stays where the form does.
-  if (form !== JSON.stringify(signature())) chooseVersion();
-  else if (signature()) showAbout().then((about) => version()?.version === next && showExamples(about));
+  if (!form || form !== JSON.stringify(signature())) chooseVersion();
+  else showAbout().then((about) => version()?.version === next && showExamples(about));
 }
 
 function showModel() {
