@@ -146,7 +146,8 @@ def test_wheel_holds_library_command_and_server(built):
         str(path.relative_to(ROOT)).removeprefix("serving/") for path in _modules("keras_bn", "keras_bn_cli", SERVER)
     }
     assert {name for name in ours if name.endswith(".py")} == modules
-    page = {f"keras_bn_serving/rest/page/{name}" for name in ("index.html", "page.css", "page.js")}
+    page = {f"keras_bn_serving/rest/page/{path.name}" for path in (ROOT / SERVER / "rest" / "page").iterdir()}
+    assert {path.rsplit(".", 1)[1] for path in page} == {"html", "css", "js"}
     assert page == {name for name in ours if not name.endswith((".py", "py.typed", ".so"))}
     if any(shutil.which(compiler) for compiler in ("c++", "g++")):
         assert "keras_bn/ops/_operations.abi3.so" in names

@@ -66,6 +66,7 @@ def _serve(options: SimpleNamespace) -> None:
     from keras_bn_serving.engine.grouping import BatchingOptions
     from keras_bn_serving.engine.loading import Loader
     from keras_bn_serving.engine.servable import LoadOptions
+    from keras_bn_serving.rest.hosts import AllowedHosts
     from keras_bn_serving.rest.server import RestOptions
     from keras_bn_serving.run import ServerOptions, serve
 
@@ -111,6 +112,8 @@ def _serve(options: SimpleNamespace) -> None:
                 metrics_path,
                 options.rest_api_num_threads,
                 options.log_requests,
+                options.enable_page,
+                AllowedHosts(options.allowed_hosts, options.address),
             ),
             **memory,
         ),

@@ -1,12 +1,17 @@
 """Models and servers that the serving tests share."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.serving import odd_models, saved_models
 from tests.serving.servers import RunningServer, running_server
+
+if TYPE_CHECKING:
+    from selenium import webdriver
 
 CONFIG = """
 model_config_list {{
@@ -48,3 +53,21 @@ def server(models_config: Path) -> Iterator[RunningServer]:
     flags = ("--allow_version_labels_for_unavailable_models", "--enable_model_management")
     with running_server(f"--model_config_file={models_config}", *flags) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator["webdriver.Chrome"]:
+    """A headless Chromium."""
+    selenium = pytest.importorskip("selenium.webdriver")
+    binary = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    driver_binary = shutil.which("chromedriver")
+    if not binary or not driver_binary:
+        pytest.skip("needs Chromium and its driver: apt-get install chromium chromium-driver")
+    options = selenium.ChromeOptions()
+    options.binary_location = binary
+    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--hide-scrollbars"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = selenium.Chrome(options=options, service=selenium.ChromeService(driver_binary))
+    yield driver
+    driver.quit()

@@ -1,6 +1,7 @@
 """The flags of `keras-bn serve`, named as tensorflow_model_server names them."""
 
 import logging
+import re
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,8 @@ _FALSE = ("false", "0", "f", "no", "n")
 _DEFAULT_GRPC_PORT = 8500
 # Of a port: any that is free.
 AUTO = -1
+# A name or an address, that of IPv6 in brackets or without.
+_HOST = re.compile(r"\*|[a-z0-9._-]+|\[?[0-9a-f.]*(:[0-9a-f.]*){2,}\]?", re.IGNORECASE)
 _LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -140,6 +143,9 @@ def _flags_of_answers() -> list[click.Option]:
         _flag("rest_api_enable_cors_support", _BOOLEAN, False, "Let pages of other origins ask.", "BOOL"),
         _flag("rest_api_list_models", _BOOLEAN, False, "List the models at /v1/models.", "BOOL"),
         _flag("monitoring_config_file", str, "", "MonitoringConfig as text proto: where the metrics are.", "FILE"),
+        _flag("enable_page", _BOOLEAN, True, "Answer browsers at / with a page for a person.", "BOOL"),
+        _flag("allowed_hosts", _HOSTS, "", "Names that browsers may use for this server, beside localhost, 127.0.0.1, "
+              "[::1] and --address; * for any.", "HOST[,HOST]"),
         _flag("log_requests", _BOOLEAN, False, "Log a line of JSON for every REST request.", "BOOL"),
         _flag("log_level", _LEVEL, "info", "What is logged at least.", None),
         _flag("request_memory_in_mb", _Number(int, 1), None,
@@ -214,8 +220,14 @@ def _port(text: str) -> int | None:
     return int(text) if text.isascii() and text.isdigit() and int(text) <= 65535 else None
 
 
+def _hosts(text: str) -> tuple[str, ...] | None:
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    return names if all(_HOST.fullmatch(name) for name in names) and bool(names) == bool(text) else None
+
+
 _BOOLEAN = _Words("bool", lambda text: True if text in _TRUE else False if text in _FALSE else None, "true or false")
 _PORT = _Words("port", _port, "a whole number, from 0 to 65535, where 0 is none, or auto")
+_HOSTS = _Words("hosts", _hosts, "host names or addresses without scheme and port, with commas between them, or *")
 _LEVEL = _Words(
     "level", lambda text: text.upper() if text in _LEVELS else None, ", ".join(_LEVELS[:-1]) + f" or {_LEVELS[-1]}"
 )

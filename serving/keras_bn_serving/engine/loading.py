@@ -13,12 +13,12 @@ from tensorflow_serving.apis import prediction_log_pb2
 
 from keras_bn_serving.codec.tensor_proto import to_array
 from keras_bn_serving.engine import examples
+from keras_bn_serving.engine.assets import WARMUP_FILE
 from keras_bn_serving.engine.grouping import BatchingOptions, run_one
 from keras_bn_serving.engine.servable import LoadOptions, Servable, check_names, check_types
 from keras_bn_serving.errors import Code, InvalidArgumentError, ServingError
 
 _log = logging.getLogger(__name__)
-_WARMUP_FILE = os.path.join("assets.extra", "tf_serving_warmup_requests")
 _MOST_RECORDS = 1000
 
 
@@ -65,7 +65,7 @@ class Loader:
 
     def _load(self, name: str, path: str) -> Servable:
         servable = Servable(path, self.options, name)
-        file = os.path.join(path, _WARMUP_FILE)
+        file = os.path.join(path, WARMUP_FILE)
         if self.warm_up and os.path.exists(file):
             started, status = time.monotonic(), Code.UNKNOWN
             try:

@@ -3,25 +3,20 @@
 import json
 from collections.abc import Callable
 from http import HTTPStatus
-from pathlib import Path
 from typing import Any
 
 from keras_bn_serving.codec.answer import encode_error
 from keras_bn_serving.codec.tensor_spec import TensorSpec
+from keras_bn_serving.engine.background import GoOn
 from keras_bn_serving.engine.metrics import CONTENT_TYPE
 from keras_bn_serving.engine.service import ModelSpec, PredictionService
 from keras_bn_serving.engine.versions import State
+from keras_bn_serving.errors import NotFoundError
 from keras_bn_serving.rest import openapi
 from keras_bn_serving.rest.messages import Request, Response
+from keras_bn_serving.rest.pages import PREFIX, Page, is_front
 
-_PAGE_FOLDER = Path(__file__).parent / "page"
-_PAGE_TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css", ".js": "text/javascript"}
-_PAGE_FILES = {"/": "index.html", "/page/page.css": "page.css", "/page/page.js": "page.js"}
-_PAGE_HEADERS = (
-    ("Content-Security-Policy", "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'"),
-    ("X-Content-Type-Options", "nosniff"),
-    ("Cache-Control", "no-cache"),
-)
+_OPENAPI = "/openapi.json"
 
 
 class Extras:
@@ -31,15 +26,24 @@ class Extras:
         service: What knows the models.
         read_metrics: Returns what has been counted.
         metrics_path: Where the metrics are; empty for nowhere.
+        page: Whether there is a page for a person.
     """
 
-    def __init__(self, service: PredictionService, read_metrics: Callable[[], bytes], metrics_path: str):
+    def __init__(
+        self, service: PredictionService, read_metrics: Callable[[], bytes], metrics_path: str, page: bool = True
+    ):
         self._service = service
         self._read_metrics = read_metrics
         self._metrics_path = metrics_path
+        self._page = Page(service) if page else None
 
-    def answer(self, request: Request) -> Response | None:
-        """Returns the answer to a request, or `None` if it is none of ours."""
+    def is_for_browsers(self, request: Request) -> bool:
+        """Returns whether a request is for the page, or for the other list of all models that programs do not need."""
+        path = request.target.split("?")[0]
+        return path == _OPENAPI or (self._page is not None and (path.startswith(PREFIX) or is_front(request, path)))
+
+    def answer(self, request: Request) -> Response | Callable[[GoOn], Response] | None:
+        """Returns the answer to a request, or what makes it and takes its time, or `None` if it is none of ours."""
         if request.method not in ("GET", "HEAD"):
             return None
         path = request.target.split("?")[0]
@@ -49,14 +53,11 @@ class Extras:
             return _json({"status": "alive"})
         if path == "/readyz":
             return self._readiness()
-        if path == "/openapi.json":
+        if path == _OPENAPI:
             return _json(openapi.describe(self._service))
-        if path == "/page/models":
-            return self.models()
-        # TensorFlow Serving has no page, and what is not a browser is told so.
-        if path in _PAGE_FILES and (path != "/" or b"text/html" in request.headers.get(b"accept", b"")):
-            return _page_file(_PAGE_FILES[path])
-        return None
+        if self._page is None:
+            return None
+        return self.models() if path == f"{PREFIX}models" else self._page.answer(request, path)
 
     def models(self) -> Response:
         """Returns all models with their versions, labels and signatures."""
@@ -75,7 +76,11 @@ class Extras:
         return {"name": name, "labels": dict(self._service.repository.labels(name)), "versions": versions}
 
     def _signatures(self, name: str, number: int) -> dict[str, Any]:
-        with self._service.lease(ModelSpec(name, number)) as lease:
+        try:
+            lease = self._service.lease(ModelSpec(name, number))
+        except NotFoundError:  # It has left since it was looked for.
+            return {}
+        with lease:
             return {
                 key: {
                     "method_name": signature.method_name,
@@ -106,8 +111,3 @@ def _describe(spec: TensorSpec) -> dict[str, Any]:
 
 def _json(value: Any) -> Response:
     return Response(HTTPStatus.OK, json.dumps(value, indent=1).encode())
-
-
-def _page_file(name: str) -> Response:
-    content = (_PAGE_FOLDER / name).read_bytes()
-    return Response(HTTPStatus.OK, content, _PAGE_TYPES[name[name.rindex(".") :]], _PAGE_HEADERS)

@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import unquote_to_bytes
@@ -33,6 +33,7 @@ from keras_bn_serving.errors import (
     InvalidArgumentError,
     ServingError,
 )
+from keras_bn_serving.rest import hosts
 from keras_bn_serving.rest.extras import Extras
 from keras_bn_serving.rest.messages import Request, Response, html_error, path_of
 
@@ -97,6 +98,8 @@ class RestOptions:
         metrics_path: Where Prometheus finds the metrics; empty for nowhere.
         num_threads: Threads that read bodies and write answers, where either takes long.
         log_requests: Whether to write a line of JSON to the log for every request.
+        page: Whether there is a page for a person.
+        allowed_hosts: By which names browsers may ask.
     """
 
     cors: bool = False
@@ -104,6 +107,8 @@ class RestOptions:
     metrics_path: str = ""
     num_threads: int = 4
     log_requests: bool = False
+    page: bool = True
+    allowed_hosts: hosts.AllowedHosts = field(default_factory=hosts.AllowedHosts)
 
 
 class RestServer:
@@ -134,7 +139,7 @@ class RestServer:
         self._memory = memory
         self._options = options
         self._timeout_seconds = timeout_seconds
-        self._extras = Extras(service, read_metrics, options.metrics_path)
+        self._extras = Extras(service, read_metrics, options.metrics_path, options.page)
         self._loop = loop
         self._arrivals = Arrivals(loop)
         self._background = Background(options.num_threads, "rest")
@@ -147,10 +152,12 @@ class RestServer:
             return html_error(HTTPStatus.NOT_IMPLEMENTED)
         if path is None:
             return html_error(HTTPStatus.BAD_REQUEST)
+        target = request.target
         request = request._replace(target=path)
         run = _RUN.fullmatch(request.target) if request.method == "POST" else None
         look = _LOOK.fullmatch(request.target) if request.method == "GET" else None
         try:
+            self._check_host(request, target)
             response, code = await self._route(request, run, look), Code.OK
         except ServingError as error:
             response, code = Response(HTTP_STATUS[error.code], await self._encode_error(error.message)), error.code
@@ -193,9 +200,19 @@ class RestServer:
         """Frees the threads."""
         self._background.close()
 
+    def _check_host(self, request: Request, target: str) -> None:
+        """Refuses what a page under a name of its own asks; programs may use any name, as with TensorFlow Serving."""
+        # Where any page may ask, it needs no name for it.
+        asks = hosts.is_of_browser(request.headers) and not self._options.cors
+        if asks or self._extras.is_for_browsers(request):
+            self._options.allowed_hosts.check(hosts.asked_for(request.headers, target))
+
     async def _route(self, request: Request, run: re.Match[str] | None, look: re.Match[str] | None) -> Response:
         if not _PROTOCOL.match(request.target):
             ours = self._extras.answer(request)
+            if callable(ours):
+                _, done = self._background.start(ours, self._timeout_seconds)
+                ours = await done
             return ours or html_error(HTTPStatus.NOT_FOUND)
         if request.method == "OPTIONS":
             # A browser that asks before it sends: whether the answer lets it is said by other headers.

@@ -1,51 +1,102 @@
-// The page: lists the models, builds a form from a signature, asks, and shows the answer.
-"use strict";
+// The page: lists the models and follows them, builds a form from a signature, asks, and shows the answer.
 
-const byId = (id) => document.getElementById(id);
-const element = (tag, properties = {}, ...children) => {
-  const made = Object.assign(document.createElement(tag), properties);
-  made.append(...children);
-  return made;
-};
+import { rowsOf, view } from "./answer.js";
+import { AWAY, answerTo, asCurl, question } from "./asking.js";
+import { byId, element, show } from "./dom.js";
+import * as drift from "./drift.js";
+import { milliseconds } from "./exact.js";
+import { field, glimpse } from "./fields.js";
+import { note } from "./history.js";
+import { listItem, newest, usable } from "./models.js";
 
+const LOOK_MILLISECONDS = 3000;
+const LONGEST_COMMAND = 2000;
+const EMPTY = "The answer appears here.";
+let listed = ""; // The list of the models as it came last.
 let models = [];
 let model = null;
-let readers = {}; // For each input of the form, a function that returns what to send.
+let fields = {}; // Of the form, by input name.
+let asked = 0; // The question whose answer is waited for or shown; a number of its own for each.
+const abouts = new Map(); // What is shown of a version beside its signatures, by model and version.
+const ranges = new Map(); // The drift of a version's examples.
 
-async function start() {
+const version = () => model.versions.find((each) => each.version === byId("version").value);
+const signature = () => version()?.signatures[byId("signature").value];
+
+async function follow() {
+  setTimeout(follow, LOOK_MILLISECONDS);
+  if (document.hidden && listed) return;
+  let text;
   try {
-    models = (await (await fetch("/page/models")).json()).models;
+    const response = await fetch("/page/models", { cache: "no-store" });
+    text = await response.text();
+    if (!response.ok) throw new Error(text);
   } catch (error) {
-    byId("summary").textContent = "The server does not answer. Is it still running?";
+    byId("summary").textContent = AWAY;
+    document.body.classList.add("away");
     return;
   }
-  const count = models.length === 1 ? "1 model" : `${models.length} models`;
+  take(text);
+}
+
+function take(text) {
+  document.body.classList.remove("away");
+  const last = models;
+  models = JSON.parse(text).models;
+  const count = models.length === 1 ? "1 model" : `${models.length || "No"} models`;
   byId("summary").textContent = `${count} at ${location.host}`;
-  byId("models").replaceChildren(...models.map(listItem));
-  if (model === null && models.length) choose(models[0]);
+  if (text === listed) return;
+  listed = text;
+  abouts.clear();
+  ranges.clear();
+  show("nothing", !models.length);
+  show("nav", models.length);
+  document.body.classList.toggle("single", models.length < 2);
+  byId("models").replaceChildren(...models.map((each) => listItem(each, choose)));
+  const still = models.find((each) => each.name === model?.name);
+  if (still) update(still, newest(last.find((each) => each.name === model.name)));
+  else if (models.length) choose(models[0]);
+  else { model = null; show("work", false); }
 }
 
-function listItem(one) {
-  const labels = Object.entries(one.labels).map(([label, version]) => `${label} → ${version}`).join(", ");
-  const lines = one.versions.map((each) => element("small", { title: each.error_message },
-    `version ${each.version} `, element("span", { className: `state ${each.state}` }, each.state),
-    each.error_message ? ` ${each.error_message}` : ""));
-  const button = element("button", { type: "button", onclick: () => choose(one) }, element("strong", {}, one.name), ...lines);
-  if (labels) button.append(element("small", {}, `labels: ${labels}`));
-  button.dataset.model = one.name;
-  return element("li", {}, button);
-}
-
-function choose(one) {
-  model = one;
-  for (const button of document.querySelectorAll("nav button")) {
-    button.setAttribute("aria-current", String(button.dataset.model === one.name));
-  }
-  byId("work").hidden = false;
-  byId("model-title").textContent = one.name;
-  const usable = one.versions.filter((each) => each.state === "AVAILABLE");
-  byId("version").replaceChildren(...usable.map((each) => new Option(each.version)));
+function choose(chosen) {
+  model = chosen;
+  show("work", true);
+  show("notice", false);
+  byId("model-title").textContent = model.name;
+  showModel();
+  byId("version").replaceChildren(...usable(model).map((each) => new Option(each.version)));
   chooseVersion();
+}
+
+// The chosen model as it is now. Who looks at the newest version goes on to look at the newest.
+function update(now, newestBefore) {
+  const chosen = byId("version").value;
+  const form = JSON.stringify(signature());
+  model = now;
+  showModel();
+  const versions = usable(model).map((each) => each.version);
+  const next = versions.includes(chosen) && chosen !== newestBefore ? chosen : versions[0];
+  byId("version").replaceChildren(...versions.map((each) => new Option(each)));
+  if (next !== undefined) byId("version").value = next;
+  if (next !== chosen && next !== undefined && chosen) {
+    byId("notice").textContent = `Version ${next} has taken over from ${chosen}.`;
+    show("notice", true);
+  }
+  // What has been drawn stays where the form does.
+  if (!form || form !== JSON.stringify(signature())) chooseVersion();
+  else showAbout().then((about) => version()?.version === next && showExamples(about));
+}
+
+function showModel() {
+  for (const button of document.querySelectorAll("nav button")) {
+    button.setAttribute("aria-current", String(button.dataset.model === model.name));
+  }
+  const failed = model.versions.filter((each) => each.error_message);
+  const waits = usable(model).length || failed.length ? [] : [element("p", {}, "No version can answer yet.")];
+  byId("failures").replaceChildren(...waits, ...failed.map((each) => element("details", { className: "failure", open: !usable(model).length },
+    element("summary", {}, `Version ${each.version} cannot be served`), element("p", {}, each.error_message))));
+  show("columns", usable(model).length);
 }
 
 function chooseVersion() {
@@ -57,254 +108,185 @@ function chooseVersion() {
   chooseSignature();
 }
 
-function chooseSignature() {
-  readers = {};
-  clearAnswer();
+async function chooseSignature() {
+  leave();
   const inputs = signature()?.inputs ?? {};
-  byId("inputs").replaceChildren(...Object.entries(inputs).map(([name, spec]) => field(name, spec)));
-  byId("ask").disabled = !Object.keys(inputs).length;
+  fields = {};
+  byId("inputs").replaceChildren();
+  for (const id of ["ask", "examples"]) show(id, false);
+  const number = asked;
+  const about = await showAbout();
+  if (number !== asked) return; // Something else has been chosen since.
+  const examples = about.examples[byId("signature").value] ?? [];
+  fields = Object.fromEntries(Object.entries(inputs).map(([name, spec]) =>
+    [name, field(name, spec, examples.map((each) => each[name]), problem)]));
+  byId("inputs").replaceChildren(...Object.values(fields).map((each) => each.node));
+  show("ask", Object.keys(inputs).length);
+  showExamples(about);
 }
 
-const version = () => model.versions.find((each) => each.version === byId("version").value);
-const signature = () => version()?.signatures[byId("signature").value];
-
-function shapeText(spec) {
-  return spec.shape === null ? "any shape" : `[${spec.shape.map((size) => (size < 0 ? "any" : size)).join(", ")}]`;
+function showExamples(about) {
+  const inputs = signature()?.inputs ?? {};
+  const examples = about.examples[byId("signature").value] ?? [];
+  show("examples", examples.length);
+  if (byId("hint").textContent === EMPTY && examples.length) byId("hint").textContent = `${EMPTY} One click on an example asks with it.`;
+  byId("examples").replaceChildren(...examples.map((example, at) => {
+    const pictures = Object.entries(inputs).map(([name, spec]) => glimpse(name, spec, example[name], examples.map((each) => each[name])));
+    const button = element("button", { type: "button", className: "example", onclick: () => askWith(example) }, ...pictures.filter(Boolean));
+    if (!button.children.length) button.textContent = `Example ${at + 1}`;
+    button.setAttribute("aria-label", `Ask with example ${at + 1}`);
+    return button;
+  }));
 }
 
-function pictureSize(spec) {
-  const [, height, width, channels = 1] = spec.shape ?? [];
-  const rank = spec.shape?.length;
-  const isPicture = (rank === 4 || rank === 3) && height > 1 && width > 1 && (rank === 3 || channels === 1 || channels === 3);
-  return isPicture && spec.dtype !== "string" ? { height, width, channels, rank } : null;
-}
-
-function field(name, spec) {
-  const size = pictureSize(spec);
-  const box = element("fieldset", {}, element("legend", {}, `${name}: ${spec.dtype} ${shapeText(spec)}`));
-  if (size) box.append(pictureField(name, spec, size));
-  else if (spec.dtype === "string" && /image|picture|png|jpe?g|bytes/i.test(name)) box.append(fileField(name));
-  else box.append(textField(name, spec));
-  return box;
-}
-
-function textField(name, spec) {
-  const example = (spec.shape ?? []).reduceRight((inner, size) => Array(Math.min(size < 0 ? 1 : size, 8)).fill(inner),
-    spec.dtype === "string" ? "text" : spec.dtype === "bool" ? true : spec.dtype === "float" || spec.dtype === "double" ? 0.5 : 1);
-  const area = element("textarea", { id: `input-${name}`, value: JSON.stringify(example), spellcheck: false });
-  area.setAttribute("aria-label", `${name}, as JSON`);
-  readers[name] = () => {
-    try {
-      return JSON.parse(area.value);
-    } catch (error) {
-      area.focus();
-      throw new Error(`What you wrote for “${name}” cannot be read: ${error.message}.\nWrite ${spec.dtype} values of shape ${shapeText(spec)} as a JSON list, for example ${JSON.stringify(example)}.`);
-    }
-  };
-  return area;
-}
-
-function fileField(name) {
-  const input = element("input", { type: "file", accept: "image/*", id: `input-${name}` });
-  input.setAttribute("aria-label", `${name}, a picture file`);
-  readers[name] = async () => {
-    if (!input.files.length) throw new Error(`Choose a picture for “${name}” first.`);
-    const bytes = new Uint8Array(await input.files[0].arrayBuffer());
-    return [{ b64: btoa(Array.from(bytes, (byte) => String.fromCharCode(byte)).join("")) }];
-  };
-  return input;
-}
-
-function pictureField(name, spec, size) {
-  const canvas = element("canvas", { width: size.width, height: size.height, tabIndex: 0, id: `input-${name}` });
-  canvas.setAttribute("role", "img");
-  canvas.setAttribute("aria-label", `${name}: draw with the mouse, a finger, or the arrow keys and the space bar`);
-  const context = canvas.getContext("2d", { willReadFrequently: true });
-  let drawn = false;
-  const clear = () => { context.fillStyle = "#000"; context.fillRect(0, 0, size.width, size.height); drawn = false; };
-  clear();
-  context.strokeStyle = context.fillStyle = "#fff";
-  context.lineCap = context.lineJoin = "round";
-  const brush = () => Math.max(1, size.width / 10);
-  let last = null;
-  const stroke = (x, y) => {
-    context.lineWidth = brush();
-    context.beginPath();
-    context.moveTo(...(last ?? [x, y]));
-    context.lineTo(x + 0.01, y);
-    context.stroke();
-    last = [x, y];
-    drawn = true;
-  };
-  const place = (event) => {
-    const box = canvas.getBoundingClientRect();
-    return [(event.clientX - box.left) * size.width / box.width, (event.clientY - box.top) * size.height / box.height];
-  };
-  canvas.onpointerdown = (event) => { canvas.setPointerCapture(event.pointerId); last = null; stroke(...place(event)); };
-  canvas.onpointermove = (event) => { if (event.buttons) stroke(...place(event)); };
-  let cursor = [size.width / 2, size.height / 2];
-  canvas.onkeydown = (event) => {
-    const steps = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1], " ": [0, 0] };
-    if (!(event.key in steps)) return;
-    event.preventDefault();
-    cursor = cursor.map((at, axis) => Math.min(Math.max(at + steps[event.key][axis], 0), [size.width, size.height][axis] - 1));
-    last = null;
-    if (event.key === " " || event.shiftKey) stroke(...cursor);
-  };
-  const show = async (file) => {
-    try {
-      const picture = await createImageBitmap(file);
-      context.drawImage(picture, 0, 0, size.width, size.height);
-      drawn = true;
-    } catch (error) {
-      problem(`“${file.name}” is not a picture that this browser can read.`);
-    }
-  };
-  canvas.ondragover = (event) => { event.preventDefault(); canvas.classList.add("over"); };
-  canvas.ondragleave = () => canvas.classList.remove("over");
-  canvas.ondrop = (event) => {
-    event.preventDefault();
-    canvas.classList.remove("over");
-    if (event.dataTransfer.files.length) show(event.dataTransfer.files[0]);
-  };
-  const invert = () => {
-    const image = context.getImageData(0, 0, size.width, size.height);
-    for (let at = 0; at < image.data.length; at++) if (at % 4 !== 3) image.data[at] = 255 - image.data[at];
-    context.putImageData(image, 0, 0);
-  };
-  readers[name] = () => {
-    if (!drawn) throw new Error(`“${name}” is empty: draw something, or drop a picture on it, first.`);
-    return [pixels(context, spec, size)];
-  };
-  const file = element("input", { type: "file", accept: "image/*", onchange: (event) => event.target.files.length && show(event.target.files[0]) });
-  file.setAttribute("aria-label", `${name}: choose a picture file`);
-  return element("div", { className: "picture" }, canvas, element("div", {},
-    element("p", {}, `Draw here, or drop a picture; it is scaled to ${size.width} × ${size.height} and sent as numbers from 0 to ${spec.dtype === "float" || spec.dtype === "double" ? "1" : "255"}.`),
-    file, element("p", {},
-      element("button", { type: "button", onclick: clear }, "Clear"), " ",
-      element("button", { type: "button", onclick: invert }, "Invert"))));
-}
-
-function pixels(context, spec, size) {
-  const { data } = context.getImageData(0, 0, size.width, size.height);
-  const value = (byte) => (spec.dtype === "float" || spec.dtype === "double" ? Math.round(byte / 255 * 1e4) / 1e4 : Math.round(byte));
-  const rows = [];
-  for (let y = 0; y < size.height; y++) {
-    const row = [];
-    for (let x = 0; x < size.width; x++) {
-      const [red, green, blue] = data.slice((y * size.width + x) * 4);
-      const grey = 0.299 * red + 0.587 * green + 0.114 * blue;
-      row.push(size.channels === 3 ? [red, green, blue].map(value) : size.rank === 4 ? [value(grey)] : value(grey));
-    }
-    rows.push(row);
+// What the server tells of a version beside its signatures.
+function aboutOf(name, number) {
+  const path = `/page/models/${encodeURIComponent(name)}/versions/${number}`;
+  if (!abouts.has(path)) {
+    abouts.set(path, fetch(path).then((response) => response.json()).catch(() => ({ error: AWAY }))
+      .then((told) => ({ card: {}, examples: {}, ...told })));
   }
-  return rows;
+  return abouts.get(path);
 }
 
-async function ask(event) {
-  event.preventDefault();
-  clearAnswer();
-  const outputs = signature().outputs;
-  const path = `/v1/models/${encodeURIComponent(model.name)}/versions/${version().version}:predict`;
-  let body;
+async function showAbout() {
+  const [name, number] = [model.name, byId("version").value];
+  const about = number ? await aboutOf(name, number) : { card: {}, examples: {} };
+  if (model?.name !== name || byId("version").value !== number) return about;
+  const { parameters, accuracy, created } = about.card;
+  const facts = [about.error && `Its examples cannot be shown: ${about.error}`,
+    parameters && `${parameters.toLocaleString("en")} parameters`, accuracy && `${(100 * accuracy).toFixed(1)} % accuracy`,
+    created && `exported ${new Date(created).toLocaleDateString("en-GB", { day: "numeric", month: "long", year: "numeric" })}`];
+  byId("about").textContent = facts.filter(Boolean).join(" · ");
+  return about;
+}
+
+function askWith(example) {
+  for (const [name, value] of Object.entries(example)) fields[name].take(value);
+  ask();
+}
+
+async function ask() {
+  leave();
+  const about = { model: model.name, version: version().version, signature: byId("signature").value };
+  const { outputs } = signature();
+  let inputs;
   try {
-    const inputs = {};
-    for (const [name, read] of Object.entries(readers)) inputs[name] = await read();
-    body = JSON.stringify({ signature_name: byId("signature").value, inputs });
+    inputs = `{${Object.entries(fields).map(([name, each]) => `${JSON.stringify(name)}: ${each.read()}`).join(", ")}}`;
   } catch (error) {
     problem(error.message);
     return;
   }
-  const began = performance.now();
-  let response, text;
-  try {
-    response = await fetch(path, { method: "POST", body });
-    text = await response.text();
-  } catch (error) {
-    problem("The server does not answer. Is it still running?");
-    return;
+  const number = asked;
+  const picture = Object.values(fields).map((each) => each.glance()).find(Boolean) ?? "";
+  const sent = question(about.model, about.version, about.signature, inputs);
+  const measure = driftOf(about, inputs);
+  wait(`Waiting for ${about.model}…`);
+  const got = await answerTo(sent, outputs);
+  const said = got.said ?? (drift.isDrift(outputs) ? "Drift" : view(got.values, outputs, 0).said);
+  note({ ...about, said, picture, fine: !got.problem, took: got.took });
+  if (number !== asked) return; // Another model, signature or question is looked at by now.
+  wait("");
+  if (got.problem) { problem(got.problem); return; }
+  showAnswer(got, outputs, about, sent);
+  const nodes = measure && await measure();
+  if (nodes && number === asked) {
+    byId("drift").replaceChildren(...nodes);
+    show("drift", true);
   }
-  const elapsed = performance.now() - began;
-  // The protocol writes NaN and Infinity bare, which JSON does not know.
-  const answer = JSON.parse(text.replace(/(?<=[\s[:,])(-?Infinity|NaN)(?=[\s,\]}])/g, '"$1"') || "{}");
-  if (!response.ok) {
-    problem(inWords(response.status, answer.error ?? ""));
-    return;
-  }
-  show(answer.outputs, outputs, elapsed, text, path, body);
 }
 
-function inWords(status, message) {
-  const reasons = {
-    400: "The model cannot use what you sent: its shape or type is not the one the form asks for.",
-    404: "This model or version is no longer there. Reload the page to see what is.",
-    429: "The server is busy. Try again in a moment.",
-    503: "The server is busy. Try again in a moment.",
-    504: "The model took too long to answer.",
+function showAnswer({ values, text, took }, outputs, about, sent) {
+  const rows = rowsOf(values, outputs);
+  const by = element("p", { className: "by" }, `${about.model}, version ${about.version} · `, element("span", { id: "latency" }, milliseconds(took)));
+  const body = element("div");
+  const showRow = (row) => body.replaceChildren(...(drift.isDrift(outputs) ? drift.chart(drift.pooled(values), rows, null) : view(values, outputs, row).nodes));
+  byId("view").replaceChildren(by, body);
+  if (rows > 1 && !drift.isDrift(outputs)) {
+    const picker = element("select", { id: "row", onchange: () => showRow(picker.selectedIndex) }, ...Array.from({ length: Math.min(rows, 1000) }, (_, at) => new Option(at + 1)));
+    by.append(" · ", element("label", {}, "Row ", picker, ` of ${rows}`));
+  }
+  if (rows !== 0 || Object.keys(outputs).length) showRow(0);
+  byId("raw").textContent = text.length > 1e5 ? `${text.slice(0, 1e5)}…` : text;
+  const command = asCurl(sent);
+  byId("curl").textContent = command.length > LONGEST_COMMAND ? `${command.slice(0, LONGEST_COMMAND)}…` : command;
+  byId("copy").onclick = () => copy(command);
+  show("answer", true);
+  // On a phone the answer is below the form.
+  if (byId("result").getBoundingClientRect().top > window.innerHeight * 0.6) byId("result").scrollIntoView();
+}
+
+// What makes the chart of a question's drift, where the version can tell it of the same inputs.
+function driftOf(about, inputs) {
+  const spec = version().signatures[drift.SIGNATURE];
+  if (about.signature === drift.SIGNATURE || !spec || !drift.isDrift(spec.outputs)) return null;
+  if (JSON.stringify(spec.inputs) !== JSON.stringify(signature().inputs)) return null;
+  const told = async (text) => {
+    const got = await answerTo(question(about.model, about.version, drift.SIGNATURE, text), spec.outputs);
+    if (got.problem) throw new Error(got.problem);
+    return got.values;
   };
-  return `${reasons[status] ?? "Something went wrong on the server."}\nThe server says: ${message}`;
-}
-
-function show(outputs, specs, elapsed, text, path, body) {
-  const names = Object.keys(specs);
-  const values = names.length === 1 ? { [names[0]]: outputs } : outputs;
-  const firstRow = (name) => (Array.isArray(values[name]) ? values[name][0] : values[name]);
-  const labels = names.filter((name) => specs[name].dtype === "string").map(firstRow);
-  byId("bars").replaceChildren();
-  const isDrift = ["layer", "channels", "count", "mean_shift", "variance_ratio"].every((name) => names.includes(name));
-  if (isDrift) {
-    const layers = pooledDrift(values);
-    byId("bars").append(element("h4", {}, "KL divergence from the training data, in nats"),
-      ...bars(layers.map((each) => each.kl), layers.map((each) => each.layer), false));
-  }
-  for (const name of isDrift ? [] : names) {
-    const row = firstRow(name);
-    if (specs[name].dtype === "string" || !Array.isArray(row) || !row.every((each) => typeof each === "number")) continue;
-    byId("bars").append(element("h4", {}, name), ...bars(row, labels.find((each) => Array.isArray(each) && each.length === row.length)));
-  }
-  byId("latency").textContent = `in ${elapsed.toFixed(1)} ms`;
-  byId("raw").textContent = text;
-  const shown = body.length > 2000 ? `${body.slice(0, 2000)}…` : body;
-  byId("curl").textContent = `curl ${location.origin}${path} -d '${shown.replaceAll("'", "'\\''")}'`;
-  byId("copy").onclick = () => navigator.clipboard.writeText(byId("curl").textContent.replace(shown, body));
-  byId("answer").hidden = false;
-}
-
-// All rows together, for each layer, with the equations of the client's `drift`.
-function pooledDrift({ layer, channels, count, mean_shift: shift, variance_ratio: ratio }) {
-  let channel = 0;
-  return layer[0].map((name, at) => {
-    let kl = 0;
-    const end = channel + channels[0][at];
-    for (; channel < end; channel++) {
-      const total = count.reduce((sum, row) => sum + row[channel], 0);
-      const mean = count.reduce((sum, row, i) => sum + row[channel] * shift[i][channel], 0) / total;
-      const spread = count.reduce((sum, row, i) => sum + row[channel] * (ratio[i][channel] + (shift[i][channel] - mean) ** 2), 0) / total;
-      kl += (spread + mean ** 2 - 1 - Math.log(spread)) / 2 / channels[0][at];
+  const key = `${about.model}/${about.version}`;
+  return async () => {
+    try {
+      const values = await told(inputs);
+      if (!ranges.has(key)) ranges.set(key, rangeOf(told, about, Object.keys(spec.inputs)));
+      return drift.chart(drift.pooled(values), values.layer.length, await ranges.get(key));
+    } catch (error) {
+      ranges.delete(key);
+      return [element("h4", {}, "Distance from the training data"), element("p", { className: "quiet" }, `It could not be measured. ${error.message}`)];
     }
-    return { layer: name, kl };
-  });
+  };
 }
 
-function bars(row, labels, probabilities = row.every((each) => each >= 0 && each <= 1)) {
-  const most = probabilities ? 1 : Math.max(...row.map(Math.abs), 1e-30);
-  const ranked = row.map((value, at) => ({ value, name: labels ? String(labels[at]) : `class ${at}` }));
-  ranked.sort((a, b) => b.value - a.value);
-  return ranked.slice(0, 10).map(({ value, name }) => element("div", { className: "bar" },
-    element("span", {}, name), element("meter", { max: most, value: Math.max(value, 0), title: String(value) }),
-    element("output", {}, probabilities ? `${(value * 100).toFixed(1)} %` : value.toPrecision(4))));
+async function rangeOf(told, about, names) {
+  const examples = (await aboutOf(about.model, about.version)).examples[drift.SIGNATURE] ?? [];
+  if (examples.length < 2) return null;
+  return drift.range(await told(JSON.stringify(Object.fromEntries(names.map((name) => [name, examples.map((each) => each[name])])))));
+}
+
+async function copy(text) {
+  let copied = true;
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch (error) { // Without encryption a browser has no clipboard for pages of other machines.
+    const area = element("textarea", { value: text });
+    document.body.append(area);
+    area.select();
+    copied = document.execCommand("copy");
+    area.remove();
+  }
+  byId("copied").textContent = copied ? "Copied" : "This browser lets no page copy: mark the text yourself.";
 }
 
 function problem(text) {
   byId("problem").textContent = text;
-  byId("problem").hidden = false;
+  show("problem", true);
+  show("hint", false);
 }
 
-function clearAnswer() {
-  byId("answer").hidden = byId("problem").hidden = true;
+function wait(text) {
+  byId("hint").textContent = text || EMPTY;
+  byId("hint").classList.toggle("waiting", Boolean(text));
+  show("hint", text);
+  byId("result").setAttribute("aria-busy", String(Boolean(text)));
+  byId("ask").textContent = text ? "Asking…" : "Ask the model";
+  byId("ask").setAttribute("aria-disabled", String(Boolean(text)));
+}
+
+// Whatever is waited for or shown belongs to what has been looked at until now.
+function leave() {
+  asked++;
+  wait("");
+  for (const id of ["answer", "problem", "drift"]) show(id, false);
+  show("hint", true);
+  byId("copied").textContent = "";
 }
 
 byId("version").onchange = chooseVersion;
 byId("signature").onchange = chooseSignature;
-byId("form").onsubmit = ask;
-start();
+byId("form").onsubmit = (event) => {
+  event.preventDefault();
+  if (byId("ask").getAttribute("aria-disabled") !== "true") ask();
+};
+follow();
