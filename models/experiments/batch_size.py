@@ -46,12 +46,12 @@ class Setting:
     rate_at_32: float = 0.02
     sgd_momentum: float = 0.9
     width: int = 8
-    test_images: int = 5000
+    test_images: int = 2000
     cost: float = 200.0
 
 
-FULL = Setting(training_images=4096, epochs=3)
-QUICK = Setting(training_images=512, epochs=1, batch_sizes=(2, 32, 128), width=4, test_images=500, cost=25.0)
+FULL = Setting(training_images=4096, epochs=2)
+QUICK = Setting(training_images=512, epochs=1, batch_sizes=(2, 64), width=4, test_images=500, cost=25.0)
 
 
 def parts(setting: Setting) -> int:

@@ -23,7 +23,9 @@ CLAIM = (
     "average is a stand-in for them that lags behind the weights. And the population is the one that the network was "
     "trained on: with its augmentation, if there was one."
 )
-SOURCE = "The project's notes; Ioffe & Szegedy 2015 (arXiv 1502.03167), Algorithm 2; Wu & Johnson 2021 (arXiv 2105.07576)"
+SOURCE = (
+    "The project's notes; Ioffe & Szegedy 2015 (arXiv 1502.03167), Algorithm 2; Wu & Johnson 2021 (arXiv 2105.07576)"
+)
 AVERAGES: dict[str, dict[str, Any]] = {
     "0.9": {"momentum": 0.9},
     "0.99": {"momentum": 0.99},
@@ -33,7 +35,7 @@ AVERAGES: dict[str, dict[str, Any]] = {
     "0.999, zero_debias": {"momentum": 0.999, "zero_debias": True},
 }
 LAST = "0.99"
-WAYS = {
+WAYS: dict[str, dict[str, Any]] = {
     "sequential, pooled": {"order": "sequential", "method": "pooled"},
     "joint, pooled": {"order": "joint", "method": "pooled"},
     "sequential, algorithm2": {"order": "sequential", "method": "algorithm2"},
@@ -178,7 +180,7 @@ def _populations(model, accuracy, images, augmentation, seed):
 
 
 def _shipped(setting: Setting, images: ImageData, seed: int) -> dict[str, float | None]:
-    """The network of `models/pretrained`, whose file has no moving averages any more: the card has what they reached."""
+    """The network of `models/pretrained`, whose file has no moving averages any more; the card has their accuracy."""
     model = pretrained.load()
     accuracy = training.Accuracy(model, images.x_test, images.y_test, batch_size=500)
     chosen = _draw(images.x_train, setting.shipped_images, seed)
@@ -309,13 +311,11 @@ def verdict(runs: figures.Runs) -> list[verdicts.Verdict]:
     ]
     for name, words in (("augmented", "a network"), ("shipped", "the shipped network")):
         if name in runs[0]["populations"]:
+            of = figures.each(runs, "populations", name)
             found.append(
                 verdicts.judge(
                     f"{words} that was trained on augmented images is better with the statistics of augmented images",
-                    [
-                        100 * (one["populations"][name]["augmented images"] - one["populations"][name]["images as they are"])
-                        for one in runs
-                    ],
+                    [100 * (one["augmented images"] - one["images as they are"]) for one in of],
                     "Accuracy on the statistics of augmented images less that on those of images as they are",
                     "points",
                 )

@@ -71,8 +71,8 @@ def run(setting: Setting, images: ImageData, seed: int, tick: Callable[[], None]
         tick()
     keras_bn.recalibrate(model, small.x_train[:2000], batch_size=500, verbose=0)
     mixed = keras.models.clone_model(model)
-    tests = {"population": Test(model, "moving", setting), "batch": Test(model, "batch", setting)}
-    tests["mixed"] = Test(mixed, "moving", setting)
+    tests = {"population": AccuracyOn(model, "moving", setting), "batch": AccuracyOn(model, "batch", setting)}
+    tests["mixed"] = AccuracyOn(mixed, "moving", setting)
 
     def measure(test_images: np.ndarray) -> dict[str, float]:
         mix(mixed, model, test_images[: setting.images_together])
@@ -85,13 +85,15 @@ def run(setting: Setting, images: ImageData, seed: int, tick: Callable[[], None]
     corrupted = []
     for name in CORRUPTIONS:
         for strength in setting.strengths:
-            spoilt = dataclasses.replace(used, x_test=corrupt(used.x_test, name, strength, seed), x_train=used.x_train[:1])
+            spoilt = dataclasses.replace(
+                used, x_test=corrupt(used.x_test, name, strength, seed), x_train=used.x_train[:1]
+            )
             corrupted.append({"name": name, "strength": strength, **measure(halved(spoilt).x_test)})
             tick()
     return {"clean": clean, "corrupted": corrupted}
 
 
-class Test:
+class AccuracyOn:
     """The accuracy on any images, with the statistics of the population or of the images that are tested together.
 
     Args:
@@ -178,7 +180,13 @@ def figure(runs: figures.Runs) -> Figure:
         means = by_seed.mean(axis=0)
         ends = np.abs(np.stack([by_seed.min(axis=0), by_seed.max(axis=0)]) - means)
         left.barh(
-            places + 0.27 * (number - 1), means, 0.25, xerr=ends, label=words, color=figures.COLOURS[number], ecolor="#333333"
+            places + 0.27 * (number - 1),
+            means,
+            0.25,
+            xerr=ends,
+            label=words,
+            color=figures.COLOURS[number],
+            ecolor="#333333",
         )
     left.set_yticks(places, names)
     left.invert_yaxis()
@@ -193,9 +201,15 @@ def figure(runs: figures.Runs) -> Figure:
     )
     left.legend(fontsize=8, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.4, -0.12))
     for number, name in enumerate(names):
-        rows = [pair for one in runs for row, pair in zip(one["corrupted"], zip(*losses(one), strict=True), strict=True) if row["name"] == name]
+        rows = [
+            pair
+            for one in runs
+            for row, pair in zip(one["corrupted"], zip(*losses(one), strict=True), strict=True)
+            if row["name"] == name
+        ]
         colour = figures.COLOURS[number % len(figures.COLOURS)]
-        right.scatter(*zip(*rows, strict=True), s=16, color=colour, marker="os"[number // len(figures.COLOURS)], label=name)
+        drifts, lost = zip(*rows, strict=True)
+        right.scatter(drifts, lost, s=16, color=colour, marker="os"[number // len(figures.COLOURS)], label=name)
     threshold, told, false = best_threshold(runs)
     right.axvline(threshold, color="grey", linestyle="--", linewidth=0.9)
     right.axhline(LOST, color="grey", linestyle=":", linewidth=0.9)
@@ -222,10 +236,18 @@ def table(runs: figures.Runs) -> str:
     for name in CORRUPTIONS:
         drifts = [np.mean([row["drift"] for row in one["corrupted"] if row["name"] == name]) for one in runs]
         rows.append(
-            [name, *(verdicts.percent([_of(one, name, mode) for one in runs]) for mode in MODES), verdicts.spread(drifts)]
+            [
+                name,
+                *(verdicts.percent([_of(one, name, mode) for one in runs]) for mode in MODES),
+                verdicts.spread(drifts),
+            ]
         )
     rows.append(
-        ["all corruptions", *(verdicts.spread([_mean_accuracy(one, mode) for one in runs], ".2f") for mode in MODES), ""]
+        [
+            "all corruptions",
+            *(verdicts.spread([_mean_accuracy(one, mode) for one in runs], ".2f") for mode in MODES),
+            "",
+        ]
     )
     threshold, told, false = best_threshold(runs)
     words = (
@@ -263,7 +285,10 @@ def verdict(runs: figures.Runs) -> list[verdicts.Verdict]:
             "points",
         ),
         verdicts.judge(
-            "on clean images the batch's statistics cost accuracy", cost, "With the population's less the batch's", "points"
+            "on clean images the batch's statistics cost accuracy",
+            cost,
+            "With the population's less the batch's",
+            "points",
         ),
         verdicts.judge(
             "the drift foretells the loss of accuracy",
