@@ -50,7 +50,7 @@ class Setting:
     cost: float = 200.0
 
 
-FULL = Setting(training_images=4096, epochs=2)
+FULL = Setting(training_images=3072, epochs=2)
 QUICK = Setting(training_images=512, epochs=1, batch_sizes=(2, 64), width=4, test_images=500, cost=25.0)
 
 

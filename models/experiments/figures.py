@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 # Okabe & Ito's, which people see who do not see all colours.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c6d1f")
@@ -76,6 +78,27 @@ def label(axes: Axes, title: str, x: str, y: str, legend: str | None = "best") -
     if legend is not None:
         options: dict[str, Any] = {"loc": legend}
         axes.legend(fontsize=8, frameon=False, **options)
+
+
+def legend_below(figure: Figure, axes: Axes) -> None:
+    """One legend for all panels, below them, of what is drawn in one of them."""
+    handles, words = axes.get_legend_handles_labels()
+    figure.legend(handles, words, loc="outside lower center", ncols=min(len(words), 6), fontsize=8, frameon=False)
+
+
+def logarithmic(axes: Axes, which: str) -> None:
+    """A logarithmic axis, "x" or "y", with plain numbers at 1, 2 and 5; at the powers of ten alone where it is long."""
+    axes.set(**{f"{which}scale": "log"})
+    axis: Axis = getattr(axes, f"{which}axis")
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 200 * low else (1.0,), numticks=20))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1000 else f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def capital(words: str) -> str:
+    """With a capital letter at the begin, and the others as they are."""
+    return words[:1].upper() + words[1:]
 
 
 def save(figure: Figure, path: Path) -> None:

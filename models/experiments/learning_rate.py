@@ -202,12 +202,13 @@ def figure(runs: figures.Runs) -> Figure:
             figures.band(panel, curves[0]["step"], figures.shares(curves), name, colour)
         target = figures.mean(runs, network, "target")
         panel.axhline(100 * target, color="grey", linewidth=0.8, linestyle=":")
-        panel.set_xscale("log")
         best = best_variant(runs, network)
         known = [factor for factor in factors(runs, network, best) if factor]
         times = f"{np.exp(np.mean(np.log(known))):.1f} times fewer steps" if known else "not reached"
-        title = f"{words.capitalize()}: {100 * target:.1f} % (dotted)\n{times} with {best}"
-        figures.label(panel, title, "training step (logarithmic)", "test accuracy (%)", "lower right")
+        title = f"{figures.capital(words)}: {100 * target:.1f} % (dotted)\n{times} with {best}"
+        figures.label(panel, title, "training step (logarithmic)", "test accuracy (%)", None)
+        figures.logarithmic(panel, "x")
+    figures.legend_below(drawn, axes[-1])
     return drawn
 
 

@@ -143,10 +143,11 @@ def figure(runs: figures.Runs) -> Figure:
             for name, colour in zip(OPTIMIZERS, figures.COLOURS, strict=False):
                 curves = [cell["curve"] for cell in _cells(runs, network, name, normalization)]
                 figures.band(panel, curves[0]["step"], figures.shares(curves), name, colour)
-            first_words = f"{words.capitalize()}, {with_words}"
+            first_words = f"{figures.capital(words)}, {with_words}"
             gained = f"gain: {sgd:+.1f} points with SGD, {adaptive:+.1f} with adaptive ones"
-            title = f"{first_words}" if place == 0 else f"{first_words}\n{gained}"
-            figures.label(panel, title, "training step", "test accuracy (%)", "lower right")
+            title = first_words if place == 0 else f"{first_words}\n{gained}"
+            figures.label(panel, title, "training step", "test accuracy (%)", None)
+    figures.legend_below(drawn, axes[0])
     return drawn
 
 

@@ -111,13 +111,19 @@ def _section(plan: Plan, result: Results) -> str:
         f"![{module.TITLE}]({result.name}.png)",
         module.table(result.numbers),
         "\n".join(f"- {verdict}" for verdict in module.verdict(result.numbers)),
-        f"`{_command(result.name, plan)}`; {_minutes(result):.1f} minutes.",
+        f"`{_command(result.name, plan)}`; {_took(result)}.",
     ]
     return "\n\n".join(parts)
 
 
 def _minutes(result: Results) -> float:
     return sum(record["seconds"] for record in result.records) / 60
+
+
+def _took(result: Results) -> str:
+    seconds = [record["processor_seconds"] for record in result.records if "processor_seconds" in record]
+    cpu = f", {sum(seconds) / 60:.1f} of a processor" if len(seconds) == len(result.records) else ""
+    return f"{_minutes(result):.1f} minutes{cpu}"
 
 
 def _command(name: str, plan: Plan) -> str:

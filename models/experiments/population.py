@@ -58,7 +58,7 @@ class Setting:
     measured_images: int = 1024
     test_images: int = 5000
     # Of the network of models/pretrained, at their full size; 0 leaves it out.
-    shipped_images: int = 4096
+    shipped_images: int = 2048
     cost: float = 150.0
 
 
@@ -105,7 +105,9 @@ def run(setting: Setting, images: ImageData, seed: int, tick: Callable[[], None]
         trainer.train(setting.every)
         tick()
     chosen = _draw(small.x_train, setting.measured_images * 4, seed)
-    found["populations"]["augmented"] = _populations(model, accuracy, chosen, _augmented, seed)
+    moving = accuracy()
+    populations = _populations(model, accuracy, chosen, _augmented, seed)
+    found["populations"]["augmented"] = {"moving averages": moving, **populations}
     if setting.shipped_images and images.x_train.shape[1:] == networks.IMAGE_SHAPE:
         found["populations"]["shipped"] = _shipped(setting, images, seed)
     tick()
@@ -161,7 +163,7 @@ def _counts(setting, images, seed, model, accuracy, tick):
         chosen = _draw(images.x_train, count, seed)
         for name, options in WAYS.items():
             model.set_weights(weights)
-            keras_bn.recalibrate(model, chosen, batch_size=min(count, 256), verbose=0, **options)
+            keras_bn.recalibrate(model, chosen, batch_size=64, verbose=0, **options)
             found[name][str(count)] = accuracy()
             tick()
     model.set_weights(weights)
@@ -170,7 +172,7 @@ def _counts(setting, images, seed, model, accuracy, tick):
 
 def _populations(model, accuracy, images, augmentation, seed):
     weights = model.get_weights()
-    found = {"moving averages": accuracy()}
+    found = {}
     changed = augmentation(tf.constant(images), tf.constant([seed, 0]))
     for name, population in (("images as they are", images), ("augmented images", np.asarray(changed))):
         model.set_weights(weights)
@@ -197,11 +199,13 @@ def figure(runs: figures.Runs) -> Figure:
     drawn, (left, middle, right) = figures.panels(3, 3.9)
     steps = runs[0]["step"]
     for name, colour in zip(AVERAGES, figures.COLOURS, strict=False):
-        figures.band(left, steps, figures.each(runs, "averages", name, "kl"), f"momentum {name}", colour)
+        figures.band(left, steps, figures.each(runs, "averages", name, "kl"), name, colour)
         if "debias" not in name:
             figures.band(middle, steps, _percent(figures.each(runs, "averages", name, "accuracy")), name, colour)
-    figures.band(middle, steps, _percent(figures.each(runs, "recalibrated")), "recalibrated", figures.COLOURS[6], "--")
-    left.set_yscale("log")
+    recalibrated = _percent(figures.each(runs, "recalibrated"))
+    figures.band(middle, steps, recalibrated, "recalibrated", figures.COLOURS[6], "--")
+    # So that both are in the legend, which the left panel's lines are taken from.
+    left.plot([], [], "--", color=figures.COLOURS[6], label="recalibrated")
     ends = {name: np.mean([one["averages"][name]["kl"][-1] for one in runs]) for name in AVERAGES}
     nearest = min(ends, key=lambda name: ends[name])
     figures.label(
@@ -209,13 +213,16 @@ def figure(runs: figures.Runs) -> Figure:
         f"Nearest in the end: momentum\n{nearest}, {ends[nearest]:.1g} nats",
         "training step",
         "divergence from the population (nats)",
+        None,
     )
+    figures.logarithmic(left, "y")
     figures.label(
         middle,
         f"After {steps[0]} steps: {_first(runs, LAST):.0f} % with moving\naverages, "
         f"{100 * np.mean([one['recalibrated'][0] for one in runs]):.0f} % recalibrated",
         "training step",
         "test accuracy (%)",
+        None,
     )
     counts = [int(count) for count in runs[0]["counts"][next(iter(WAYS))]]
     for name, colour in zip(WAYS, figures.COLOURS, strict=False):
@@ -226,6 +233,9 @@ def figure(runs: figures.Runs) -> Figure:
     figures.label(
         right, f"{enough(runs):,} images are enough", "images recalibrated on (logarithmic)", "test accuracy (%)"
     )
+    handles, words = left.get_legend_handles_labels()
+    words = [word if word == "recalibrated" else f"momentum {word}" for word in words]
+    drawn.legend(handles, words, loc="outside lower left", ncols=4, fontsize=8, frameon=False)
     return drawn
 
 

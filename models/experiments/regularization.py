@@ -189,14 +189,14 @@ def figure(runs: figures.Runs) -> Figure:
     values = [[100 * one["noise"][str(size)] for size in sizes] for one in runs]
     figures.band(right, sizes, values, "batch norm", figures.COLOURS[1], marker="o")
     right.set_xscale("log", base=2)
-    right.set_yscale("log")
+    figures.logarithmic(right, "y")
     right.set_xticks(sizes, [str(size) for size in sizes])
     ends = [np.mean([row[place] for row in values]) for place in (0, -1)]
     figures.label(
         right,
         f"Noise: {ends[0]:.2g} % in batches of {sizes[0]},\n{ends[1]:.2g} % in batches of {sizes[-1]}",
         "images in a batch (logarithmic)",
-        "variance over batches (% of that over images)",
+        "variance (% of that over images)",
     )
     return drawn
 

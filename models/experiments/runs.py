@@ -14,7 +14,7 @@ from models.checkpoint import whole
 from models.data import ImageData
 
 # What depends on the machine and on what else it does: not the same when a run is repeated.
-MEASURED_TIMES = ("seconds", "timings")
+MEASURED_TIMES = ("seconds", "processor_seconds", "timings")
 DIGITS = 5
 
 
@@ -82,7 +82,7 @@ def perform(
         seed: Of the weights, the order and all else that is drawn at random.
         tick: Called `module.parts(setting)` times.
     """
-    begin = time.perf_counter()
+    begin, processor = time.perf_counter(), time.process_time()
     numbers = module.run(setting, images, seed, tick)
     record = {
         "experiment": experiment,
@@ -90,6 +90,8 @@ def perform(
         "setting": described(setting),
         "seed": seed,
         "seconds": round(time.perf_counter() - begin, 1),
+        # Of all threads: what it takes where nothing else is done, times the cores that are kept busy.
+        "processor_seconds": round(time.process_time() - processor, 1),
         "numbers": plain(numbers),
     }
     plan.folder.mkdir(parents=True, exist_ok=True)

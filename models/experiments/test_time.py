@@ -199,7 +199,7 @@ def figure(runs: figures.Runs) -> Figure:
         "corruption",
         None,
     )
-    left.legend(fontsize=8, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.4, -0.12))
+    figures.legend_below(drawn, left)
     for number, name in enumerate(names):
         rows = [
             pair
@@ -213,7 +213,6 @@ def figure(runs: figures.Runs) -> Figure:
     threshold, told, false = best_threshold(runs)
     right.axvline(threshold, color="grey", linestyle="--", linewidth=0.9)
     right.axhline(LOST, color="grey", linestyle=":", linewidth=0.9)
-    right.set_xscale("log")
     correlation = np.mean([rank_correlation(*losses(one)) for one in runs])
     figures.label(
         right,
@@ -223,6 +222,7 @@ def figure(runs: figures.Runs) -> Figure:
         "accuracy lost (points)",
         "upper left",
     )
+    figures.logarithmic(right, "x")
     return drawn
 
 

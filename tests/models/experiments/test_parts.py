@@ -142,7 +142,9 @@ def test_halved_images_are_means_of_four_pixels():
 
 
 def test_an_unknown_data_set_is_refused():
-    with pytest.raises(ValueError, match=r"`dataset` must be one of fashion_mnist, mnist, cifar10\. Received: dataset=svhn"):
+    with pytest.raises(
+        ValueError, match=r"`dataset` must be one of fashion_mnist, mnist, cifar10\. Received: dataset=svhn"
+    ):
         images.load("svhn")
 
 
