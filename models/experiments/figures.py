@@ -8,12 +8,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 # Okabe & Ito's, which people see who do not see all colours.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c6d1f")
 DOTS_PER_INCH = 110
 WIDTH = 9.0
+STEPS = "training step"
 
 Runs = Sequence[Mapping[str, Any]]
 
@@ -75,6 +76,9 @@ def label(axes: Axes, title: str, x: str, y: str, legend: str | None = "best") -
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_xlabel(x, fontsize=9)
     axes.set_ylabel(y, fontsize=9)
+    if x == STEPS:
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     if legend is not None:
         options: dict[str, Any] = {"loc": legend}
         axes.legend(fontsize=8, frameon=False, **options)

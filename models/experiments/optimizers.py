@@ -146,7 +146,7 @@ def figure(runs: figures.Runs) -> Figure:
             first_words = f"{figures.capital(words)}, {with_words}"
             gained = f"gain: {sgd:+.1f} points with SGD, {adaptive:+.1f} with adaptive ones"
             title = first_words if place == 0 else f"{first_words}\n{gained}"
-            figures.label(panel, title, "training step", "test accuracy (%)", None)
+            figures.label(panel, title, figures.STEPS, "test accuracy (%)", None)
     figures.legend_below(drawn, axes[0])
     return drawn
 

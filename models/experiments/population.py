@@ -211,7 +211,7 @@ def figure(runs: figures.Runs) -> Figure:
     figures.label(
         left,
         f"Nearest in the end: momentum\n{nearest}, {ends[nearest]:.1g} nats",
-        "training step",
+        figures.STEPS,
         "divergence from the population (nats)",
         None,
     )
@@ -220,7 +220,7 @@ def figure(runs: figures.Runs) -> Figure:
         middle,
         f"After {steps[0]} steps: {_first(runs, LAST):.0f} % with moving\naverages, "
         f"{100 * np.mean([one['recalibrated'][0] for one in runs]):.0f} % recalibrated",
-        "training step",
+        figures.STEPS,
         "test accuracy (%)",
         None,
     )

@@ -240,12 +240,12 @@ def figure(runs: figures.Runs) -> Figure:
     means = {name: np.mean(_means(runs, name)) for name in VARIANTS}
     words = f"Mean {means['without']:.1f} %, with batch norm {means['with']:.1f} %,"
     words += f"\ndrift put back {means['drifting']:.1f} %"
-    figures.label(left, words, "training step", "test accuracy (%)", None)
+    figures.label(left, words, figures.STEPS, "test accuracy (%)", None)
     drift = {name: np.mean(_learned(runs, name, "drift")) for name in VARIANTS}
     figures.label(
         middle,
         f"Drift put back: {drift['drifting'] / drift['without']:.2g} times\nthat without batch norm",
-        "training step",
+        figures.STEPS,
         "drift (deviations a step, logarithmic)",
         None,
     )
@@ -253,7 +253,7 @@ def figure(runs: figures.Runs) -> Figure:
     figures.label(
         right,
         f"Change of the gradient with batch\nnorm: {smooth['with'] / smooth['without']:.2g} times that without",
-        "training step",
+        figures.STEPS,
         "change of the gradient by way (logarithmic)",
         None,
     )

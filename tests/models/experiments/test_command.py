@@ -1,10 +1,10 @@
 """The command: arguments, what is kept, what a killed run leaves, and the page that says what the JSON says."""
 
 import copy
+import dataclasses
 import json
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -49,31 +49,43 @@ def _files(folder):
     return sorted(path.name for path in folder.glob("*.json"))
 
 
-def _run(output, seeds):
-    arguments = ["drift", "--quick", "--seeds", str(seeds), "--output", str(output)]
-    return [sys.executable, "-m", "models.experiments", *arguments]
+SMALL = {"steps": 40, "every": 20, "test_images": 100}
+SCRIPT = f"""
+import dataclasses, sys
+from models.experiments import __main__ as command, drift
+drift.QUICK = dataclasses.replace(drift.QUICK, **{SMALL})
+command.main(sys.argv[1:])
+"""
 
 
 def _records(folder):
     return [runs.without_times(json.loads((folder / name).read_text())) for name in _files(folder)]
 
 
-def test_a_killed_run_goes_on_and_ends_as_one_that_was_not_killed(tmp_path, fashion_mnist):
+def test_a_killed_run_goes_on_and_ends_as_one_that_was_not_killed(tmp_path, fashion_mnist, monkeypatch):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    process = subprocess.Popen(_run(killed, 2), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    arguments = ["drift", "--quick", "--seeds", "2", "--output"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, *arguments, str(killed)],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     try:
         while process.poll() is None and not _files(killed / "results"):
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
+            time.sleep(0.01)
     finally:
         process.kill()
         process.wait()
     assert _files(killed / "results") == ["drift-quick-fashion_mnist-0.json"]
     assert not (killed / "README.md").exists()
     before = (killed / "results" / "drift-quick-fashion_mnist-0.json").read_bytes()
+    module = experiments.load("drift")
+    monkeypatch.setattr(module, "QUICK", dataclasses.replace(module.QUICK, **SMALL))
     for folder in (killed, whole):
-        subprocess.run(_run(folder, 2), cwd=ROOT, check=True, capture_output=True)
+        command.main([*arguments, str(folder)])
     assert _files(killed / "results") == _files(whole / "results")
+    assert len(_records(whole / "results")) == 2
     assert _records(killed / "results") == _records(whole / "results")
     assert (killed / "results" / "drift-quick-fashion_mnist-0.json").read_bytes() == before
 
