@@ -160,7 +160,6 @@ class DistributedShampoo(keras.optimizers.Optimizer):
         )
         _check("matrix_epsilon", matrix_epsilon, matrix_epsilon > 0, "positive")
         _check("epsilon", epsilon, epsilon > 0, "positive")
-        # `momentum` is a name that Keras reads: of SGD, on which it schedules it.
         self.momentum, self.beta_2, self.block_size, self.grafting = momentum, beta_2, block_size, grafting
         self.statistics_interval, self.preconditioner_interval = statistics_interval, preconditioner_interval
         self.first_preconditioned_step = first_preconditioned_step

@@ -159,8 +159,8 @@ def figure(runs: figures.Runs) -> Figure:
             f"Drift of the median, {VARIANTS[name]}:\n{figures.mean(runs, name, 'drift'):.2f} deviations / 1,000 steps"
         )
         figures.label(axes, title, figures.STEPS, "input of a typical sigmoid (seed 0)", None)
-    handles, words = middle.get_legend_handles_labels()
-    drawn.legend(handles, words, loc="outside lower right", ncols=3, fontsize=8, frameon=False)
+    handles, names = middle.get_legend_handles_labels()
+    drawn.legend(handles, names, loc="outside lower right", ncols=3, fontsize=8, frameon=False)
     return drawn
 
 
@@ -177,8 +177,8 @@ def table(runs: figures.Runs) -> str:
     ]
     header = ["", "drift (deviations per 1,000 steps)", "in the second half", "test accuracy in the end (%)"]
     words = (
-        "Drift: how far the median of each unit moves between two looks, back and forth added up, in standard deviations "
-        "of that unit over the images; the mean over the units."
+        "Drift: how far the median of each unit moves between two looks, back and forth added up, in standard "
+        "deviations of that unit over the images; the mean over the units."
     )
     return f"{figures.markdown(header, rows)}\n\n{words}"
 

@@ -43,8 +43,19 @@ class Plan:
         return sorted(int(seed) for seed in found if seed.isdigit())
 
     def records(self, experiment: str) -> list[dict[str, Any]]:
-        """What the runs of an experiment have left, by seed."""
-        return [json.loads(self.path(experiment, seed).read_text()) for seed in self.seeds(experiment)]
+        """What the runs of an experiment have left, by seed.
+
+        Raises:
+            ValueError: They are of different settings.
+        """
+        records = [json.loads(self.path(experiment, seed).read_text()) for seed in self.seeds(experiment)]
+        other = [str(record["seed"]) for record in records if record["setting"] != records[0]["setting"]]
+        if other:
+            raise ValueError(
+                f"results of {experiment} in {self.folder} must be of one setting. Those of seeds {', '.join(other)} "
+                f"differ from that of seed {records[0]['seed']}: run them again, or delete them."
+            )
+        return records
 
 
 def pending(plan: Plan, experiment: str, setting: Any, seeds: Sequence[int]) -> list[int]:
