@@ -198,12 +198,15 @@ def verdict(runs: figures.Runs) -> list[verdicts.Verdict]:
         # deviations. Both have learned in the second half.
         verdicts.judge_factor("and so it does in the second half of the training", late, factor),
         verdicts.judge_factor(
-            f"with batch norm {TARGET:.0%} of the test images are answered rightly sooner",
+            f"with batch norm {100 * TARGET:g} % of the test images are answered rightly sooner",
             faster,
             "Steps without batch norm, as a multiple of those with it",
         ),
         verdicts.judge(
-            "with batch norm the test accuracy is higher in the end", more, "Test accuracy with less without", "points"
+            "with batch norm the test accuracy is higher in the end",
+            more,
+            "Test accuracy with batch norm less that without",
+            "points",
         ),
     ]
 

@@ -18,7 +18,7 @@ from models.experiments.images import first, halved
 TITLE = "Corrupted test images: accuracy by the statistics that normalize them, and what the drift foretells"
 CLAIM = (
     "On corrupted images, batch norm with the statistics of the corrupted images themselves is more accurate than with "
-    "those of the training, and a mixture of both more robust for few images; on clean images it costs a little. The "
+    "those of the training; a mixture of both is proposed where they are few; on clean images it costs a little. The "
     "distance of the statistics foretells the loss of accuracy without any label."
 )
 SOURCE = (
