@@ -68,6 +68,8 @@ def parts(setting: Setting) -> int:
 def run(setting: Setting, images: ImageData, seed: int, tick: Callable[[], None]) -> dict[str, Any]:
     """Sweep the learning rate without batch norm, and train at multiples of the best with it.
 
+    The best is that of the test accuracy itself, which favours the network without batch norm.
+
     Returns:
         For each of `NETWORKS`: `best_rate`; `sweep`, the accuracy in the end by rate without batch norm; `target`, the
         best accuracy at the best rate; `curves` and `steps` to the target, by variant. And `scaling`, see there.

@@ -98,11 +98,14 @@ def run(setting: Setting, images: ImageData, seed: int, tick: Callable[[], None]
 
 def _at_best_rate(setting, images, seed, model, optimizer, rates, steps) -> dict[str, Any]:
     count = setting.test_images
-    trainer = training.Trainer(model, optimizer(rates[0]), images.x_train, images.y_train, setting.batch_size, seed)
+    # The rate is chosen on images that are neither trained on nor tested with.
+    x, y = images.x_train[:-count], images.y_train[:-count]
+    trainer = training.Trainer(model, optimizer(rates[0]), x, y, setting.batch_size, seed)
     accuracy = training.Accuracy(model, images.x_test[:count], images.y_test[:count])
+    validation = training.Accuracy(model, images.x_train[-count:], images.y_train[-count:])
     middle = len(rates) // 2
     tried = rates if setting.rates_tried >= len(rates) else rates[middle : middle + setting.rates_tried]
-    best, sweep = training.best_rate(trainer, accuracy, tried, round(setting.sweep * steps))
+    best, sweep = training.best_rate(trainer, validation, tried, round(setting.sweep * steps))
     trainer.reset(best)
     seen = training.curve(trainer, accuracy, steps, steps // setting.looks)
     begin = time.perf_counter()
