@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 OLDEST_TESTS ?= tests
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help install data demo test test-all test-oldest torch wheel wheel-check lint docker-check bench clean
+.PHONY: help install data demo test test-all test-oldest torch wheel wheel-check lint docker-check bench experiments clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -72,6 +72,10 @@ bench: $(INSTALLED)  ## Measure everything beside its peers (an hour); see bench
 	$(BIN)/python -m benchmarks.replicas
 	$(BIN)/python -m benchmarks.serving
 	$(BIN)/python -m benchmarks.interop
+
+experiments: $(INSTALLED)  ## Measure what is claimed of batch norm (about an hour); see docs/experiments/README.md
+	-$(BIN)/python -m models.data
+	$(BIN)/python -m models.experiments all
 
 clean:  ## Remove what the other targets made, but the data
 	rm -rf $(VENV) .venv-oldest .demo build dist *.egg-info

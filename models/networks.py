@@ -9,10 +9,17 @@ from keras_bn import BatchNormalization
 
 IMAGE_SHAPE = (28, 28, 1)
 
+ImageShape = tuple[int, int, int]
 Normalization = Callable[..., keras.layers.Layer] | None
 
 
-def fashion_cnn(width: int = 32, normalization: Normalization = BatchNormalization, classes: int = 10) -> keras.Model:
+def fashion_cnn(
+    width: int = 32,
+    normalization: Normalization = BatchNormalization,
+    classes: int = 10,
+    image_shape: ImageShape = IMAGE_SHAPE,
+    dropout: float = 0.0,
+) -> keras.Model:
     """A plain convolutional network for small greyscale images: five blocks of convolution, normalization and ReLU.
 
     Args:
@@ -21,29 +28,37 @@ def fashion_cnn(width: int = 32, normalization: Normalization = BatchNormalizati
             the activation; for example `keras.layers.BatchNormalization`, or a `functools.partial` of it. None builds
             the same network without normalization.
         classes: Number of classes.
+        image_shape: Height, width and channels of an image.
+        dropout: Share of the values that are dropped in training after each block, in [0, 1).
 
     Returns:
-        A model whose input `image` is float32 of shape `(batch, 28, 28, 1)` with intensities in `[0, 1]`, and whose
+        A model whose input `image` is float32 of shape `(batch, *image_shape)` with intensities in `[0, 1]`, and whose
         output `probabilities` is float32 of shape `(batch, classes)`, rows that sum to 1.
 
     Raises:
-        ValueError: `width` or `classes` is not positive.
+        ValueError: `width`, `classes` or a size is not positive, or `dropout` is out of range.
     """
     _check_positive(width=width, classes=classes)
-    image = x = keras.Input(IMAGE_SHAPE, name="image")
-    x = _block(x, width, normalization, "block_1")
-    x = layers.MaxPooling2D(name="pool_1")(x)
-    x = _block(x, 2 * width, normalization, "block_2")
-    x = _block(x, 2 * width, normalization, "block_3")
-    x = layers.MaxPooling2D(name="pool_2")(x)
-    x = _block(x, 4 * width, normalization, "block_4")
-    x = _block(x, 4 * width, normalization, "block_5")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"`dropout` must be in [0, 1). Received: dropout={dropout}")
+    image = x = _input(image_shape)
+    pools = {1: "pool_1", 3: "pool_2"}
+    for number, factor in enumerate((1, 2, 2, 4, 4), start=1):
+        x = _block(x, factor * width, normalization, f"block_{number}")
+        if dropout:
+            x = layers.Dropout(dropout, name=f"block_{number}_dropout")(x)
+        if number in pools:
+            x = layers.MaxPooling2D(name=pools[number])(x)
     x = layers.GlobalAveragePooling2D(name="pool_3")(x)
     return keras.Model(image, _probabilities(x, classes), name="fashion_cnn")
 
 
 def resnet(
-    width: int = 16, blocks: int = 1, normalization: Normalization = BatchNormalization, classes: int = 10
+    width: int = 16,
+    blocks: int = 1,
+    normalization: Normalization = BatchNormalization,
+    classes: int = 10,
+    image_shape: ImageShape = IMAGE_SHAPE,
 ) -> keras.Model:
     """A small residual network: three stages of residual blocks, each stage with half the size and twice the channels.
 
@@ -52,6 +67,7 @@ def resnet(
         blocks: Residual blocks in each stage; the network has `6 * blocks + 2` layers with weights on its longest path.
         normalization: As in `fashion_cnn`.
         classes: Number of classes.
+        image_shape: As in `fashion_cnn`.
 
     Returns:
         A model with the input and the output of `fashion_cnn`.
@@ -62,7 +78,7 @@ def resnet(
     Reference: He et al. 2015 (arXiv 1512.03385), section 4.2, with a 1x1 convolution where the shape changes.
     """
     _check_positive(width=width, blocks=blocks, classes=classes)
-    image = keras.Input(IMAGE_SHAPE, name="image")
+    image = _input(image_shape)
     x = _block(image, width, normalization, "stem")
     for stage in range(3):
         for block in range(blocks):
@@ -73,7 +89,11 @@ def resnet(
 
 
 def sigmoid_mlp(
-    width: int = 100, normalization: Normalization = BatchNormalization, classes: int = 10, depth: int = 3
+    width: int = 100,
+    normalization: Normalization = BatchNormalization,
+    classes: int = 10,
+    depth: int = 3,
+    image_shape: ImageShape = IMAGE_SHAPE,
 ) -> keras.Model:
     """The fully connected sigmoid network on which the paper shows what batch normalization does on MNIST.
 
@@ -82,6 +102,7 @@ def sigmoid_mlp(
         normalization: As in `fashion_cnn`.
         classes: Number of classes.
         depth: Number of hidden layers.
+        image_shape: As in `fashion_cnn`.
 
     Returns:
         A model with the input and the output of `fashion_cnn`.
@@ -93,7 +114,7 @@ def sigmoid_mlp(
         narrow Gaussian.
     """
     _check_positive(width=width, classes=classes, depth=depth)
-    image = keras.Input(IMAGE_SHAPE, name="image")
+    image = _input(image_shape)
     x = layers.Flatten(name="pixels")(image)
     for number in range(1, depth + 1):
         affine = layers.Dense(
@@ -102,6 +123,12 @@ def sigmoid_mlp(
         x = _normalized(affine(x), normalization, f"hidden_{number}_bn")
         x = layers.Activation("sigmoid", name=f"hidden_{number}_sigmoid")(x)
     return keras.Model(image, _probabilities(x, classes), name="sigmoid_mlp")
+
+
+def _input(image_shape: ImageShape) -> keras.KerasTensor:
+    height, width, channels = image_shape
+    _check_positive(height=height, width=width, channels=channels)
+    return keras.Input((height, width, channels), name="image")
 
 
 def _block(x, channels: int, normalization: Normalization, name: str, strides: int = 1):

@@ -17,6 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _make_parser(commands.add_parser("make", help="make the shipped files from a finished training"))
+    _remake_parser(commands.add_parser("remake", help="make the shipped files anew of the shipped network"))
     _evaluate_parser(commands.add_parser("evaluate", help="compute the card's numbers anew and compare"))
     _export_parser(commands.add_parser("export", help="write a SavedModel for a server"))
     flags = vars(parser.parse_args(arguments))
@@ -45,10 +46,29 @@ def _make_parser(parser: argparse.ArgumentParser) -> None:
 def _make(run: Path, data_source: str | None, output: Path, machine: str, minutes: float | None) -> None:
     from models.pretrained import making
 
-    card = making.make(run, data.load(data_source), output, machine, minutes)
+    _print_made(making.make(run, data.load(data_source), output, machine, minutes), output)
+
+
+def _print_made(card: dict, output: Path) -> None:
     size = (output / pretrained.NETWORK).stat().st_size
     print(f"Test accuracy: {card['accuracy']:.4f} ({card['accuracy_before_recalibration']:.4f} before recalibration)")
     print(f"Written: {output / pretrained.NETWORK} ({size:,} bytes), {output / pretrained.CARD}")
+
+
+def _remake_parser(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Recalibrates the shipped network once more, on its training images as it saw them, and writes its card, "
+        "pictures and examples anew; its training is not needed."
+    )
+    _data(parser)
+    parser.add_argument("--folder", type=Path, default=pretrained.FOLDER, help="default: %(default)s")
+    parser.set_defaults(command=_remake)
+
+
+def _remake(data_source: str | None, folder: Path) -> None:
+    from models.pretrained import making
+
+    _print_made(making.remake(data.load(data_source), folder), folder)
 
 
 def _evaluate_parser(parser: argparse.ArgumentParser) -> None:

@@ -24,7 +24,7 @@ python -m models.pretrained make runs/pretrained
 | cost | {minutes:.0f} minutes, on {machine} |
 | made with | keras_bn {versions[keras_bn]}, Keras {versions[keras]}, TensorFlow {versions[tensorflow]} |
 | accuracy with the moving statistics of the training | {accuracy_before_recalibration:.4f} |
-| after `keras_bn.recalibrate` on the training images, not augmented | {accuracy:.4f} |
+| after `keras_bn.recalibrate` on the {population} | {accuracy:.4f} |
 
 ![Loss and accuracy by epoch](curve.png)
 

@@ -13,18 +13,34 @@ import tensorflow as tf
 
 import keras_bn
 from models import data, pictures, pretrained
+from models.augmentation import augment
 from models.checkpoint import read_log, whole
 from models.pretrained import evaluation
 from models.pretrained.card_text import card_text
 from models.settings import Settings
 
 LARGEST_FILE = 2_000_000
+# What the card says of the training, whatever the statistics are of.
+FACTS = (
+    "network",
+    "parameters",
+    "command",
+    "seed",
+    "epochs",
+    "training_images",
+    "minutes",
+    "machine",
+    "versions",
+    "accuracy_before_recalibration",
+)
 # Of initializers and of Dense, since some version after Keras 3.12.
 NEW_ARGUMENTS = ("input_axes", "output_axes", "quantization_config")
 
 
 def make(run: Path, images: data.ImageData, folder: Path, machine: str, minutes: float | None = None) -> dict:
     """Recalibrate the network of a finished training and write all that is shipped.
+
+    The statistics become those of the training images as the network saw them: augmented, where it was trained so.
 
     `folder` gets `fashion_cnn.keras` (without the optimizer's state), `card.json`, `README.md`, `confusion.png`,
     `curve.png`, `log.csv`, `settings.json` and `examples/`: the first test image of each class.
@@ -43,27 +59,16 @@ def make(run: Path, images: data.ImageData, folder: Path, machine: str, minutes:
         FileNotFoundError: The training is not there or not finished.
         ValueError: It was trained on other images, or the network does not fit into `LARGEST_FILE` bytes.
     """
+    if not (run / "model.keras").exists():
+        raise FileNotFoundError(f"{run} must hold a finished training with its model.keras. `python -m models.train`")
     settings, trained_on = _settings(run, images)
     # Not compiled, so its file will hold no optimizer.
     model = keras.models.load_model(run / "model.keras", compile=False)
-    before = evaluation.evaluate(model, images)["accuracy"]
-    bar = "auto" if sys.stdout.isatty() else 0
-    recalibration = keras_bn.recalibrate(model, images.x_train[:trained_on], batch_size=500, verbose=bar)
     folder.mkdir(parents=True, exist_ok=True)
-    with whole(folder / pretrained.NETWORK) as path:
-        model.save(path)
-        forget_new_arguments(path)
-        size = path.stat().st_size
-        if size > LARGEST_FILE:
-            path.unlink()
-            raise ValueError(f"the network must fit into {LARGEST_FILE:,} bytes. Received: {size:,} bytes")
     for name in ("log.csv", "settings.json"):
         shutil.copyfile(run / name, folder / name)
-    _write_examples(folder / pretrained.EXAMPLES, images)
-
     log = read_log(run / "log.csv")
-    numbers = evaluation.evaluate(pretrained.load(folder), images)
-    card = {
+    facts = {
         "network": settings.network,
         "parameters": model.count_params(),
         "command": training_command(settings),
@@ -73,14 +78,74 @@ def make(run: Path, images: data.ImageData, folder: Path, machine: str, minutes:
         "minutes": round(sum(float(row["seconds"]) for row in log) / 60 if minutes is None else minutes, 1),
         "machine": machine,
         "versions": {"keras_bn": keras_bn.__version__, "keras": keras.__version__, "tensorflow": tf.__version__},
-        "accuracy_before_recalibration": before,
+        "accuracy_before_recalibration": evaluation.evaluate(model, images)["accuracy"],
+    }
+    return _recalibrated(model, settings, facts, images, folder)
+
+
+def remake(images: data.ImageData, folder: Path) -> dict:
+    """Recalibrate the shipped network once more, and write all of its files anew, where its training is not kept.
+
+    Args:
+        images: The data that it was trained on.
+        folder: Of the shipped files.
+
+    Returns:
+        The card.
+
+    Raises:
+        FileNotFoundError: There is no network.
+        ValueError: As `make`.
+    """
+    model, card = pretrained.load(folder), pretrained.load_card(folder)
+    settings, _ = _settings(folder, images)
+    facts = {name: card[name] for name in FACTS}
+    return _recalibrated(model, settings, facts, images, folder)
+
+
+def population(settings: Settings, images: np.ndarray) -> np.ndarray:
+    """What the statistics are to be of: the images as the network saw them in training, augmented where it was.
+
+    Args:
+        settings: Of the training.
+        images: Those it was trained on.
+
+    Returns:
+        As many images.
+    """
+    if not settings.augment:
+        return images
+    parts = [
+        augment(tf.constant(images[begin : begin + 500]), tf.constant([settings.seed, begin]), erase=settings.erase)
+        for begin in range(0, len(images), 500)
+    ]
+    return np.concatenate(parts)
+
+
+def _recalibrated(model: keras.Model, settings: Settings, facts: dict, images: data.ImageData, folder: Path) -> dict:
+    """Write the network with the statistics of its population, and the card of it."""
+    bar = "auto" if sys.stdout.isatty() else 0
+    of = population(settings, images.x_train[: facts["training_images"]])
+    recalibration = keras_bn.recalibrate(model, of, batch_size=500, verbose=bar)
+    with whole(folder / pretrained.NETWORK) as path:
+        model.save(path)
+        forget_new_arguments(path)
+        size = path.stat().st_size
+        if size > LARGEST_FILE:
+            path.unlink()
+            raise ValueError(f"the network must fit into {LARGEST_FILE:,} bytes. Received: {size:,} bytes")
+    _write_examples(folder / pretrained.EXAMPLES, images)
+    numbers = evaluation.evaluate(pretrained.load(folder), images)
+    card = {
+        **facts,
+        "population": "training images, augmented as in the training" if settings.augment else "training images",
         **numbers,
         "recalibration": recalibration.to_dict(),
     }
     (folder / pretrained.CARD).write_text(json.dumps(card, indent=2) + "\n")
     (folder / "README.md").write_text(card_text(card))
     pictures.save_confusion(folder / "confusion.png", np.array(numbers["confusion"]), data.CLASS_NAMES)
-    pictures.save_curve(folder / "curve.png", log)
+    pictures.save_curve(folder / "curve.png", read_log(folder / "log.csv"))
     return card
 
 
@@ -113,8 +178,6 @@ def forget_new_arguments(path: Path) -> None:
 
 def _settings(run: Path, images: data.ImageData) -> tuple[Settings, int]:
     """The settings of the training, and on how many of the images it was."""
-    if not (run / "model.keras").exists():
-        raise FileNotFoundError(f"{run} must hold a finished training with its model.keras. `python -m models.train`")
     values = json.loads((run / "settings.json").read_text())
     fingerprint = values.pop("data")
     settings = Settings(**values)

@@ -92,3 +92,31 @@ def test_a_saved_network_loads_with_the_same_outputs(network, tmp_path, fashion_
     loaded = keras.models.load_model(tmp_path / "model.keras")
     images = fashion_mnist.x_test[:8]
     np.testing.assert_array_equal(loaded.predict(images, verbose=0), model.predict(images, verbose=0))
+
+
+@pytest.mark.parametrize("network", ALL)
+def test_images_may_have_another_shape(network):
+    model = network(width=4, image_shape=(32, 24, 3))
+    assert model.input_shape == (None, 32, 24, 3)
+    assert model.predict(np.zeros((2, 32, 24, 3), np.float32), verbose=0).shape == (2, 10)
+
+
+@pytest.mark.parametrize("network", ALL)
+def test_an_image_without_channels_is_refused(network):
+    with pytest.raises(ValueError, match=r"`channels` must be a positive integer\. Received: channels=0"):
+        network(width=4, image_shape=(28, 28, 0))
+
+
+def test_dropout_stands_after_every_block_and_only_where_it_is_asked_for():
+    def dropouts(model):
+        return [layer for layer in model.layers if isinstance(layer, keras.layers.Dropout)]
+
+    assert dropouts(networks.fashion_cnn(4)) == []
+    found = dropouts(networks.fashion_cnn(4, dropout=0.3))
+    assert [layer.rate for layer in found] == [0.3] * 5
+    assert all(isinstance(layer.input._keras_history.operation, keras.layers.ReLU) for layer in found)
+
+
+def test_dropout_of_everything_is_refused():
+    with pytest.raises(ValueError, match=r"`dropout` must be in \[0, 1\)\. Received: dropout=1\.0"):
+        networks.fashion_cnn(4, dropout=1.0)

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import json
+import shutil
 import zipfile
 
 import h5py
@@ -91,6 +92,28 @@ def test_the_statistics_are_those_of_the_training_images_as_they_are(images, tra
     np.testing.assert_allclose(ours.moving_mean, convolved.mean(axis=(0, 1, 2)), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(ours.moving_variance, convolved.var(axis=(0, 1, 2)), rtol=1e-4)
     assert np.abs(np.subtract(ours.moving_mean, model.get_layer("block_1_bn").moving_mean)).max() > 1e-3
+
+
+def test_the_statistics_of_a_training_with_augmentation_are_those_of_augmented_images(images):
+    plain = making.population(Settings(), images.x_train)
+    np.testing.assert_array_equal(plain, images.x_train)
+    settings = Settings(augment=True, erase=8, seed=5)
+    changed = making.population(settings, images.x_train)
+    assert changed.shape == images.x_train.shape
+    # An erased square takes light away.
+    assert changed.mean() < 0.99 * images.x_train.mean()
+    np.testing.assert_array_equal(changed, making.population(settings, images.x_train))
+
+
+def test_the_shipped_files_can_be_made_anew_without_their_training(images, made, tmp_path):
+    for path in made.iterdir():
+        if path.is_file():
+            shutil.copyfile(path, tmp_path / path.name)
+    card = making.remake(images, tmp_path)
+    before = pretrained.load_card(made)
+    assert {name: card[name] for name in making.FACTS} == {name: before[name] for name in making.FACTS}
+    assert card["accuracy"] == before["accuracy"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in made.iterdir())
 
 
 def test_the_file_holds_no_state_of_the_optimizer(made, tmp_path):

@@ -1,0 +1,140 @@
+"""The page of the experiments, its figures and tables: made of the JSON of the runs and of nothing else."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from models import experiments
+from models.experiments import figures
+from models.experiments.runs import Plan
+
+PAGE = "README.md"
+OUTCOMES = "`held`: the effect is there, and larger than its spread over the seeds. `did not hold`: the opposite is. "
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """The runs of an experiment that are whole.
+
+    Attributes:
+        name: Of the experiment.
+        module: Its module.
+        records: One for each seed, as `models.experiments.runs` writes them.
+    """
+
+    name: str
+    module: Any
+    records: Sequence[dict[str, Any]]
+
+    @property
+    def numbers(self) -> list[dict[str, Any]]:
+        """What was measured, one for each seed."""
+        return [record["numbers"] for record in self.records]
+
+
+def collect(plan: Plan) -> list[Results]:
+    """The results of all experiments that have some."""
+    found = [(name, plan.records(name)) for name in experiments.NAMES]
+    return [Results(name, experiments.load(name), records) for name, records in found if records]
+
+
+def write(plan: Plan, output: Path) -> list[Path]:
+    """Draw the figures of all results and write the page.
+
+    Args:
+        plan: Where the results are.
+        output: Folder of the page and the figures.
+
+    Returns:
+        The files written, the page last.
+
+    Raises:
+        FileNotFoundError: There is no result.
+    """
+    results = collect(plan)
+    if not results:
+        raise FileNotFoundError(
+            f"{plan.folder} must hold results of the setting {plan.setting} on {plan.dataset}. Run an experiment first."
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    files = []
+    for result in results:
+        path = output / f"{result.name}.png"
+        figures.save(result.module.figure(result.numbers), path)
+        files.append(path)
+    page = output / PAGE
+    page.write_text(text(plan, results))
+    return [*files, page]
+
+
+def text(plan: Plan, results: Sequence[Results]) -> str:
+    """The page, as Markdown.
+
+    Args:
+        plan: What was run.
+        results: Of it.
+    """
+    minutes = sum(_minutes(result) for result in results)
+    parts = [
+        "# What is claimed of batch normalization, measured",
+        f"Written by `{_command('all', plan)}`, from the JSON in `{plan.folder.name}/` alone; with `--redraw` "
+        f"it draws anew without training. Data: {plan.dataset}. Lines are means over the seeds, bands go from the "
+        f"lowest to the highest. All of it took {minutes:.0f} minutes.",
+        f"{OUTCOMES}`undecided`: the seeds differ by more than the effect. The effect is the mean over the seeds, the "
+        "spread the highest less the lowest of them; of factors both are taken of the logarithm.",
+        _overview(results),
+        *(_section(plan, result) for result in results),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _overview(results: Sequence[Results]) -> str:
+    rows = [
+        [f"[{result.name}](#{result.name})", verdict.claim, verdict.outcome]
+        for result in results
+        for verdict in result.module.verdict(result.numbers)
+    ]
+    return figures.markdown(["experiment", "claim", "outcome"], rows).replace("---:", "---")
+
+
+def _section(plan: Plan, result: Results) -> str:
+    module = result.module
+    setting = result.records[0]["setting"]
+    values = ", ".join(f"{name.replace('_', ' ')} {_short(value)}" for name, value in setting.items())
+    seeds = ", ".join(str(record["seed"]) for record in result.records)
+    parts = [
+        f"## {result.name}",
+        f"{module.TITLE}",
+        f"> {module.CLAIM}\n>\n> {module.SOURCE}",
+        f"Setting: {values}. Seeds: {seeds}.",
+        f"![{module.TITLE}]({result.name}.png)",
+        module.table(result.numbers),
+        "\n".join(f"- {verdict}" for verdict in module.verdict(result.numbers)),
+        f"`{_command(result.name, plan)}`; {_took(result)}.",
+    ]
+    return "\n\n".join(parts)
+
+
+def _minutes(result: Results) -> float:
+    return sum(record["seconds"] for record in result.records) / 60
+
+
+def _took(result: Results) -> str:
+    seconds = [record["processor_seconds"] for record in result.records if "processor_seconds" in record]
+    cpu = f", {sum(seconds) / 60:.1f} of a processor" if len(seconds) == len(result.records) else ""
+    return f"{_minutes(result):.1f} minutes{cpu}"
+
+
+def _command(name: str, plan: Plan) -> str:
+    flags = " --quick" if plan.setting == "quick" else ""
+    flags += f" --dataset {plan.dataset}" if plan.dataset != "fashion_mnist" else ""
+    return f"python -m models.experiments {name}{flags}"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return "; ".join(f"{key}: {_short(each)}" for key, each in value.items())
+    if isinstance(value, list):
+        return " / ".join(map(_short, value))
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
