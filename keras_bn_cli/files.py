@@ -92,7 +92,9 @@ class Data(NamedTuple):
             content = np.load(self.path, allow_pickle=False)
             arrays = {"": content} if isinstance(content, np.ndarray) else dict(content)
         except Exception as error:  # zipfile, zlib and numpy have their own.
-            raise ValueError(f"{self.path} cannot be read as .npy or .npz: {error}") from error
+            # NumPy takes whatever is none of its files for a pickle, which is never read here.
+            reason = "it is neither" if "pickle" in str(error) else error
+            raise ValueError(f"{self.path} cannot be read as .npy or .npz of numbers: {reason}.") from error
         if len(shapes) > 1:
             if not shapes.keys() <= arrays.keys() or self.divide_by is not None or self.array_name is not None:
                 raise ValueError(
@@ -152,6 +154,8 @@ def save(model: Any, path: Path) -> None:
     try:
         model.save(temporary)
         os.replace(temporary, path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error.strerror or error}.") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -164,7 +168,13 @@ def card_of(version: Path) -> Any:
         raise ValueError(
             f"The folder must be a version that keras_bn exported, with {CARD}. Received: {version}{hint}."
         )
-    return json.loads(card.read_text())
+    try:
+        content = json.loads(card.read_text())
+    except ValueError as error:
+        raise ValueError(f"{card} is broken; export the version anew. It is no JSON: {error}.") from error
+    if not isinstance(content, dict) or not content.keys() >= {"signatures", "folding"}:
+        raise ValueError(f"{card} is broken; export the version anew. It is no card that keras_bn wrote.")
+    return content
 
 
 def _custom_objects(modules: Sequence[str]) -> dict[str, Any]:

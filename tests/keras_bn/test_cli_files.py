@@ -186,3 +186,20 @@ def test_an_error_that_nobody_has_thought_of_is_one_line_and_can_be_looked_into(
     assert run("inspect", tmp_path / "1", code=1).stderr == "Error: KeyError: 'model'\n"
     with pytest.raises(KeyError):
         CliRunner().invoke(main, ["--traceback", "inspect", str(tmp_path / "1")], catch_exceptions=False)
+
+
+def test_a_text_that_is_called_npy_is_no_pickle_to_be_trusted(tmp_path):
+    small_model().save(tmp_path / "m.keras")
+    (tmp_path / "x.npy").write_text("1 2 3")
+    said = run("drift", tmp_path / "m.keras", "--data", tmp_path / "x.npy", code=1).stderr
+    assert f"{tmp_path / 'x.npy'} cannot be read as .npy or .npz of numbers: it is neither." in said
+    assert "pickle" not in said
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"model": "m"}'])
+def test_a_broken_card_is_named(content, tmp_path):
+    (tmp_path / "assets.extra").mkdir()
+    (tmp_path / "assets.extra" / "keras_bn.json").write_text(content)
+    said = run("inspect", tmp_path, code=1).stderr
+    assert f"{tmp_path / 'assets.extra' / 'keras_bn.json'} is broken; export the version anew." in said
+    assert len(said.splitlines()) == 1

@@ -44,7 +44,7 @@ class _UsageError(Exception):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise _UsageError(f"{message[:1].upper()}{message[1:]}. See --help.")
+        raise _UsageError(f"{message[:1].upper()}{message[1:].rstrip('.')}. See --help.")
 
 
 def main(arguments: Sequence[str] | None = None, program: str = "python -m keras_bn_serving.client") -> int:
@@ -148,7 +148,9 @@ def _read(inputs: list[str]) -> Any:
         content = np.load(path, allow_pickle=False)
         return content if isinstance(content, np.ndarray) else dict(content)
     except Exception as error:  # zipfile, zlib and numpy have their own.
-        raise _InputError(f"{path} cannot be read as {suffix}: {error}") from error
+        # NumPy takes whatever is none of its files for a pickle, which is never read here.
+        reason = "it is none" if "pickle" in str(error) else error
+        raise _InputError(f"{path} cannot be read as {suffix}: {reason}") from error
 
 
 def _is_number(text: str) -> bool:
