@@ -72,8 +72,10 @@ def fold(model: keras.Model, check: Any = None, tolerance: float | None = None) 
     batches, allowed = proof_batches(model, check), Tolerance(model, tolerance)
     errors = errors_between(model, new, batches)
     if not allowed.allows(errors.relative, batches):
+        random = " It was tried on random inputs; give real ones, as `check`, or to `export` as `warmup`."
         raise ValueError(
-            f"`tolerance` must be above the error of the folded model, or the model is not fit to be folded. "
+            "`tolerance` must be above the error of the folded model, or the model is not fit to be folded."
+            f"{random if check is None else ''} "
             f"Received: tolerance={allowed.value:g}, relative error {errors.relative:.3g}, "
             f"absolute error {errors.absolute:.3g}."
         )

@@ -537,8 +537,11 @@ def test_a_model_that_only_folding_makes_round_is_refused():
     model.layers[1].moving_mean.assign([1e5] * 4)
     model.layers[1].moving_variance.assign([1e-2] * 4)
     check = 1e5 + np.random.default_rng(0).normal(size=(8, 4)).astype("float32")
-    with pytest.raises(ValueError, match="or the model is not fit to be folded"):
+    with pytest.raises(ValueError, match=r"or the model is not fit to be folded\. Received"):
         keras_bn.fold(model, check)
+    model.layers[1].moving_variance.assign([0.3] * 4)
+    with pytest.raises(ValueError, match="It was tried on random inputs; give real ones, as `check`"):
+        keras_bn.fold(model, tolerance=1e-30)
 
 
 def test_dtype_policies_are_as_before_when_a_layer_refuses_float64():
