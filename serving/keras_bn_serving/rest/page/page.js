@@ -87,7 +87,7 @@ function update(now, newestBefore) {
   }
   listSignatures();
   // What has been drawn stays where the form does.
-  if (!form || form !== JSON.stringify(signature())) chooseVersion();
+  if (form !== JSON.stringify(signature())) chooseVersion();
   else showAbout().then((about) => version()?.version === next && showExamples(about));
 }
 
