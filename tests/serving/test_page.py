@@ -65,6 +65,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
         signatures = {
             "serving_default": (looking(sureness), [tf.TensorSpec([None, 28, 28, 1], tf.uint8, name="image")]),
             "numbers": (lambda x: {"y": x * 2.0}, [any_x]),
+            "regression": (lambda x: {"price": x[:, None]}, [any_x]),
             "signed": (lambda x: {"logits": tf.stack([-2.0 * x, x, 0 * x], 1)}, [any_x]),
             "shares": (lambda x: {"out": tf.nn.softmax(tf.stack([x, 3 * x, 2 * x], 1))}, [any_x]),
             "whole": (lambda n: {"same": tf.identity(n)}, [tf.TensorSpec([None], tf.int64, name="n")]),
@@ -172,6 +173,17 @@ def test_of_a_number_the_number_is_seen_at_once_and_the_curl_line_only_when_it_i
     assert "class" not in page.text("#view")
     assert page.all("details[open]") == []
     assert not page.find("#curl").is_displayed()
+
+
+def test_a_regression_has_its_name_for_a_title_and_no_class(page: Page):
+    page.choose("#signature", "regression")
+    page.write("x", "[1, 0.25]")
+    page.ask()
+    assert page.text(FIGURE) == "price\n1"
+    page.choose("#row", "2")
+    assert page.text(FIGURE) == "price\n0.25"
+    assert "class" not in page.text("#result") + page.text("#requests")
+    assert page.all("#view .bar") == []
 
 
 def test_negative_values_have_bars_to_the_left_of_zero(page: Page):

@@ -82,13 +82,19 @@ def test_the_answer_of_a_model_that_has_been_left_is_not_shown_under_another(pag
 
 def test_the_list_follows_a_swap_and_what_has_been_written_stays(page: Page, folder: Path):
     page.write("x", "[5]")
-    saved_models.export(folder / "coming", {"serving_default": (lambda x: {"y": x * 3.0}, ANY_X)})
+    page.run("document.querySelector('nav button[data-model=half]').focus()")
+    signatures = {"serving_default": (lambda x: {"y": x * 3.0}, ANY_X), "other": (lambda x: {"z": x - 1.0}, ANY_X)}
+    saved_models.export(folder / "coming", signatures)
     (folder / "coming").rename(folder / "double" / "2")
     page.wait_for_text("nav button[data-model=double]", "version 2 available")
     assert page.text("#notice") == "Version 2 has taken over from 1."
+    assert page.run("return document.activeElement.dataset.model") == "half"
     page.ask()
     assert page.text(FIGURE) == "y\n15"
     assert page.text("#answer:not([hidden]) .by").startswith("double, version 2")
+    page.choose("#signature", "other")
+    page.ask()
+    page.wait_for_text(FIGURE, "z\n-0.5")
 
 
 def test_a_form_that_no_longer_fits_is_built_anew_after_a_swap(page: Page, folder: Path):

@@ -31,10 +31,10 @@ export function view(values, specs, row) {
     said.push(`${ranked[0][0]} ${score(ranked[0][1], named.scores)}`);
     nodes.push(headline(ranked[0][0], score(ranked[0][1], named.scores)), bars(ranked.slice(0, MOST_BARS), named.scores));
   }
+  const others = left.filter(([name]) => !named?.told.includes(name)).map(([name, value]) => [name, single(value)]);
   // A single value first: it is what was asked for where there are lists beside it.
-  left.sort((a, b) => Array.isArray(a[1]) - Array.isArray(b[1]));
-  for (const [name, value] of left) {
-    if (named?.told.includes(name)) continue;
+  others.sort((a, b) => Array.isArray(a[1]) - Array.isArray(b[1]));
+  for (const [name, value] of others) {
     if (Array.isArray(value) && value.length && value.every(isNumber)) {
       const probable = isProbable(value);
       const entries = value.map((each, at) => [probable ? `class ${at}` : String(at), each]);
@@ -54,6 +54,9 @@ export function view(values, specs, row) {
   return { nodes, said: said.slice(0, 2).join("; ") };
 }
 
+// A list of one value is that value: so a regression answers.
+const single = (value) => (Array.isArray(value) && value.length === 1 && !Array.isArray(value[0]) ? value[0] : value);
+
 // Names and their scores, which stand in two outputs of equal length, and whatever else only repeats these scores.
 function pair(entries) {
   const lists = entries.filter(([, value]) => Array.isArray(value) && value.length);
@@ -69,7 +72,7 @@ function pair(entries) {
   return null;
 }
 
-const isProbable = (row) => row.length > 1 && row.every((each) => each >= 0 && each <= 1) && Math.abs(row.reduce((a, b) => a + b, 0) - 1) < 0.01;
+const isProbable = (row) => row.every((each) => each >= 0 && each <= 1) && Math.abs(row.reduce((a, b) => a + b, 0) - 1) < 0.01;
 const isShare = (row) => row.every((each) => typeof each === "number" && each >= 0 && each <= 1);
 const score = (value, all) => (isShare(all) ? `${(value * 100).toFixed(1)} %` : digits(value));
 

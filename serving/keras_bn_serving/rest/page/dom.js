@@ -17,3 +17,18 @@ export function styled(made, style) {
   Object.assign(made.style, style);
   return made;
 }
+
+// Returns whether a text could be put on the clipboard.
+export async function copy(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch (error) { // Without encryption a browser has no clipboard for pages of other machines.
+    const area = element("textarea", { value: text });
+    document.body.append(area);
+    area.select();
+    const copied = document.execCommand("copy");
+    area.remove();
+    return copied;
+  }
+}

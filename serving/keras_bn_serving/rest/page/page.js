@@ -2,7 +2,7 @@
 
 import { rowsOf, view } from "./answer.js";
 import { AWAY, answerTo, asCurl, question } from "./asking.js";
-import { byId, element, show } from "./dom.js";
+import { byId, copy, element, show } from "./dom.js";
 import * as drift from "./drift.js";
 import { milliseconds } from "./exact.js";
 import { field, glimpse } from "./fields.js";
@@ -52,7 +52,9 @@ function take(text) {
   show("nothing", !models.length);
   show("nav", models.length);
   document.body.classList.toggle("single", models.length < 2);
+  const looked = document.activeElement?.dataset.model;
   byId("models").replaceChildren(...models.map((each) => listItem(each, choose)));
+  for (const button of document.querySelectorAll("nav button")) if (button.dataset.model === looked) button.focus();
   const still = models.find((each) => each.name === model?.name);
   if (still) update(still, newest(last.find((each) => each.name === model.name)));
   else if (models.length) choose(models[0]);
@@ -83,8 +85,9 @@ function update(now, newestBefore) {
     byId("notice").textContent = `Version ${next} has taken over from ${chosen}.`;
     show("notice", true);
   }
+  listSignatures();
   // What has been drawn stays where the form does.
-  if (!form || form !== JSON.stringify(signature())) chooseVersion();
+  if (form !== JSON.stringify(signature())) chooseVersion();
   else showAbout().then((about) => version()?.version === next && showExamples(about));
 }
 
@@ -100,12 +103,16 @@ function showModel() {
 }
 
 function chooseVersion() {
+  listSignatures();
+  chooseSignature();
+}
+
+function listSignatures() {
   const chosen = byId("signature").value;
   const names = Object.keys(version()?.signatures ?? {});
   names.sort((a, b) => (b === "serving_default") - (a === "serving_default") || a.localeCompare(b));
   byId("signature").replaceChildren(...names.map((name) => new Option(name)));
   if (names.includes(chosen)) byId("signature").value = chosen;
-  chooseSignature();
 }
 
 async function chooseSignature() {
@@ -210,7 +217,9 @@ function showAnswer({ values, text, took }, outputs, about, sent) {
   byId("raw").textContent = text.length > 1e5 ? `${text.slice(0, 1e5)}…` : text;
   const command = asCurl(sent);
   byId("curl").textContent = command.length > LONGEST_COMMAND ? `${command.slice(0, LONGEST_COMMAND)}…` : command;
-  byId("copy").onclick = () => copy(command);
+  byId("copy").onclick = async () => {
+    byId("copied").textContent = await copy(command) ? "Copied" : "This browser lets no page copy: mark the text yourself.";
+  };
   show("answer", true);
   // On a phone the answer is below the form.
   if (byId("result").getBoundingClientRect().top > window.innerHeight * 0.6) byId("result").scrollIntoView();
@@ -243,20 +252,6 @@ async function rangeOf(told, about, names) {
   const examples = (await aboutOf(about.model, about.version)).examples[drift.SIGNATURE] ?? [];
   if (examples.length < 2) return null;
   return drift.range(await told(JSON.stringify(Object.fromEntries(names.map((name) => [name, examples.map((each) => each[name])])))));
-}
-
-async function copy(text) {
-  let copied = true;
-  try {
-    await navigator.clipboard.writeText(text);
-  } catch (error) { // Without encryption a browser has no clipboard for pages of other machines.
-    const area = element("textarea", { value: text });
-    document.body.append(area);
-    area.select();
-    copied = document.execCommand("copy");
-    area.remove();
-  }
-  byId("copied").textContent = copied ? "Copied" : "This browser lets no page copy: mark the text yourself.";
 }
 
 function problem(text) {
