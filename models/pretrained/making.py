@@ -65,8 +65,6 @@ def make(run: Path, images: data.ImageData, folder: Path, machine: str, minutes:
     # Not compiled, so its file will hold no optimizer.
     model = keras.models.load_model(run / "model.keras", compile=False)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("log.csv", "settings.json"):
-        shutil.copyfile(run / name, folder / name)
     log = read_log(run / "log.csv")
     facts = {
         "network": settings.network,
@@ -80,7 +78,7 @@ def make(run: Path, images: data.ImageData, folder: Path, machine: str, minutes:
         "versions": {"keras_bn": keras_bn.__version__, "keras": keras.__version__, "tensorflow": tf.__version__},
         "accuracy_before_recalibration": evaluation.evaluate(model, images)["accuracy"],
     }
-    return _recalibrated(model, settings, facts, images, folder)
+    return _recalibrated(model, settings, facts, images, run, folder)
 
 
 def remake(images: data.ImageData, folder: Path) -> dict:
@@ -100,7 +98,7 @@ def remake(images: data.ImageData, folder: Path) -> dict:
     model, card = pretrained.load(folder), pretrained.load_card(folder)
     settings, _ = _settings(folder, images)
     facts = {name: card[name] for name in FACTS}
-    return _recalibrated(model, settings, facts, images, folder)
+    return _recalibrated(model, settings, facts, images, folder, folder)
 
 
 def population(settings: Settings, images: np.ndarray) -> np.ndarray:
@@ -122,8 +120,10 @@ def population(settings: Settings, images: np.ndarray) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def _recalibrated(model: keras.Model, settings: Settings, facts: dict, images: data.ImageData, folder: Path) -> dict:
-    """Write the network with the statistics of its population, and the card of it."""
+def _recalibrated(
+    model: keras.Model, settings: Settings, facts: dict, images: data.ImageData, run: Path, folder: Path
+) -> dict:
+    """Write the network with the statistics of its population, the card of it, and what `run` has of its training."""
     bar = "auto" if sys.stdout.isatty() else 0
     of = population(settings, images.x_train[: facts["training_images"]])
     recalibration = keras_bn.recalibrate(model, of, batch_size=500, verbose=bar)
@@ -134,6 +134,9 @@ def _recalibrated(model: keras.Model, settings: Settings, facts: dict, images: d
         if size > LARGEST_FILE:
             path.unlink()
             raise ValueError(f"the network must fit into {LARGEST_FILE:,} bytes. Received: {size:,} bytes")
+    for name in ("log.csv", "settings.json"):
+        if run != folder:
+            shutil.copyfile(run / name, folder / name)
     _write_examples(folder / pretrained.EXAMPLES, images)
     numbers = evaluation.evaluate(pretrained.load(folder), images)
     card = {

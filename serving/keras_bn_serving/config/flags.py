@@ -44,6 +44,7 @@ def parse(arguments: Sequence[str], program: str = "python -m keras_bn_serving")
     """
     options = _read(arguments, program)
     _answer_foreign(options)
+    options.allowed_hosts = options.allowed_hosts or ()
     if options.tensorflow_session_parallelism:
         for name in ("tensorflow_intra_op_parallelism", "tensorflow_inter_op_parallelism"):
             setattr(options, name, getattr(options, name) or options.tensorflow_session_parallelism)
@@ -144,8 +145,8 @@ def _flags_of_answers() -> list[click.Option]:
         _flag("rest_api_list_models", _BOOLEAN, False, "List the models at /v1/models.", "BOOL"),
         _flag("monitoring_config_file", str, "", "MonitoringConfig as text proto: where the metrics are.", "FILE"),
         _flag("enable_page", _BOOLEAN, True, "Answer browsers at / with a page for a person.", "BOOL"),
-        _flag("allowed_hosts", _HOSTS, "", "Names that browsers may use for this server, beside localhost, 127.0.0.1, "
-              "[::1] and --address; * for any.", "HOST[,HOST]"),
+        _flag("allowed_hosts", _HOSTS, None, "Names that browsers may use for this server, beside localhost, "
+              "127.0.0.1, [::1] and --address; * for any.", "HOST[,HOST]"),
         _flag("log_requests", _BOOLEAN, False, "Log a line of JSON for every REST request.", "BOOL"),
         _flag("log_level", _LEVEL, "info", "What is logged at least.", None),
         _flag("request_memory_in_mb", _Number(int, 1), None,
@@ -222,7 +223,7 @@ def _port(text: str) -> int | None:
 
 def _hosts(text: str) -> tuple[str, ...] | None:
     names = tuple(name.strip() for name in text.split(",") if name.strip())
-    return names if all(_HOST.fullmatch(name) for name in names) and bool(names) == bool(text) else None
+    return names if names and all(_HOST.fullmatch(name) for name in names) else None
 
 
 _BOOLEAN = _Words("bool", lambda text: True if text in _TRUE else False if text in _FALSE else None, "true or false")
