@@ -202,8 +202,8 @@ class RestServer:
 
     def _check_host(self, request: Request, target: str) -> None:
         """Refuses what a page under a name of its own asks; programs may use any name, as with TensorFlow Serving."""
-        # Where any page may ask, it needs no name for it.
-        asks = hosts.is_of_browser(request.headers) and not self._options.cors
+        # Where any page may ask, it needs no name for it. That an answer may come says nothing yet.
+        asks = hosts.is_of_browser(request.headers) and not self._options.cors and request.method != "OPTIONS"
         if asks or self._extras.is_for_browsers(request):
             self._options.allowed_hosts.check(hosts.asked_for(request.headers, target))
 
