@@ -4,6 +4,7 @@ from http import HTTPStatus
 from importlib import metadata
 from typing import Any
 
+from keras_bn_serving.codec.numbers import FLOATS, INTEGERS
 from keras_bn_serving.codec.tensor_spec import TensorSpec
 from keras_bn_serving.engine.servable import Signature
 from keras_bn_serving.engine.service import ModelSpec, PredictionService
@@ -29,8 +30,10 @@ def describe(service: PredictionService) -> dict[str, Any]:
         available = [number for number, state, _ in service.repository.known(name) if state is State.AVAILABLE]
         if available:
             with service.lease(ModelSpec(name, available[0])) as lease:
-                asked = [each for each in lease.servable.signatures.values() if each.inputs]
+                asked = [each for each in lease.servable.signatures.values() if _is_spoken(each)]
                 bodies = [_body(each) for each in asked]
+            if not bodies:
+                continue
             operation = _operation(f"A prediction by {name}", f"{name}.predict", _ANSWER, _RUN_STATUSES)
             operation["requestBody"] = {
                 "required": True,
@@ -91,6 +94,12 @@ def _operation(
             },
         },
     }
+
+
+def _is_spoken(signature: Signature) -> bool:
+    """Whether JSON can carry all inputs: TensorFlow Serving reads no half, uint16 or complex numbers from it."""
+    spoken = {*FLOATS, *INTEGERS, "bool", "string"}
+    return bool(signature.inputs) and all(spec.dtype in spoken for spec in signature.inputs.values())
 
 
 def _body(signature: Signature) -> dict[str, Any]:
