@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import random
+import socket
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -151,3 +152,9 @@ def bars(
 def progress(items: Sequence[Any], description: str) -> Any:
     """A progress bar over the questions."""
     return tqdm(items, desc=description, disable=None)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at now."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        return int(listening.getsockname()[1])

@@ -1,4 +1,4 @@
-"""What `benchmarks.serving` compares: builds the model, runs it bare, and serves it with FastAPI."""
+"""What `benchmarks.serving` compares: builds the model, runs it bare, and serves it with its peers."""
 
 import os
 import socket
@@ -11,6 +11,8 @@ from typing import Any
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
+
+from benchmarks import measuring
 
 NAME = "fashion_cnn"
 
@@ -26,17 +28,27 @@ def build(folder: Path) -> None:
 
 
 def bodies(folder: Path, count: int) -> None:
-    """Writes the same request for REST and for gRPC, and makes sure that the model takes it."""
+    """Writes the same request for REST, for REST of the second protocol and for gRPC, and the answer to it."""
     import orjson
     import tensorflow as tf
     from tensorflow_serving.apis import predict_pb2
 
-    run, dtype = _signature(folder)
+    run, dtype = signature(folder)
     images = np.load(folder / f"images{count}.npy")
     pictures = (images / 255).astype(dtype) if np.issubdtype(dtype, np.floating) else images.astype(dtype)
-    run(pictures)
-    text = orjson.dumps({"instances": np.round(pictures, 4)}, option=orjson.OPT_SERIALIZE_NUMPY)
+    if np.issubdtype(dtype, np.floating):
+        pictures = np.round(pictures, 4)
+    np.save(folder / f"body{count}.answer.npy", run(pictures))
+    text = orjson.dumps({"instances": pictures}, option=orjson.OPT_SERIALIZE_NUMPY)
     (folder / f"body{count}.json").write_bytes(text)
+    tensor = {
+        "name": _input_name(folder),
+        "shape": pictures.shape,
+        "datatype": f"FP{8 * dtype.itemsize}" if np.issubdtype(dtype, np.floating) else f"UINT{8 * dtype.itemsize}",
+        "data": pictures.ravel(),
+    }
+    text = orjson.dumps({"inputs": [tensor]}, option=orjson.OPT_SERIALIZE_NUMPY)
+    (folder / f"body{count}.v2.json").write_bytes(text)
     request = predict_pb2.PredictRequest()
     request.model_spec.name = NAME
     request.inputs[_input_name(folder)].CopyFrom(tf.make_tensor_proto(pictures))
@@ -48,7 +60,7 @@ def bodies(folder: Path, count: int) -> None:
 
 def bare(folder: Path, count: int) -> None:
     """Runs the signature for as many seconds as a line of standard input says; prints how often a second it ran."""
-    run, _ = _signature(folder)
+    run, _ = signature(folder)
     pictures = np.load(folder / f"pictures{count}.npy")
     for _ in range(5):
         run(pictures)
@@ -62,7 +74,11 @@ def bare(folder: Path, count: int) -> None:
 
 
 def serve(folder: Path, kind: str) -> None:
-    """Serves the model with FastAPI on a free port."""
+    """Serves the model with one of the peers on a free port."""
+    {"predict": _fastapi, "signature": _fastapi, "litserve": _litserve, "mlserver": _mlserver}[kind](folder, kind)
+
+
+def _fastapi(folder: Path, kind: str) -> None:
     import uvicorn
     from fastapi import FastAPI, Request, Response
 
@@ -74,23 +90,53 @@ def serve(folder: Path, kind: str) -> None:
 
         model = keras.models.load_model(folder / "model.keras")
 
-        @app.post(f"/v1/models/{NAME}:predict")
+        @app.post("/predict")
         def predict(body: dict[str, Any]) -> dict[str, Any]:
             return {"predictions": model.predict(np.array(body["instances"], np.float32), verbose=0).tolist()}
     else:
         import orjson
 
-        run, dtype = _signature(folder)
+        run, dtype = signature(folder)
 
-        @app.post(f"/v1/models/{NAME}:predict")
+        @app.post("/predict")
         async def call(request: Request) -> Response:
             pictures = np.array(orjson.loads(await request.body())["instances"], dtype)
             answer = {"predictions": run(pictures)}
             return Response(orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY), media_type="application/json")
 
     listening = socket.create_server(("127.0.0.1", 0), backlog=1024)
-    print(f"REST at http://127.0.0.1:{listening.getsockname()[1]}\nReady", flush=True)
+    _say(f"http://127.0.0.1:{listening.getsockname()[1]}/predict")
     uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False)).run([listening])
+
+
+def _litserve(folder: Path, kind: str) -> None:
+    import litserve
+
+    from benchmarks.serving_litserve import Network
+
+    port = measuring.free_port()
+    _say(f"http://127.0.0.1:{port}/predict")
+    server = litserve.LitServer(Network(folder), accelerator="cpu", timeout=False)
+    server.run(host="127.0.0.1", port=port, log_level="error", generate_client_file=False, access_log=False)
+
+
+def _mlserver(folder: Path, kind: str) -> None:
+    import asyncio
+
+    from mlserver import MLServer, ModelSettings, Settings
+    from mlserver.settings import ModelParameters
+
+    from benchmarks.serving_mlserver import Network
+
+    ports = {f"{name}_port": measuring.free_port() for name in ("http", "grpc", "metrics")}
+    settings = Settings(host="127.0.0.1", debug=False, **ports)
+    model = ModelSettings(name=NAME, implementation=Network, parameters=ModelParameters(uri=str(folder)))
+    _say(f"http://127.0.0.1:{ports['http_port']}/v2/models/{NAME}/infer")
+    asyncio.run(MLServer(settings).start([model]))
+
+
+def _say(url: str) -> None:
+    print(f"REST at {url}\nReady", flush=True)
 
 
 def _loaded(folder: Path) -> Any:
@@ -104,7 +150,8 @@ def _input_name(folder: Path) -> str:
     return next(iter(_loaded(folder).structured_input_signature[1]))
 
 
-def _signature(folder: Path) -> tuple[Callable[[np.ndarray], np.ndarray], np.dtype]:
+def signature(folder: Path) -> tuple[Callable[[np.ndarray], np.ndarray], np.dtype]:
+    """The exported signature as a function of arrays, and the dtype that it takes."""
     import tensorflow as tf
 
     function = _loaded(folder)

@@ -153,13 +153,14 @@ def errors_of_the_whole_way(model, exact, size, folder, compiled=False):
     if compiled:
         with pytest.raises(ValueError, match=r"`model` must not hold compiled functions.*pass `jit_compile=True`"):
             keras_bn.export(ours, folder / "network", warmup=images)
-        return errors
-    served = keras_bn.export(ours, folder / "network", warmup=images)
+    served = keras_bn.export(ours, folder / "network", warmup=images, jit_compile=compiled)
     expected = exactly()
     signature = tf.saved_model.load(str(served.path)).signatures["serving_default"]
     (name,) = served.inputs
     errors["export"] = relative_error(expected, next(iter(signature(**{name: tf.constant(images)}).values())))
-    flags = (f"--model_base_path={folder / 'network'}", "--model_name=network")
+    flags = [f"--model_base_path={folder / 'network'}", "--model_name=network"]
+    if compiled:
+        flags.append("--xla_cpu_compilation_enabled=true")
     with running_server(*flags) as server, Client(server.url) as client:
         client.wait_until_ready("network")
         errors["REST"] = relative_error(expected, client.predict("network", images))
