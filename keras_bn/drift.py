@@ -2,7 +2,6 @@
 
 import math
 import os
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -10,6 +9,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_bn import arguments
+from keras_bn.examples import as_arrays, check_kind, computing_with
 from keras_bn.model import (
     calls_replaced,
     channel_axes,
@@ -17,6 +18,7 @@ from keras_bn.model import (
     inference_mode,
     named_batch_norms,
     observed_call,
+    required_batch_norms,
 )
 from keras_bn.names import argument
 from keras_bn.statistics import aligned_weights
@@ -80,8 +82,7 @@ def drift(model: Any, inputs: Any, batch_size: int = 32) -> list[dict[str, Any]]
     keras_bn.drift("served/fashion/1", images)  # [{"layer": "bn1", "mean_shift": 0.02, ...}, ...]
     ```
     """
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"`batch_size` must be a positive integer. Received: batch_size={batch_size!r}.")
+    batch_size = arguments.whole_number("batch_size", batch_size)
     if isinstance(model, keras.Model):
         figures_of, arrays = _asked_of_model(model, inputs)
     elif isinstance(model, str | os.PathLike):
@@ -91,18 +92,10 @@ def drift(model: Any, inputs: Any, batch_size: int = 32) -> list[dict[str, Any]]
             "`model` must be a `keras.Model` or the folder of an exported version. "
             f"Received: model={model!r} of type {type(model).__name__}."
         )
-    lengths = {len(array) for array in arrays}
-    if len(lengths) != 1 or 0 in lengths:
-        raise ValueError(
-            "`inputs` must have one example at least, and as many for each input. "
-            f"Received: {[len(array) for array in arrays]} examples."
-        )
     parts: dict[str, list[RowFigures]] = {}
-    for first in range(0, lengths.pop(), batch_size):
-        try:
+    for first in range(0, int(arrays[0].shape[0]), batch_size):
+        with computing_with("inputs", model):
             by_layer = figures_of([array[first : first + batch_size] for array in arrays])
-        except tf.errors.InvalidArgumentError as error:
-            raise ValueError(f"`inputs` must be what the model can compute with. Received: {reason(error)}") from error
         for name, figures in by_layer.items():
             in_float64 = RowFigures(*map(_in_float64, figures))
             _check_finite(name, in_float64, first, model)
@@ -303,11 +296,16 @@ FiguresOf = Callable[[list[Any]], dict[str, RowFigures]]
 
 
 def _asked_of_model(model: keras.Model, inputs: Any) -> tuple[FiguresOf, list[Any]]:
-    if not named_batch_norms(model):
-        raise ValueError(f"`model` must have a batch normalization. Received: model={model.name!r}, which has none.")
-    if not all(hasattr(leaf, "shape") for leaf in keras.tree.flatten(inputs)):
-        inputs = np.asarray(inputs)
-    return lambda arrays: row_figures(model, keras.tree.pack_sequence_as(inputs, arrays)), keras.tree.flatten(inputs)
+    required_batch_norms(model)
+    given = as_arrays("inputs", inputs, model)
+    leaves = keras.tree.flatten(given)
+    there = [number for number, leaf in enumerate(leaves) if leaf is not None]
+
+    def figures_of(arrays: list[Any]) -> dict[str, RowFigures]:
+        parts = dict(zip(there, arrays, strict=True))
+        return row_figures(model, keras.tree.pack_sequence_as(given, [parts.get(n) for n in range(len(leaves))]))
+
+    return figures_of, [leaves[number] for number in there]
 
 
 def _asked_of_version(folder: str | os.PathLike[str], inputs: Any) -> tuple[FiguresOf, list[Any]]:
@@ -333,14 +331,14 @@ def _asked_of_version(folder: str | os.PathLike[str], inputs: Any) -> tuple[Figu
         tensors = {n: tf.constant(a) if specs[n].dtype == tf.string else tf.cast(a, specs[n].dtype) for n, a in pairs}
         return figures_by_layer(loaded.signatures[SIGNATURE](**tensors))
 
-    arrays = {name: np.asarray(by_name[name]) for name in specs}
+    arrays = as_arrays("inputs", {name: by_name[name] for name in specs})
     for name, spec in specs.items():
-        shape, dtype = arrays[name].shape, arrays[name].dtype
-        if not spec.shape.is_compatible_with(shape) or (dtype.kind in "OSU") != (spec.dtype == tf.string):
+        if not spec.shape.is_compatible_with(arrays[name].shape):
             raise ValueError(
                 f"`inputs` must have shape {tuple(spec.shape)} and dtype {spec.dtype.name} for input {name!r}. "
-                f"Received: shape {shape}, dtype {dtype}."
+                f"Received: shape {tuple(arrays[name].shape)}, dtype {arrays[name].dtype.name}."
             )
+        check_kind("inputs", name, arrays[name], spec.dtype)
     return figures_of, list(arrays.values())
 
 
@@ -353,14 +351,6 @@ def _check_version(folder: str) -> None:
     raise ValueError(
         f"`model` must be a `keras.Model` or the folder of an exported version. Received: model={folder!r}{hint}."
     )
-
-
-def reason(error: tf.errors.OpError) -> str:
-    """The one line of TensorFlow's message that says it, without colours, nodes and what Keras puts around it."""
-    text = re.sub(r"\x1b\[[0-9;]*m|\{\{.*?\}\}", "", error.message)
-    lines = [line.strip() for line in text.split("\n") if line.strip()]
-    said = [line for line in lines if not line.startswith(("Exception encountered", "Graph execution", "Detected at"))]
-    return next((line for line in said if "must" in line), (said or lines)[0])
 
 
 def figures_by_layer(answer: Mapping[str, tf.Tensor]) -> dict[str, RowFigures]:
