@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from keras_bn_cli.shell import library, tell, warnings_in_a_line
+from keras_bn_cli.shell import check_free, library, tell, warnings_in_a_line
 
 CARD = "assets.extra/keras_bn.json"
 MODEL_SUFFIXES = (".keras", ".h5", ".hdf5")
@@ -147,17 +147,44 @@ def first(examples: Any, count: int) -> Any:
     return keras.tree.map_structure(lambda array: array[:count], examples)
 
 
-def save(model: Any, path: Path) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def save(model: Any, path: Path, overwrite: bool) -> None:
+    """Writes a model in the format that the name says."""
+    with written_whole(path, overwrite) as temporary:
+        if path.suffix.lower() == ".keras":
+            model.save(temporary)
+        else:
+            temporary.write_bytes(_as_hdf5(model))
+
+
+@contextlib.contextmanager
+def written_whole(path: Path, overwrite: bool) -> Iterator[Path]:
+    """A name to write to beside `path`, which becomes `path` when all is written; else `path` is left as it was."""
     temporary = path.with_name(f".{path.stem}.writing{path.suffix}")
     try:
-        model.save(temporary)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        check_free(path, str(path), overwrite)  # Another may have been faster.
         os.replace(temporary, path)
     except OSError as error:
         raise ValueError(f"{path} cannot be written: {error.strerror or error}.") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _as_hdf5(model: Any) -> bytes:
+    """Made in memory: where a disk is full while HDF5 writes to it, its library ends the process."""
+    import h5py
+
+    class InMemory(h5py.File):
+        """Keras takes an open file, and asks what it is called."""
+
+        def __str__(self) -> str:
+            return "model.h5"
+
+    with InMemory("model.h5", "w", driver="core", backing_store=False) as file:
+        model.save(file)
+        file.flush()
+        return bytes(file.id.get_file_image())
 
 
 def card_of(version: Path) -> Any:

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -24,8 +25,10 @@ class Commands(click.Group):
     ) -> Any:
         try:
             code = super().main(args, prog_name, standalone_mode=False, **extra) or 0
-        except click.Abort:
+        except (click.Abort, KeyboardInterrupt):
             code = fail("Interrupted.", 130)
+        except _Terminated:
+            code = fail("Terminated.", 143)
         except click.UsageError as error:
             path = error.ctx.command_path if error.ctx else "keras-bn"
             code = fail(f"{error.format_message()} See {path} --help.", error.exit_code)
@@ -45,6 +48,29 @@ class Commands(click.Group):
                 raise
             kind = "" if isinstance(error, ValueError | TypeError | OSError) else f"{type(error).__name__}: "
             raise click.ClickException(f"{kind}{error}") from error
+
+
+class _Terminated(BaseException):
+    """The system asks the process to end: what is being written is taken back on the way out."""
+
+
+@contextlib.contextmanager
+def ended_in_order() -> Iterator[None]:
+    """Around work that leaves something behind where it is killed: SIGTERM and SIGHUP end it as Ctrl-C does."""
+
+    def end(number: int, frame: Any) -> None:
+        raise _Terminated
+
+    changed = {}
+    try:
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP.
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # Under `nohup` it is not.
+                changed[number] = signal.signal(number, end)
+        yield
+    finally:
+        for number, before in changed.items():
+            signal.signal(number, before)
 
 
 class PassesOn(click.Command):
@@ -119,10 +145,17 @@ def library() -> Any:
     return keras_bn
 
 
-def check_output(path: Path, suffixes: Sequence[str], option: str) -> None:
+def check_output(path: Path, suffixes: Sequence[str], option: str, overwrite: bool) -> None:
+    """Before the work: that a file of that name can be written, and takes the place of none by mistake."""
     if path.suffix.lower() not in suffixes:
         raise click.UsageError(f"{option} must end in {', '.join(suffixes)}. Received: {path}.")
+    check_free(path, option, overwrite)
     check_folder(path.parent, option)
+
+
+def check_free(path: Path, option: str, overwrite: bool) -> None:
+    if path.exists() and not overwrite:
+        raise click.UsageError(f"{option} must be a file that is not there yet, or pass --overwrite. Received: {path}.")
 
 
 def check_folder(folder: Path, option: str) -> None:

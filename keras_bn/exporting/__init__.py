@@ -134,6 +134,7 @@ def export(
         TypeError: when an argument is of the wrong type.
         ValueError: when an argument does not fit the model, weights or statistics are not finite, the version is there
             already, or a check fails.
+        OSError: when the version cannot be written; nothing of it is left.
         ImportError: when `warmup` is given and `tensorflow-serving-api` is not installed.
 
     Example:
@@ -184,13 +185,15 @@ def export(
         root = tf.Module()
         root.kept = _resources(served_model, observed, preprocess)
         options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
-        tf.saved_model.save(root, os.fspath(folder), signatures=signatures, options=options)
+        with _versions.writing(base):
+            tf.saved_model.save(root, os.fspath(folder), signatures=signatures, options=options)
         _reached("model written")
-        card = describe(model, signatures, labels, folding, accuracy, recalibration)
-        (folder / CARD).parent.mkdir(exist_ok=True)
-        (folder / CARD).write_text(json.dumps(card, indent=2) + "\n")
-        if examples is not None:
-            _warmup.write(folder, base.name, examples, list(signatures))
+        card = describe(model, signatures, labels, folding, accuracy, recalibration, folder)
+        with _versions.writing(base):
+            (folder / CARD).parent.mkdir(exist_ok=True)
+            (folder / CARD).write_text(json.dumps(card, indent=2) + "\n")
+            if examples is not None:
+                _warmup.write(folder, base.name, examples, list(signatures))
         _reached("extras written")
         errors = _check(folder, original, signatures, examples, Tolerance(model, tolerance), jit_compile)
         _reached("checked")
