@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 import tensorflow as tf
+from google.protobuf.message import DecodeError
+from tensorflow.core.protobuf import saved_model_pb2
 
 from keras_bn import arguments
-from keras_bn.examples import as_arrays, check_kind, computing_with
+from keras_bn.examples import as_arrays, check_kind, computing_with, reason
 from keras_bn.model import (
     calls_replaced,
     channel_axes,
@@ -310,11 +312,18 @@ def _asked_of_model(model: keras.Model, inputs: Any) -> tuple[FiguresOf, list[An
 
 def _asked_of_version(folder: str | os.PathLike[str], inputs: Any) -> tuple[FiguresOf, list[Any]]:
     _check_version(os.fspath(folder))
-    loaded = tf.saved_model.load(os.fspath(folder))
+    folder = os.fspath(folder)
+    try:
+        loaded = tf.saved_model.load(folder)
+    except Exception as error:  # Whatever TensorFlow's readers have against a file that is broken.
+        raise ValueError(
+            "`model` must be the folder of a whole version; copy or export it anew. "
+            f"Received: model={folder!r}, of which {_broken_part(folder)} cannot be read: {reason(error)}"
+        ) from error
     if SIGNATURE not in loaded.signatures:
         raise ValueError(
             f"`model` must be a version with the signature {SIGNATURE} (a normalization, and `drift=True`). "
-            f"Received: {os.fspath(folder)} with {sorted(loaded.signatures)}."
+            f"Received: {folder} with {sorted(loaded.signatures)}."
         )
     specs = loaded.signatures[SIGNATURE].structured_input_signature[1]
     by_name = inputs if isinstance(inputs, Mapping) else dict(zip(specs, [inputs], strict=False))
@@ -340,6 +349,16 @@ def _asked_of_version(folder: str | os.PathLike[str], inputs: Any) -> tuple[Figu
             )
         check_kind("inputs", name, arrays[name], spec.dtype)
     return figures_of, list(arrays.values())
+
+
+def _broken_part(folder: str) -> str:
+    saved = saved_model_pb2.SavedModel()
+    try:
+        with open(os.path.join(folder, "saved_model.pb"), "rb") as file:
+            saved.ParseFromString(file.read())
+    except (OSError, DecodeError):
+        return "saved_model.pb"
+    return "variables/" if saved.meta_graphs else "saved_model.pb"
 
 
 def _check_version(folder: str) -> None:

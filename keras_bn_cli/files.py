@@ -1,13 +1,14 @@
 """What the command reads and writes: models, data, versions."""
 
 import contextlib
+import hashlib
 import importlib
 import json
 import os
 import sys
 import textwrap
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -188,6 +189,7 @@ def _as_hdf5(model: Any) -> bytes:
 
 
 def card_of(version: Path) -> Any:
+    """What a version says of itself, once its files are known to be those that were written."""
     card = version / CARD
     if not card.exists():
         versions = sorted((child for child in version.iterdir() if child.name.isdecimal()), key=lambda p: int(p.name))
@@ -201,7 +203,31 @@ def card_of(version: Path) -> Any:
         raise ValueError(f"{card} is broken; export the version anew. It is no JSON: {error}.") from error
     if not isinstance(content, dict) or not content.keys() >= {"signatures", "folding"}:
         raise ValueError(f"{card} is broken; export the version anew. It is no card that keras_bn wrote.")
+    # Versions of an earlier export say nothing of their files, but for the one that all have.
+    for name, written in {"saved_model.pb": {}, **content.get("files", {})}.items():
+        _check_file(version / name, written)
     return content
+
+
+def _check_file(path: Path, written: Mapping[str, Any]) -> None:
+    """That a file of a version is there, and as it was written."""
+    advice = "copy the version anew from where it was exported, or export it again."
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; {advice}")
+    size, wanted = path.stat().st_size, written.get("size")
+    if wanted is not None and size != wanted:
+        raise ValueError(f"{path} is broken; {advice} It has {size:,} bytes and was written with {wanted:,}.")
+    wanted = written.get("sha256")
+    if wanted is not None and _sum_of(path) != wanted:
+        raise ValueError(f"{path} is broken; {advice} Its SHA-256 sum is not the one it was written with.")
+
+
+def _sum_of(path: Path) -> str:
+    result = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(2**20):
+            result.update(part)
+    return result.hexdigest()
 
 
 def _custom_objects(modules: Sequence[str]) -> dict[str, Any]:

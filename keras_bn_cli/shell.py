@@ -47,7 +47,16 @@ class Commands(click.Group):
             if ctx.params["traceback"]:
                 raise
             kind = "" if isinstance(error, ValueError | TypeError | OSError) else f"{type(error).__name__}: "
-            raise click.ClickException(f"{kind}{error}") from error
+            raise click.ClickException(f"{kind}{_said_by(error)}") from error
+
+
+def _said_by(error: Exception) -> str:
+    """The text of an error; of one of TensorFlow's, whose texts are pages, the line that says it."""
+    if not type(error).__module__.startswith("tensorflow"):
+        return str(error)
+    from keras_bn.examples import reason
+
+    return reason(error)
 
 
 class _Terminated(BaseException):

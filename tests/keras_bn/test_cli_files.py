@@ -182,6 +182,7 @@ def test_stdout_is_the_result_and_stderr_stays_empty_where_nobody_looks_on(data,
 def test_an_error_that_nobody_has_thought_of_is_one_line_and_can_be_looked_into(tmp_path):
     small_model().save(tmp_path / "model.keras")
     (tmp_path / "1/assets.extra").mkdir(parents=True)
+    (tmp_path / "1/saved_model.pb").touch()
     (tmp_path / "1/assets.extra/keras_bn.json").write_text('{"signatures": {}, "folding": null}')
     assert run("inspect", tmp_path / "1", code=1).stderr == "Error: KeyError: 'model'\n"
     with pytest.raises(KeyError):
