@@ -57,7 +57,7 @@ def test_a_broken_file_of_a_version_is_named(name, break_file, exported, tmp_pat
         said = run(*command)
         assert said.startswith(f"Error: {broken / name} is {'missing' if break_file is removed else 'broken'}; ")
         assert said.count("\n") == 1
-    with pytest.raises(ValueError, match="`model` must be .*the folder of a") as raised:
+    with pytest.raises(ValueError, match=r"`model` must be .*the folder of a") as raised:
         keras_bn.drift(broken, np.ones((3, 4), "float32"))
     said = str(raised.value)
     assert str(broken) in said
