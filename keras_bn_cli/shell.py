@@ -1,6 +1,7 @@
 """How the command talks: results on stdout, all else on stderr, every mistake in one line."""
 
 import contextlib
+import difflib
 import math
 import os
 import signal
@@ -29,6 +30,9 @@ class Commands(click.Group):
             code = fail("Interrupted.", 130)
         except _Terminated:
             code = fail("Terminated.", 143)
+        except click.NoSuchOption as error:
+            path = error.ctx.command_path if error.ctx else "keras-bn"
+            code = fail(f"No such option: {error.option_name}.{_near(error)} See {path} --help.", error.exit_code)
         except click.UsageError as error:
             path = error.ctx.command_path if error.ctx else "keras-bn"
             code = fail(f"{error.format_message()} See {path} --help.", error.exit_code)
@@ -57,6 +61,13 @@ def _said_by(error: Exception) -> str:
     from keras_bn.examples import reason
 
     return reason(error)
+
+
+def _near(error: click.NoSuchOption) -> str:
+    """Compared without the dashes, which all have, and which make any two short names alike."""
+    names = [name.lstrip("-") for name in error.possibilities or ()]
+    near = difflib.get_close_matches(error.option_name.lstrip("-"), names, 1)
+    return f" Did you mean --{near[0]}?" if near else ""
 
 
 class _Terminated(BaseException):
