@@ -1,14 +1,16 @@
-"""Checks of the layer's arguments: each returns the value in its plain form, or says what is allowed."""
+"""Checks of arguments: each returns the value in its plain form, or says what is allowed."""
 
 from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from typing import TypeGuard
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 RENORM_LIMITS = ("rmax", "rmin", "dmax")
 
@@ -43,10 +45,70 @@ def number(name, value, low, high=math.inf, alternative=""):
     return float(value)
 
 
+def optional_number(name, value, low, high=math.inf):
+    return None if value is None else number(name, value, low, high, ", or None")
+
+
+def whole_number(name, value, low=1, alternative=""):
+    allowed = f"`{name}` must be {'a positive integer' if low == 1 else f'an integer from {low}'}{alternative}."
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{allowed} Received: {name}={value!r}.")
+    if value < low:
+        raise ValueError(f"{allowed} Received: {name}={value!r}.")
+    return int(value)
+
+
 def flag(name, value):
-    if value not in (True, False):
+    if not isinstance(value, bool | np.bool_ | numbers.Integral) or value not in (0, 1):
         raise TypeError(f"`{name}` must be True or False. Received: {name}={value!r}.")
     return bool(value)
+
+
+def names(name, value):
+    """A list of names, or None; one at least, and each a string."""
+    if value is None:
+        return None
+    allowed = f"`{name}` must be a list of names, one at least, or None."
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+        raise TypeError(f"{allowed} Received: {name}={value!r}.")
+    if not value or not all(isinstance(one, str) for one in value):
+        raise ValueError(f"{allowed} Received: {name}={value!r}.")
+    return list(value)
+
+
+def path(name, value):
+    if not isinstance(value, str | os.PathLike) or not isinstance(os.fspath(value), str) or not os.fspath(value):
+        raise TypeError(f"`{name}` must be a path, as a string or `pathlib.Path`. Received: {name}={value!r}.")
+    return os.fspath(value)
+
+
+def floating_dtype(dtype):
+    """Of a layer's policy, once it is made."""
+    for part in (dtype.compute_dtype, dtype.variable_dtype):
+        if not keras.backend.is_float_dtype(part):
+            raise ValueError(f"`dtype` must be one of floating point, or a policy of such. Received: dtype={part!r}.")
+
+
+def shape_of_one_tensor(shape):
+    sizes = isinstance(shape, list | tuple | tf.TensorShape) and list(shape)
+    if sizes is False or not all(size is None or isinstance(size, numbers.Integral) for size in sizes):
+        raise TypeError(f"`inputs` must be one tensor, of rank 2 or more. Received: inputs of shape {shape!r}.")
+    if len(sizes) < 2:
+        raise ValueError(f"`inputs` must be of rank 2 or more. Received: inputs of shape {tuple(sizes)}.")
+
+
+def real(x):
+    if x.dtype.is_complex or not (x.dtype.is_integer or x.dtype.is_bool):
+        raise TypeError(f"`inputs` must be real numbers or booleans. Received: inputs of dtype {x.dtype.name}.")
+    return x
+
+
+def training(value):
+    """Of what is no Python bool and is known: a number 0 or 1, a boolean of NumPy, or an eager tensor."""
+    known = np.asarray(value, object) if isinstance(value, list | tuple) else np.asarray(value)
+    if known.shape != () or known.dtype.kind not in "biuf" or known not in (0, 1):
+        raise TypeError(f"`training` must be True or False, or a scalar boolean tensor. Received: training={value!r}.")
+    return bool(known)
 
 
 def synchronized(value):
@@ -61,7 +123,7 @@ def synchronized(value):
 
 
 def choice(name, value, choices):
-    if value not in choices:
+    if not isinstance(value, str | numbers.Integral) or value not in choices:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}. Received: {name}={value!r}.")
     return value
 

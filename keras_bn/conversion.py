@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_bn import arguments
 from keras_bn.cloning import clone
 from keras_bn.folding.proof import Tolerance, errors_between, proof_batches
 from keras_bn.layer import BatchNormalization
@@ -119,17 +120,34 @@ def load_torch_weights(
         epsilon: of the PyTorch module, whose default is 1e-5; `layer` has to have the same.
 
     Raises:
+        TypeError: when an argument is of the wrong type.
         ValueError: when an entry is missing or does not fit, or `layer.epsilon` is another.
     """
+    _check_layer(layer)
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(
+            "`state_dict` must be a mapping of names to tensors or arrays. "
+            f"Received: state_dict={state_dict!r} of type {type(state_dict).__name__}."
+        )
+    if not isinstance(prefix, str):
+        raise TypeError(f"`prefix` must be a string. Received: prefix={prefix!r}.")
+    epsilon = arguments.number("epsilon", epsilon, 0.0)
     dot = f"{prefix}." if prefix and not prefix.endswith(".") else prefix
     entries = {name: state_dict.get(dot + name) for name in ("weight", "bias", "running_mean", "running_var")}
     if entries["running_mean"] is None or entries["running_var"] is None:
-        known = sorted(name.removesuffix("running_mean") for name in state_dict if name.endswith("running_mean"))
+        known = sorted(
+            name.removesuffix("running_mean") for name in map(str, state_dict) if name.endswith("running_mean")
+        )
+        if not known:
+            raise ValueError(
+                "`state_dict` must hold the running statistics of a batch norm, an entry that ends in running_mean. "
+                f"Received: entries {list(map(str, state_dict))[:5]}."
+            )
         raise ValueError(
             f"`prefix` must be that of a batch norm with running statistics, one of {known}. "
             f"Received: prefix={prefix!r}."
         )
-    values = {name: None if value is None else _array(value) for name, value in entries.items()}
+    values = {name: None if value is None else _entry(dot + name, value) for name, value in entries.items()}
     _load(layer, values["weight"], values["bias"], values["running_mean"], values["running_var"], epsilon)
 
 
@@ -141,8 +159,10 @@ def load_tf_keras_weights(layer: keras.layers.BatchNormalization, legacy_layer: 
         legacy_layer: of tf_keras.
 
     Raises:
+        TypeError: when `layer` is no batch normalization.
         ValueError: when one is not built, or they do not fit.
     """
+    _check_layer(layer)
     if not getattr(legacy_layer, "built", False) or not hasattr(legacy_layer, "moving_variance"):
         raise ValueError(
             f"`legacy_layer` must be a batch normalization that is built. Received: legacy_layer={legacy_layer!r}."
@@ -204,6 +224,23 @@ def _to_stock(config: dict[str, Any], alone: bool) -> list[keras.Layer]:
     config["config"] = {name: value for name, value in settings.items() if name in known}
     config.update(_STOCK)
     return following
+
+
+def _check_layer(layer: Any) -> None:
+    if not isinstance(layer, keras.layers.BatchNormalization):
+        raise TypeError(
+            "`layer` must be a batch normalization, ours or stock. "
+            f"Received: layer={layer!r} of type {type(layer).__name__}."
+        )
+
+
+def _entry(name: str, value: Any) -> np.ndarray:
+    try:
+        return _array(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"`state_dict` must hold tensors or arrays of numbers. Received: {name!r} of type {type(value).__name__}."
+        ) from error
 
 
 def _load(layer: Any, gamma: Any, beta: Any, mean: Any, variance: Any, epsilon: float) -> None:

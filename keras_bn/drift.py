@@ -2,14 +2,17 @@
 
 import math
 import os
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
+from google.protobuf.message import DecodeError
+from tensorflow.core.protobuf import saved_model_pb2
 
+from keras_bn import arguments
+from keras_bn.examples import as_arrays, check_kind, computing_with, reason
 from keras_bn.model import (
     calls_replaced,
     channel_axes,
@@ -17,6 +20,7 @@ from keras_bn.model import (
     inference_mode,
     named_batch_norms,
     observed_call,
+    required_batch_norms,
 )
 from keras_bn.names import argument
 from keras_bn.statistics import aligned_weights
@@ -80,8 +84,7 @@ def drift(model: Any, inputs: Any, batch_size: int = 32) -> list[dict[str, Any]]
     keras_bn.drift("served/fashion/1", images)  # [{"layer": "bn1", "mean_shift": 0.02, ...}, ...]
     ```
     """
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"`batch_size` must be a positive integer. Received: batch_size={batch_size!r}.")
+    batch_size = arguments.whole_number("batch_size", batch_size)
     if isinstance(model, keras.Model):
         figures_of, arrays = _asked_of_model(model, inputs)
     elif isinstance(model, str | os.PathLike):
@@ -91,18 +94,10 @@ def drift(model: Any, inputs: Any, batch_size: int = 32) -> list[dict[str, Any]]
             "`model` must be a `keras.Model` or the folder of an exported version. "
             f"Received: model={model!r} of type {type(model).__name__}."
         )
-    lengths = {len(array) for array in arrays}
-    if len(lengths) != 1 or 0 in lengths:
-        raise ValueError(
-            "`inputs` must have one example at least, and as many for each input. "
-            f"Received: {[len(array) for array in arrays]} examples."
-        )
     parts: dict[str, list[RowFigures]] = {}
-    for first in range(0, lengths.pop(), batch_size):
-        try:
+    for first in range(0, int(arrays[0].shape[0]), batch_size):
+        with computing_with("inputs", model):
             by_layer = figures_of([array[first : first + batch_size] for array in arrays])
-        except tf.errors.InvalidArgumentError as error:
-            raise ValueError(f"`inputs` must be what the model can compute with. Received: {reason(error)}") from error
         for name, figures in by_layer.items():
             in_float64 = RowFigures(*map(_in_float64, figures))
             _check_finite(name, in_float64, first, model)
@@ -303,20 +298,32 @@ FiguresOf = Callable[[list[Any]], dict[str, RowFigures]]
 
 
 def _asked_of_model(model: keras.Model, inputs: Any) -> tuple[FiguresOf, list[Any]]:
-    if not named_batch_norms(model):
-        raise ValueError(f"`model` must have a batch normalization. Received: model={model.name!r}, which has none.")
-    if not all(hasattr(leaf, "shape") for leaf in keras.tree.flatten(inputs)):
-        inputs = np.asarray(inputs)
-    return lambda arrays: row_figures(model, keras.tree.pack_sequence_as(inputs, arrays)), keras.tree.flatten(inputs)
+    required_batch_norms(model)
+    given = as_arrays("inputs", inputs, model)
+    leaves = keras.tree.flatten(given)
+    there = [number for number, leaf in enumerate(leaves) if leaf is not None]
+
+    def figures_of(arrays: list[Any]) -> dict[str, RowFigures]:
+        parts = dict(zip(there, arrays, strict=True))
+        return row_figures(model, keras.tree.pack_sequence_as(given, [parts.get(n) for n in range(len(leaves))]))
+
+    return figures_of, [leaves[number] for number in there]
 
 
 def _asked_of_version(folder: str | os.PathLike[str], inputs: Any) -> tuple[FiguresOf, list[Any]]:
     _check_version(os.fspath(folder))
-    loaded = tf.saved_model.load(os.fspath(folder))
+    folder = os.fspath(folder)
+    try:
+        loaded = tf.saved_model.load(folder)
+    except Exception as error:  # Whatever TensorFlow's readers have against a file that is broken.
+        raise ValueError(
+            "`model` must be the folder of a whole version; copy or export it anew. "
+            f"Received: model={folder!r}, of which {_broken_part(folder)} cannot be read: {reason(error)}"
+        ) from error
     if SIGNATURE not in loaded.signatures:
         raise ValueError(
             f"`model` must be a version with the signature {SIGNATURE} (a normalization, and `drift=True`). "
-            f"Received: {os.fspath(folder)} with {sorted(loaded.signatures)}."
+            f"Received: {folder} with {sorted(loaded.signatures)}."
         )
     specs = loaded.signatures[SIGNATURE].structured_input_signature[1]
     by_name = inputs if isinstance(inputs, Mapping) else dict(zip(specs, [inputs], strict=False))
@@ -333,15 +340,25 @@ def _asked_of_version(folder: str | os.PathLike[str], inputs: Any) -> tuple[Figu
         tensors = {n: tf.constant(a) if specs[n].dtype == tf.string else tf.cast(a, specs[n].dtype) for n, a in pairs}
         return figures_by_layer(loaded.signatures[SIGNATURE](**tensors))
 
-    arrays = {name: np.asarray(by_name[name]) for name in specs}
+    arrays = as_arrays("inputs", {name: by_name[name] for name in specs})
     for name, spec in specs.items():
-        shape, dtype = arrays[name].shape, arrays[name].dtype
-        if not spec.shape.is_compatible_with(shape) or (dtype.kind in "OSU") != (spec.dtype == tf.string):
+        if not spec.shape.is_compatible_with(arrays[name].shape):
             raise ValueError(
                 f"`inputs` must have shape {tuple(spec.shape)} and dtype {spec.dtype.name} for input {name!r}. "
-                f"Received: shape {shape}, dtype {dtype}."
+                f"Received: shape {tuple(arrays[name].shape)}, dtype {arrays[name].dtype.name}."
             )
+        check_kind("inputs", name, arrays[name], spec.dtype)
     return figures_of, list(arrays.values())
+
+
+def _broken_part(folder: str) -> str:
+    saved = saved_model_pb2.SavedModel()
+    try:
+        with open(os.path.join(folder, "saved_model.pb"), "rb") as file:
+            saved.ParseFromString(file.read())
+    except (OSError, DecodeError):
+        return "saved_model.pb"
+    return "variables/" if saved.meta_graphs else "saved_model.pb"
 
 
 def _check_version(folder: str) -> None:
@@ -353,14 +370,6 @@ def _check_version(folder: str) -> None:
     raise ValueError(
         f"`model` must be a `keras.Model` or the folder of an exported version. Received: model={folder!r}{hint}."
     )
-
-
-def reason(error: tf.errors.OpError) -> str:
-    """The one line of TensorFlow's message that says it, without colours, nodes and what Keras puts around it."""
-    text = re.sub(r"\x1b\[[0-9;]*m|\{\{.*?\}\}", "", error.message)
-    lines = [line.strip() for line in text.split("\n") if line.strip()]
-    said = [line for line in lines if not line.startswith(("Exception encountered", "Graph execution", "Detected at"))]
-    return next((line for line in said if "must" in line), (said or lines)[0])
 
 
 def figures_by_layer(answer: Mapping[str, tf.Tensor]) -> dict[str, RowFigures]:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
+from keras_bn import arguments
 from keras_bn.drift import distance, plain, summary
 from keras_bn.model import (
     affine_weights,
@@ -15,6 +16,7 @@ from keras_bn.model import (
     statistics_of,
     variables_restored,
 )
+from keras_bn.population import VERBOSE
 from keras_bn.population.accumulator import Accumulator
 from keras_bn.population.batches import Batches
 from keras_bn.population.measurement import measure_leniently
@@ -57,6 +59,7 @@ def health(
         ValueError: when `model` is not built, or an argument is not allowed.
     """
     check_model(model, built=True)
+    arguments.choice("verbose", verbose, VERBOSE)
     batches = None if data is None else Batches(data, steps, batch_size)
     layers = named_batch_norms(model)
     statistics = {name: statistics_of(layer) for name, layer in layers.items()}

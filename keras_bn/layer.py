@@ -76,12 +76,14 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
     Call arguments:
         inputs: Floating-point tensor of rank 2 or more, or `tf.RaggedTensor`, of which the values that are there are
-            normalized. Half types are accumulated in float32.
+            normalized. Half types are accumulated in float32, integers and booleans are cast to the layer's dtype.
         training: Whether the statistics of the batch are used and averaged: a bool or a scalar boolean tensor.
-        mask: What each value weighs. Booleans and integers are frequencies: a value of weight 2 is two values. Floats
-            are reliabilities: only their proportions say how many values there are, sum(w)**2 / sum(w**2); see
-            `keras_bn.statistics.Moments`. Its axes are the first of the inputs, as Keras's masks' are, or all but the
-            channel axes; sizes may be 1. All values are normalized, also those of weight 0.
+        mask: What each value weighs, not below 0. Booleans and integers are frequencies: a value of weight 2 is two
+            values. Floats are reliabilities: only their proportions say how many values there are,
+            sum(w)**2 / sum(w**2); see `keras_bn.statistics.Moments`. Its axes are the first of the inputs, as Keras's
+            masks' are, or all but the channel axes; sizes may be 1. All values are normalized, also those of weight 0.
+            Negative and non-finite weights are refused where they can be seen: in eager calls, and as constants of a
+            graph.
 
     Raises:
         ValueError: If an argument is not in its range, or two exclude each other.
@@ -136,6 +138,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
             synchronized=arguments.synchronized(synchronized),
             **kwargs,
         )
+        arguments.floating_dtype(self.dtype_policy)
         self.axis = axes[0] if len(axes) == 1 else axes
         self.momentum = momentum
         self.renorm = arguments.flag("renorm", renorm)
@@ -164,6 +167,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
                     )
 
     def build(self, input_shape):
+        arguments.shape_of_one_tensor(input_shape)
         rank = len(input_shape)
         axes = [self.axis] if isinstance(self.axis, int) else self.axis
         for axis in axes:
@@ -242,7 +246,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         training = self._known_training(training)
         x = tf.convert_to_tensor(inputs)
         if not x.dtype.is_floating:
-            x = tf.cast(x, self.compute_dtype)
+            x = tf.cast(arguments.real(x), self.compute_dtype)
         if self.statistics == "moving" or (self.statistics == "auto" and not self.trainable):
             y = self._normalize_with_moving(x)
         elif self.statistics == "batch":
@@ -308,8 +312,10 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
     def _known_training(self, training):
         """`training` as a bool where the graph tells it; of several replicas it must be one, as Keras's always is."""
-        if isinstance(training, bool) or not tf.is_symbolic_tensor(training):
+        if isinstance(training, bool) or training is None:
             return training
+        if not tf.is_symbolic_tensor(training):
+            return arguments.training(training)
         known = tf.get_static_value(training)
         if known is None and self.statistics != "moving" and self.trainable and replica_count() > 1:
             raise ValueError(

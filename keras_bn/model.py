@@ -134,6 +134,18 @@ def named_batch_norms(model: keras.Layer) -> dict[str, keras.layers.BatchNormali
     return named
 
 
+def required_batch_norms(model: keras.Layer) -> dict[str, keras.layers.BatchNormalization]:
+    """As `named_batch_norms`, of a model that has some.
+
+    Raises:
+        ValueError: when it has none.
+    """
+    norms = named_batch_norms(model)
+    if not norms:
+        raise ValueError(f"`model` must have a batch normalization. Received: model={model.name!r}, which has none.")
+    return norms
+
+
 def affine_weights(layer: keras.layers.BatchNormalization) -> tuple[np.ndarray, np.ndarray]:
     """The layer's gamma and beta in float64; 1 and 0 where it has none."""
     shape = layer.moving_mean.shape

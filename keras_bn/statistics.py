@@ -41,7 +41,7 @@ class Moments(NamedTuple):
     def __add__(self, other: Any) -> Moments:
         if not isinstance(other, Moments):
             return NotImplemented
-        parts = [Moments(*(np.asarray(value, "float64") for value in part)) for part in (self, other)]
+        parts = [part._in_float64() for part in (self, other)]
         if parts[0].mean.shape != parts[1].mean.shape:
             raise ValueError(
                 "Moments must be of as many channels to be merged. "
@@ -49,6 +49,12 @@ class Moments(NamedTuple):
             )
         filled = [Moments(*(np.broadcast_to(value, part.mean.shape) for value in part)) for part in parts]
         return Moments(*(value.numpy() for value in merge(filled)))
+
+    def _in_float64(self) -> Moments:
+        try:
+            return Moments(*(np.asarray(value, "float64") for value in self))
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"Moments must be numbers to be merged. Received: {self!r}.") from error
 
     @property
     def variance(self) -> Any:
@@ -173,9 +179,10 @@ def aligned_weights(mask: Any, x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
         axes: The channel axes of `x`, not negative, ascending.
 
     Raises:
-        ValueError: The shape of `mask` fits in none of these ways.
+        TypeError: `mask` is neither numbers nor booleans.
+        ValueError: The shape of `mask` fits in none of these ways, or a weight that is known is negative or not finite.
     """
-    mask = tf.convert_to_tensor(mask)
+    mask = _weights(mask)
     rank = len(x.shape)
     if _broadcasts(mask.shape, x.shape[: len(mask.shape)]):
         return tf.reshape(mask, tf.concat([tf.shape(mask), [1] * (rank - len(mask.shape))], 0))
@@ -188,6 +195,23 @@ def aligned_weights(mask: Any, x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
         f"{list(axes)}; sizes may be 1. Received: mask of shape {tuple(mask.shape)} for inputs of shape "
         f"{tuple(x.shape)}."
     )
+
+
+def _weights(mask: Any) -> tf.Tensor:
+    """`mask` as a tensor of weights, looked at where its values are known."""
+    allowed = "`mask` must be booleans, or numbers that are finite and not below 0."
+    try:
+        weights = tf.convert_to_tensor(mask)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{allowed} Received: mask={mask!r}.") from error
+    if not (weights.dtype.is_floating or weights.dtype.is_integer or weights.dtype.is_bool):
+        raise TypeError(f"{allowed} Received: mask of dtype {weights.dtype.name}.")
+    known = None if weights.dtype.is_bool else tf.get_static_value(weights)
+    if known is not None and known.size:
+        least, most = (float(bound) for bound in (np.min(known), np.max(known)))  # NaN where there is one.
+        if not 0 <= least <= most < np.inf:
+            raise ValueError(f"{allowed} Received: mask with values from {least:g} to {most:g}.")
+    return weights
 
 
 def _broadcasts(shape: Sequence[int | None], target: Sequence[int | None]) -> bool:

@@ -9,13 +9,14 @@ from typing import Any
 
 import click
 
-from keras_bn_cli.files import MODEL_SUFFIXES, Data, Model, card_of, first, lines_of, save
+from keras_bn_cli.files import MODEL_SUFFIXES, Data, Model, card_of, first, lines_of, save, written_whole
 from keras_bn_cli.shell import (
     Commands,
     PassesOn,
     Positive,
     check_folder,
     check_output,
+    ended_in_order,
     library,
     tell,
     verbose,
@@ -75,7 +76,8 @@ def _takes_model(exists: click.Path) -> Callable[[Any], Any]:
         @click.option("--trust", is_flag=True, help="Runs code that the file holds (Lambda layers).")
         @functools.wraps(command)
         def wrapped(path: Path, modules: Sequence[str], trust: bool, **rest: Any) -> Any:
-            return command(model=Model(path, modules, trust), **rest)
+            with ended_in_order():
+                return command(model=Model(path, modules, trust), **rest)
 
         return wrapped
 
@@ -105,14 +107,22 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Prints JSON
 _output_option = click.option(
     "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), required=True, help="New .keras or .h5 file."
 )
+_overwrite_option = click.option(
+    "--overwrite", is_flag=True, help="Replace a file that is there; MODEL itself may be named."
+)
 
 
 @main.command(short_help="Health of the normalizations.")
 @_takes_model(_FILE)
 @_takes_data(required=False)
-@click.option("--picture", type=click.Path(path_type=Path, dir_okay=False), help="Also draws it, into a .png or .svg.")
+@click.option(
+    "--picture",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Also draws it, into a .png, .svg or .pdf; needs matplotlib, which 'keras-bn[models]' brings.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace a --picture that is there.")
 @_json_option
-def health(model: Model, data: Data | None, picture: Path | None, as_json: bool) -> None:
+def health(model: Model, data: Data | None, picture: Path | None, overwrite: bool, as_json: bool) -> None:
     """Shows the health of every normalization.
 
     With --data, also how far its statistics are from that data, and which layers are behind a gap between
@@ -121,16 +131,18 @@ def health(model: Model, data: Data | None, picture: Path | None, as_json: bool)
     if picture is not None:
         if data is None:
             raise click.UsageError("--picture needs --data: it draws how far the two are apart.")
-        check_output(picture, PICTURE_SUFFIXES, "--picture")
+        check_output(picture, PICTURE_SUFFIXES, "--picture", overwrite)
         if importlib.util.find_spec("matplotlib") is None:
-            raise ImportError("--picture needs matplotlib: python -m pip install matplotlib")
+            raise click.ClickException(
+                "--picture needs matplotlib: python -m pip install matplotlib, or 'keras-bn[models]'"
+            )
     with model.loaded() as loaded:
         examples = None if data is None else data.for_model(loaded)
         batch_size = 32 if data is None else data.batch_size
         report = library().health(loaded, examples, batch_size=batch_size, verbose=verbose())
         if picture is not None:
-            picture.parent.mkdir(parents=True, exist_ok=True)
-            report.save_picture(picture)
+            with written_whole(picture, overwrite) as temporary:
+                report.save_picture(temporary)
     _print(report, as_json)
 
 
@@ -138,12 +150,15 @@ def health(model: Model, data: Data | None, picture: Path | None, as_json: bool)
 @_takes_model(_FILE)
 @_takes_data(required=True)
 @_output_option
+@_overwrite_option
 @click.option("--method", type=click.Choice(["pooled", "algorithm2"]), default="pooled", show_default=True)
 @click.option("--order", type=click.Choice(["sequential", "joint"]), default="sequential", show_default=True)
 @_json_option
-def recalibrate(model: Model, data: Data, output: Path, method: str, order: str, as_json: bool) -> None:
+def recalibrate(
+    model: Model, data: Data, output: Path, overwrite: bool, method: str, order: str, as_json: bool
+) -> None:
     """Replaces the moving statistics by those of the whole data set, exactly."""
-    check_output(output, MODEL_SUFFIXES, "--output")
+    check_output(output, MODEL_SUFFIXES, "--output", overwrite)
     with model.loaded(keep_compiled=True) as loaded:
         report = library().recalibrate(
             loaded,
@@ -153,7 +168,7 @@ def recalibrate(model: Model, data: Data, output: Path, method: str, order: str,
             batch_size=data.batch_size,
             verbose=verbose(),
         )
-        save(loaded, output)
+        save(loaded, output, overwrite)
     _print(report, as_json)
 
 
@@ -161,20 +176,21 @@ def recalibrate(model: Model, data: Data, output: Path, method: str, order: str,
 @_takes_model(_FILE)
 @_takes_data(required=False)
 @_output_option
+@_overwrite_option
 @click.option(
     "--tolerance", type=Positive(), help="Largest relative error allowed.  [default: 1e-4; 2e-2 in half precision]"
 )
 @_json_option
-def fold(model: Model, data: Data | None, output: Path, tolerance: Any, as_json: bool) -> None:
+def fold(model: Model, data: Data | None, output: Path, overwrite: bool, tolerance: Any, as_json: bool) -> None:
     """Absorbs normalizations into the layers beside them, and proves that nothing changed.
 
     It is proved on random inputs, and with --data on the first batch of that too.
     """
-    check_output(output, MODEL_SUFFIXES, "--output")
+    check_output(output, MODEL_SUFFIXES, "--output", overwrite)
     with model.loaded() as loaded:
         check = None if data is None else first(data.for_model(loaded), data.batch_size)
         folded = library().fold(loaded, check, tolerance)
-        save(folded.model, output)
+        save(folded.model, output, overwrite)
     _print(folded.report, as_json)
 
 

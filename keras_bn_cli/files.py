@@ -1,17 +1,18 @@
 """What the command reads and writes: models, data, versions."""
 
 import contextlib
+import hashlib
 import importlib
 import json
 import os
 import sys
 import textwrap
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from keras_bn_cli.shell import library, tell, warnings_in_a_line
+from keras_bn_cli.shell import check_free, library, tell, warnings_in_a_line
 
 CARD = "assets.extra/keras_bn.json"
 MODEL_SUFFIXES = (".keras", ".h5", ".hdf5")
@@ -147,12 +148,23 @@ def first(examples: Any, count: int) -> Any:
     return keras.tree.map_structure(lambda array: array[:count], examples)
 
 
-def save(model: Any, path: Path) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def save(model: Any, path: Path, overwrite: bool) -> None:
+    """Writes a model in the format that the name says."""
+    with written_whole(path, overwrite) as temporary:
+        if path.suffix.lower() == ".keras":
+            model.save(temporary)
+        else:
+            temporary.write_bytes(_as_hdf5(model))
+
+
+@contextlib.contextmanager
+def written_whole(path: Path, overwrite: bool) -> Iterator[Path]:
+    """A name to write to beside `path`, which becomes `path` when all is written; else `path` is left as it was."""
     temporary = path.with_name(f".{path.stem}.writing{path.suffix}")
     try:
-        model.save(temporary)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        check_free(path, str(path), overwrite)  # Another may have been faster.
         os.replace(temporary, path)
     except OSError as error:
         raise ValueError(f"{path} cannot be written: {error.strerror or error}.") from error
@@ -160,7 +172,24 @@ def save(model: Any, path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def _as_hdf5(model: Any) -> bytes:
+    """Made in memory: where a disk is full while HDF5 writes to it, its library ends the process."""
+    import h5py
+
+    class InMemory(h5py.File):
+        """Keras takes an open file, and asks what it is called."""
+
+        def __str__(self) -> str:
+            return "model.h5"
+
+    with InMemory("model.h5", "w", driver="core", backing_store=False) as file:
+        model.save(file)
+        file.flush()
+        return bytes(file.id.get_file_image())
+
+
 def card_of(version: Path) -> Any:
+    """What a version says of itself, once its files are known to be those that were written."""
     card = version / CARD
     if not card.exists():
         versions = sorted((child for child in version.iterdir() if child.name.isdecimal()), key=lambda p: int(p.name))
@@ -174,7 +203,31 @@ def card_of(version: Path) -> Any:
         raise ValueError(f"{card} is broken; export the version anew. It is no JSON: {error}.") from error
     if not isinstance(content, dict) or not content.keys() >= {"signatures", "folding"}:
         raise ValueError(f"{card} is broken; export the version anew. It is no card that keras_bn wrote.")
+    # Versions of an earlier export say nothing of their files, but for the one that all have.
+    for name, written in {"saved_model.pb": {}, **content.get("files", {})}.items():
+        _check_file(version / name, written)
     return content
+
+
+def _check_file(path: Path, written: Mapping[str, Any]) -> None:
+    """That a file of a version is there, and as it was written."""
+    advice = "copy the version anew from where it was exported, or export it again."
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; {advice}")
+    size, wanted = path.stat().st_size, written.get("size")
+    if wanted is not None and size != wanted:
+        raise ValueError(f"{path} is broken; {advice} It has {size:,} bytes and was written with {wanted:,}.")
+    wanted = written.get("sha256")
+    if wanted is not None and _sum_of(path) != wanted:
+        raise ValueError(f"{path} is broken; {advice} Its SHA-256 sum is not the one it was written with.")
+
+
+def _sum_of(path: Path) -> str:
+    result = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(2**20):
+            result.update(part)
+    return result.hexdigest()
 
 
 def _custom_objects(modules: Sequence[str]) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """How the command talks: results on stdout, all else on stderr, every mistake in one line."""
 
 import contextlib
+import difflib
 import math
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -24,8 +26,13 @@ class Commands(click.Group):
     ) -> Any:
         try:
             code = super().main(args, prog_name, standalone_mode=False, **extra) or 0
-        except click.Abort:
+        except (click.Abort, KeyboardInterrupt):
             code = fail("Interrupted.", 130)
+        except _Terminated:
+            code = fail("Terminated.", 143)
+        except click.NoSuchOption as error:
+            path = error.ctx.command_path if error.ctx else "keras-bn"
+            code = fail(f"No such option: {error.option_name}.{_near(error)} See {path} --help.", error.exit_code)
         except click.UsageError as error:
             path = error.ctx.command_path if error.ctx else "keras-bn"
             code = fail(f"{error.format_message()} See {path} --help.", error.exit_code)
@@ -44,7 +51,46 @@ class Commands(click.Group):
             if ctx.params["traceback"]:
                 raise
             kind = "" if isinstance(error, ValueError | TypeError | OSError) else f"{type(error).__name__}: "
-            raise click.ClickException(f"{kind}{error}") from error
+            raise click.ClickException(f"{kind}{_said_by(error)}") from error
+
+
+def _said_by(error: Exception) -> str:
+    """The text of an error; of one of TensorFlow's, whose texts are pages, the line that says it."""
+    if not type(error).__module__.startswith("tensorflow"):
+        return str(error)
+    from keras_bn.examples import reason
+
+    return reason(error)
+
+
+def _near(error: click.NoSuchOption) -> str:
+    """Compared without the dashes, which all have, and which make any two short names alike."""
+    names = [name.lstrip("-") for name in error.possibilities or ()]
+    near = difflib.get_close_matches(error.option_name.lstrip("-"), names, 1)
+    return f" Did you mean --{near[0]}?" if near else ""
+
+
+class _Terminated(BaseException):
+    """The system asks the process to end: what is being written is taken back on the way out."""
+
+
+@contextlib.contextmanager
+def ended_in_order() -> Iterator[None]:
+    """Around work that leaves something behind where it is killed: SIGTERM and SIGHUP end it as Ctrl-C does."""
+
+    def end(number: int, frame: Any) -> None:
+        raise _Terminated
+
+    changed = {}
+    try:
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP.
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # Under `nohup` it is not.
+                changed[number] = signal.signal(number, end)
+        yield
+    finally:
+        for number, before in changed.items():
+            signal.signal(number, before)
 
 
 class PassesOn(click.Command):
@@ -119,10 +165,17 @@ def library() -> Any:
     return keras_bn
 
 
-def check_output(path: Path, suffixes: Sequence[str], option: str) -> None:
+def check_output(path: Path, suffixes: Sequence[str], option: str, overwrite: bool) -> None:
+    """Before the work: that a file of that name can be written, and takes the place of none by mistake."""
     if path.suffix.lower() not in suffixes:
         raise click.UsageError(f"{option} must end in {', '.join(suffixes)}. Received: {path}.")
+    check_free(path, option, overwrite)
     check_folder(path.parent, option)
+
+
+def check_free(path: Path, option: str, overwrite: bool) -> None:
+    if path.exists() and not overwrite:
+        raise click.UsageError(f"{option} must be a file that is not there yet, or pass --overwrite. Received: {path}.")
 
 
 def check_folder(folder: Path, option: str) -> None:

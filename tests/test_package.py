@@ -88,6 +88,7 @@ LIBRARY_FLOORS = [
     {"arguments", "updates"},
     {"layer"},
     {"model", "modes"},
+    {"examples"},
     {"drift", "cloning"},
     {"population"},
     {"health", "folding", "conversion"},

@@ -1,5 +1,6 @@
 """export(): a trained model becomes a numbered SavedModel that a server can load and a person can query."""
 
+import collections
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -12,19 +13,19 @@ import tensorflow as tf
 
 from keras_bn import arguments
 from keras_bn.drift import SIGNATURE as DRIFT
-from keras_bn.drift import reason
+from keras_bn.examples import check_kind, computing_with
 from keras_bn.exporting import signatures as _signatures
 from keras_bn.exporting import versions as _versions
 from keras_bn.exporting import warmup as _warmup
 from keras_bn.exporting.card import CARD, describe
 from keras_bn.exporting.checks import ROWS, check_graph, check_outputs, check_rows, check_shapes
 from keras_bn.exporting.signatures import BYTES, SERVING
-from keras_bn.folding import FoldingReport
-from keras_bn.folding import fold as fold_model
+from keras_bn.folding import FoldingReport, fold_proved_on
 from keras_bn.folding.proof import Errors, Tolerance, accepted_inputs
 from keras_bn.model import batch_norms_below, check_finite, check_model, graph_of, layers_below
 from keras_bn.names import argument
 from keras_bn.population.report import Recalibration
+from keras_bn.warning import warn
 
 # Called with the name of each stage as it is reached.
 STAGE_HOOKS: list[Callable[[str], None]] = []
@@ -109,7 +110,8 @@ def export(
         model_base_path: folder of the model's versions; made if it is not there.
         version: integer from 0, or None for one more than the highest there (1 in an empty folder).
         fold: whether normalizations are absorbed into other weights, see `keras_bn.fold`.
-        labels: names of the classes; adds `top_labels` and `top_scores`, of the likeliest five, to the outputs.
+        labels: names of the classes, none of them blank; adds `top_labels` and `top_scores`, of the likeliest five, to
+            the outputs. Names that come twice are taken with a warning.
         preprocess: makes the model's input of a batch of pictures, float32 in [0, 255] of shape (batch, height, width,
             channels): such as `keras.applications.resnet50.preprocess_input`, other TensorFlow operations, or a Keras
             layer. With it, pixels are posted as they are, uint8. What is served is compared with this function and the
@@ -132,6 +134,7 @@ def export(
         TypeError: when an argument is of the wrong type.
         ValueError: when an argument does not fit the model, weights or statistics are not finite, the version is there
             already, or a check fails.
+        OSError: when the version cannot be written; nothing of it is left.
         ImportError: when `warmup` is given and `tensorflow-serving-api` is not installed.
 
     Example:
@@ -140,11 +143,22 @@ def export(
     keras_bn.export(model, "served/fashion", labels=names, warmup=images[:8]).path  # served/fashion/1
     ```
     """
-    _check_arguments(model, version, labels, preprocess, accuracy)
-    for name, value in {"fold": fold, "jit_compile": jit_compile, "overwrite": overwrite, "drift": drift}.items():
-        arguments.flag(name, value)
+    check_model(model, built=True)
+    base = Path(arguments.path("model_base_path", model_base_path))
+    version = _version(version)
+    labels = _labels(labels)
+    if preprocess is not None and not callable(preprocess):
+        raise TypeError(f"`preprocess` must be a function or a Keras layer. Received: preprocess={preprocess!r}.")
+    fold, jit_compile = arguments.flag("fold", fold), arguments.flag("jit_compile", jit_compile)
+    overwrite, drift = arguments.flag("overwrite", overwrite), arguments.flag("drift", drift)
+    accuracy = arguments.optional_number("accuracy", accuracy, 0.0, 1.0)
+    tolerance = arguments.optional_number("tolerance", tolerance, 0.0)
+    if recalibration is not None and not isinstance(recalibration, Recalibration):
+        raise TypeError(
+            "`recalibration` must be what `keras_bn.recalibrate` returned, or None. "
+            f"Received: recalibration={recalibration!r} of type {type(recalibration).__name__}."
+        )
     check_finite(model)
-    base = Path(model_base_path)
     if fold and graph_of(model) is None:
         raise ValueError(
             "`fold` must be False for a subclassed model, as what it does is known to its own `call` only: its "
@@ -156,11 +170,11 @@ def export(
         _warmup.require()
     original = _signatures.Serving(model, preprocess, jit_compile)
     least = original.least_sizes()
-    examples = None if warmup is None else _examples(warmup, original, least)
+    examples = None if warmup is None else _examples(warmup, model, original, least)
     served_model, folding = model, None
     if fold:
         check = None if examples is None else original.model_inputs(examples)
-        served_model, folding = fold_model(model, check, tolerance)
+        served_model, folding = fold_proved_on(model, check, "warmup", tolerance)
     observed = model if drift and batch_norms_below(model) else None
     serving = _signatures.Serving(served_model, preprocess, jit_compile, named_after=original)
     with _versions.temporary_sibling(base) as folder:
@@ -171,13 +185,15 @@ def export(
         root = tf.Module()
         root.kept = _resources(served_model, observed, preprocess)
         options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
-        tf.saved_model.save(root, os.fspath(folder), signatures=signatures, options=options)
+        with _versions.writing(base):
+            tf.saved_model.save(root, os.fspath(folder), signatures=signatures, options=options)
         _reached("model written")
-        card = describe(model, signatures, labels, folding, accuracy, recalibration)
-        (folder / CARD).parent.mkdir(exist_ok=True)
-        (folder / CARD).write_text(json.dumps(card, indent=2) + "\n")
-        if examples is not None:
-            _warmup.write(folder, base.name, examples, list(signatures))
+        card = describe(model, signatures, labels, folding, accuracy, recalibration, folder)
+        with _versions.writing(base):
+            (folder / CARD).parent.mkdir(exist_ok=True)
+            (folder / CARD).write_text(json.dumps(card, indent=2) + "\n")
+            if examples is not None:
+                _warmup.write(folder, base.name, examples, list(signatures))
         _reached("extras written")
         errors = _check(folder, original, signatures, examples, Tolerance(model, tolerance), jit_compile)
         _reached("checked")
@@ -187,20 +203,36 @@ def export(
     return Exported(path, int(path.name), serving.inputs, outputs, list(signatures), errors, folding)
 
 
-def _check_arguments(model: Any, version: Any, labels: Any, preprocess: Any, accuracy: Any) -> None:
-    check_model(model, built=True)
-    if version is not None and (isinstance(version, bool) or not isinstance(version, int)):
-        raise TypeError(f"`version` must be an integer from 0, or None for the next. Received: version={version!r}.")
-    if version is not None and not 0 <= version < 2**63:
+def _version(version: Any) -> int | None:
+    if version is None:
+        return None
+    version = arguments.whole_number("version", version, 0, ", or None for the next")
+    if version >= 2**63:
         raise ValueError(
             f"`version` must be an integer from 0 to 2**63 - 1, or None for the next. Received: version={version}."
         )
-    if labels is not None and (isinstance(labels, str) or not all(isinstance(label, str) for label in labels)):
-        raise TypeError(f"`labels` must be a sequence of strings, one for each class. Received: labels={labels!r}.")
-    if preprocess is not None and not callable(preprocess):
-        raise TypeError(f"`preprocess` must be a function or a Keras layer. Received: preprocess={preprocess!r}.")
-    if accuracy is not None and not 0 <= accuracy <= 1:
-        raise ValueError(f"`accuracy` must be in [0, 1]. Received: accuracy={accuracy!r}.")
+    return version
+
+
+def _labels(labels: Any) -> list[str] | None:
+    if labels is None:
+        return None
+    allowed = "`labels` must be a sequence of strings that are not blank, one for each class."
+    labels = labels.tolist() if isinstance(labels, np.ndarray) else labels
+    is_sequence = isinstance(labels, Sequence) and not isinstance(labels, str | bytes)
+    if not is_sequence or not all(isinstance(label, str) for label in labels):
+        raise TypeError(f"{allowed} Received: labels={labels!r}.")
+    blank = [number for number, label in enumerate(labels) if not label.strip()]
+    if blank:
+        raise ValueError(f"{allowed} Received: {labels[blank[0]]!r} for class {blank[0]}, counted from 0.")
+    twice = [label for label, times in collections.Counter(labels).items() if times > 1]
+    if twice:  # Refused it is not: ImageNet has two classes that are called "crane".
+        warn(
+            "`labels` should be another string for each class, as `top_labels` tells classes of one name not apart. "
+            f"Received: {twice[0]!r} for classes {[n for n, label in enumerate(labels) if label == twice[0]]}"
+            f"{f', and {len(twice) - 1} more' if len(twice) > 1 else ''}."
+        )
+    return list(labels)
 
 
 def _reached(stage: str) -> None:
@@ -208,7 +240,9 @@ def _reached(stage: str) -> None:
         hook(stage)
 
 
-def _examples(warmup: Any, original: _signatures.Serving, least: Mapping[str, list[int]]) -> dict[str, tf.Tensor]:
+def _examples(
+    warmup: Any, model: keras.Model, original: _signatures.Serving, least: Mapping[str, list[int]]
+) -> dict[str, tf.Tensor]:
     inputs = original.inputs
     by_name = warmup if isinstance(warmup, Mapping) else dict(zip(inputs, [warmup], strict=False))
     if by_name.keys() != inputs.keys():
@@ -219,10 +253,13 @@ def _examples(warmup: Any, original: _signatures.Serving, least: Mapping[str, li
             f"Received: warmup={sorted(warmup) if isinstance(warmup, Mapping) else type(warmup).__name__}."
         )
     examples = {name: _example(name, by_name[name], spec, least[name]) for name, spec in inputs.items()}
-    try:
-        original.predict(examples)
-    except tf.errors.InvalidArgumentError as error:
-        raise ValueError(f"`warmup` must be what the model can compute with. Received: {reason(error)}") from error
+    with computing_with("warmup", model):
+        outputs = original.predict(examples).values()
+    if not any(np.any(np.isfinite(np.asarray(output, "float64"))) for output in outputs if output.dtype != tf.string):
+        raise ValueError(
+            "`warmup` must be examples for which the model gives finite numbers, as it is checked on them. "
+            "Received: outputs of NaN and infinities only."
+        )
     return examples
 
 
@@ -234,7 +271,7 @@ def _example(name: str, given: Any, spec: tf.TensorSpec, least: list[int]) -> tf
         raise ValueError(
             f"`warmup` must have one shape for all examples of input {name!r}. Received: {error}"
         ) from error
-    if spec.dtype == tf.uint8 and value.dtype != np.uint8:
+    if spec.dtype == tf.uint8 and spec.shape.rank == 4 and value.dtype != np.uint8:
         shape = tuple(spec.shape[1:])
         raise ValueError(
             f"`warmup` must be uint8 pictures of shape (n, {', '.join(map(str, shape))}) for input {name!r}, decoded. "
@@ -243,6 +280,7 @@ def _example(name: str, given: Any, spec: tf.TensorSpec, least: list[int]) -> tf
     if (value.dtype.kind in "OSU") != (spec.dtype == tf.string):
         wanted = "strings" if spec.dtype == tf.string else "numbers"
         raise ValueError(f"`warmup` must be {wanted} for input {name!r}. Received: dtype {_dtype_text(value)}.")
+    check_kind("warmup", name, value, spec.dtype)
     fits = spec.shape.is_compatible_with(value.shape)
     if not fits or any(size < smallest for size, smallest in zip(value.shape, least, strict=True)):
         raise ValueError(

@@ -1,7 +1,9 @@
 """The card of a version: what was exported, from what, and with what result."""
 
 import datetime
+import hashlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -21,8 +23,12 @@ def describe(
     folding: FoldingReport | None,
     accuracy: float | None,
     recalibration: Recalibration | None,
+    folder: Path,
 ) -> dict[str, Any]:
-    """What a version is, for JSON: see `export` for the arguments."""
+    """What a version is, for JSON: see `export` for the arguments.
+
+    `files` are those of the model in `folder`, where it is written, with their sizes and SHA-256 sums.
+    """
 
     def described(tensors: Mapping[str, Any]) -> dict[str, Any]:
         return {name: {"dtype": t.dtype.name, "shape": t.shape.as_list()} for name, t in sorted(tensors.items())}
@@ -43,4 +49,17 @@ def describe(
         "accuracy": accuracy,
         "statistics": None if recalibration is None else recalibration.to_dict(),
         "folding": None if folding is None else folding.to_dict(),
+        "files": {
+            path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sum_of(path)}
+            for path in sorted([folder / "saved_model.pb", *folder.glob("variables/*")])
+        },
     }
+
+
+def sum_of(path: Path) -> str:
+    """The SHA-256 sum of a file."""
+    result = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(2**20):
+            result.update(part)
+    return result.hexdigest()

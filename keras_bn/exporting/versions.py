@@ -10,7 +10,17 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import tensorflow as tf
+
+from keras_bn.examples import reason
+
+try:
+    import fcntl
+except ImportError:  # Windows.
+    fcntl = None  # type: ignore[assignment]
+
 _PREFIX = ".exporting-"  # No integer: servers pass it by.
+_UNTIL_HELD, _DAY = 60, 24 * 3600
 
 
 def versions_below(model_base_path: Path) -> list[int]:
@@ -38,7 +48,8 @@ def temporary_sibling(model_base_path: Path) -> Iterator[Path]:
     folder = model_base_path / f"{_PREFIX}{uuid.uuid4().hex}"
     try:
         folder.mkdir()
-        yield folder
+        with _held(folder):
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         for path in made:
@@ -46,11 +57,58 @@ def temporary_sibling(model_base_path: Path) -> Iterator[Path]:
                 path.rmdir()
 
 
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Shows others that the folder is somebody's work: a lock that ends with the process, however that ends."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # A file system without locks.
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def writing(model_base_path: Path) -> Iterator[None]:
+    """Around what writes files: what TensorFlow says of a full disk is an error of the system too.
+
+    Raises:
+        OSError: naming the folder of the versions.
+    """
+    try:
+        yield
+    except (OSError, tf.errors.OpError) as error:
+        problem = getattr(error, "strerror", None) or reason(error)
+        raise OSError(f"{model_base_path} cannot be written: {problem}") from error
+
+
 def _sweep(model_base_path: Path) -> None:
-    """Deletes what exports that were killed have left, once it is a day old and can be no one's work any more."""
+    """Deletes what killed exports have left: what nobody holds, or, where there are no locks, is a day old."""
     for left in model_base_path.glob(f"{_PREFIX}*"):
-        if time.time() - left.stat().st_mtime > 24 * 3600:
-            shutil.rmtree(left, ignore_errors=True)
+        with contextlib.suppress(OSError):  # Another one sweeps, too, or it is another user's.
+            age = time.time() - left.stat().st_mtime
+            # Between its making and its lock a folder is nobody's.
+            if age > _UNTIL_HELD and _is_abandoned(left, age):
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_abandoned(left: Path, age: float) -> bool:
+    if fcntl is not None:
+        descriptor = os.open(left, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            return False
+        except OSError:  # A file system without locks.
+            return age > _DAY
+        finally:
+            os.close(descriptor)
+    return age > _DAY
 
 
 def rename_into_place(folder: Path, model_base_path: Path, version: int | None, overwrite: bool) -> Path:

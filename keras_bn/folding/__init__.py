@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import keras
 
+from keras_bn import arguments
 from keras_bn.folding.folder import Folder
 from keras_bn.folding.graph import Graph
 from keras_bn.folding.proof import Tolerance, errors_between, proof_batches
@@ -57,22 +58,28 @@ def fold(model: keras.Model, check: Any = None, tolerance: float | None = None) 
         A `Folded`: the new `model` and the `report`.
 
     Raises:
-        TypeError: when `model` is no Keras model.
-        ValueError: when `model` is subclassed or not built, has weights that are not finite, or takes no random inputs;
-            or when the new model is not within the tolerance.
+        TypeError: when `model` is no Keras model, or another argument of the wrong type.
+        ValueError: when `model` is subclassed or not built, has weights that are not finite, takes no random inputs,
+            or cannot compute with `check`; or when the new model is not within the tolerance.
 
     Reference: Jacob et al. 2018 (arXiv 1712.05877), section 3.2.
     """
+    return fold_proved_on(model, check, "check", tolerance)
+
+
+def fold_proved_on(model: keras.Model, check: Any, argument: str, tolerance: float | None) -> Folded:
+    """`fold`, which calls `check` what the person calls it who gave it, or could."""
     check_model(model)
+    tolerance = arguments.optional_number("tolerance", tolerance, 0.0)
     graph = Graph(model)
     check_finite(model)
     folder = Folder(graph, named_batch_norms(model))
     folder.fold_all()
     new, shared = folder.new_model()
-    batches, allowed = proof_batches(model, check), Tolerance(model, tolerance)
-    errors = errors_between(model, new, batches)
+    batches, allowed = proof_batches(model, check, argument), Tolerance(model, tolerance)
+    errors = errors_between(model, new, batches, argument)
     if not allowed.allows(errors.relative, batches):
-        random = " It was tried on random inputs; give real ones, as `check`, or to `export` as `warmup`."
+        random = f" It was tried on random inputs; give real ones, as `{argument}`."
         raise ValueError(
             "`tolerance` must be above the error of the folded model, or the model is not fit to be folded."
             f"{random if check is None else ''} "

@@ -31,6 +31,7 @@ _KINDS: dict[type, str] = {
 }
 
 
+_ABSORBING = "Dense and convolutions"
 _IDLE_IN_INFERENCE = (
     keras.layers.Dropout,
     keras.layers.SpatialDropout1D,
@@ -56,6 +57,18 @@ def absorbing_kind(layer: Any) -> str | None:
     if kind is None or getattr(layer, "quantization_mode", None) or getattr(layer, "lora_enabled", False):
         return None
     return kind
+
+
+def why_not_absorbing(layer: Any) -> str:
+    """Of a layer whose `absorbing_kind` is None, in words that go on with its name."""
+    if type(layer) in _KINDS:
+        return "is quantized or adapted (LoRA), so that its weights cannot be changed"
+    for known in (*_KINDS, keras.layers.BatchNormalization):
+        if isinstance(layer, known) and type(layer).__module__.split(".")[0] not in ("keras", "keras_bn"):
+            return f"is a subclass of {known.__name__}, which may compute something else"
+    if getattr(layer, "weights", None):
+        return f"is no layer that absorbs it ({_ABSORBING} do)"
+    return f"has no weights, and so nothing to absorb it with ({_ABSORBING} have)"
 
 
 def channel_axis(layer: Any, rank: int) -> int:

@@ -15,6 +15,7 @@ from keras_bn.folding.absorbing import (
     idle_in_inference,
     pads_with_zeros,
     weights_of,
+    why_not_absorbing,
 )
 from keras_bn.folding.graph import Graph, Step, Value
 from keras_bn.folding.report import FoldedNormalization
@@ -101,12 +102,12 @@ class Folder:
         producers = [None if step.input is None else self.graph.producer(step.input) for step in uses]
         first = producers[0]
         if first is None:
-            return "it comes first"
+            return "only an input of the model is before it"
         previous = first.op
         label = _label(previous)
         merging = is_plain_batch_norm(previous) and self._into.get(previous) is None
         if not merging and absorbing_kind(previous) is None:
-            return f"{label} before it has no weights to absorb it"
+            return f"{label} before it {why_not_absorbing(previous)}"
         if any(producer is None or producer.op is not previous for producer in producers):
             return "it is shared, and not all its uses follow the same layer"
         if len(self.graph.uses(previous)) != len(uses):
@@ -141,8 +142,10 @@ class Folder:
         affine = self._affines[layer]
         for op in following:
             label = _label(op)
-            if absorbing_kind(op) is None or absorbing_kind(op) == "transposed":
-                return f"{label} after it has no weights to absorb it"
+            if absorbing_kind(op) is None:
+                return f"{label} after it {why_not_absorbing(op)}"
+            if absorbing_kind(op) == "transposed":
+                return f"{label} after it adds up fewer inputs at its edges, where the shift would be another"
             if any(self._maker(step.input) is not layer for step in self.graph.uses(op)):
                 return f"{label} after it is also used without the normalization"
             if _channel_axis_of(layer, uses[0]) != channel_axis(op, len(uses[0].outputs[0].shape)):

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_bn.examples import as_arrays, computing_with, reason
 from keras_bn.model import default_tolerance, inference_mode, input_structure, layers_below, variables_restored
 
 
@@ -124,7 +125,7 @@ def accepted_inputs(run: Callable[[Any], Any], structure: Any, argument: str, ba
             try:
                 outputs = keras.tree.flatten(run(inputs))
             except Exception as error:  # Any: a model may raise what it likes.
-                refusals.append(f"{type(error).__name__}: {error}".strip().splitlines()[0][:300])
+                refusals.append(f"{type(error).__name__}: {reason(error)}"[:300])
                 continue
             if all(int(tf.size(output)) for output in outputs):
                 accepted.append(inputs)
@@ -194,37 +195,49 @@ def _computing_in_float64(model: keras.Model) -> Iterator[bool]:
             layer.dtype_policy = policy
 
 
-def errors_between(model: keras.Model, other: keras.Model, batches: list[Any]) -> Errors:
+def errors_between(model: keras.Model, other: keras.Model, batches: list[Any], argument: str = "check") -> Errors:
     """The largest over all batches, both models in inference mode; `other` counts relative to `model`.
 
+    Args:
+        model, other: to be compared.
+        batches: of inputs.
+        argument: where a person gave them, or could.
+
     Raises:
-        ValueError: when `model` gives nothing finite to compare with.
+        ValueError: when `model` cannot compute with them, or gives nothing finite to compare with.
     """
     errors, finite = [], False
     for inputs in batches:
         # Restored, since recurrent layers may keep a state.
         with variables_restored(model), variables_restored(other), inference_mode(model), inference_mode(other):
-            expected = model(inputs, training=False)
+            with computing_with(argument, model):
+                expected = model(inputs, training=False)
             errors.append(largest_errors(expected, other(inputs, training=False)))
         finite = finite or any(
             np.any(np.isfinite(np.asarray(output).astype("float64"))) for output in keras.tree.flatten(expected)
         )
     if not finite:
         raise ValueError(
-            "`check` must be inputs for which the model gives finite numbers; of others nothing can be proved. "
+            f"`{argument}` must be inputs for which the model gives finite numbers; of others nothing can be proved. "
             "Received: outputs of NaN and infinities only."
         )
     return Errors(*np.max(errors, axis=0).tolist())
 
 
-def proof_batches(model: keras.Model, check: Any = None) -> list[Any]:
+def proof_batches(model: keras.Model, check: Any = None, argument: str = "check") -> list[Any]:
     """`check`, a batch of inputs of `model`, or random ones where that is None.
 
+    Args:
+        model: what takes them.
+        check: as a person gave them.
+        argument: where.
+
     Raises:
-        ValueError: when there is no `check` and the model takes no random inputs.
+        TypeError: when `check` is no arrays.
+        ValueError: when `check` holds no example, or there is none and the model takes no random inputs.
     """
     if check is not None:
-        return [check]
+        return [as_arrays(argument, check, model)]
 
     structure = input_structure(model)
 
@@ -235,7 +248,7 @@ def proof_batches(model: keras.Model, check: Any = None) -> list[Any]:
             model.compute_output_spec(keras.tree.map_structure(_symbolic, inputs, structure))
             return model(inputs, training=False)
 
-    return accepted_inputs(run, structure, "check")
+    return accepted_inputs(run, structure, argument)
 
 
 def _symbolic(tensor: Any, like: Any) -> keras.KerasTensor:

@@ -51,8 +51,10 @@ class FoldingReport(NamedTuple):
 
     def __str__(self) -> str:
         rows = [[one.name, ", ".join(one.into) or "-", one.reason] for one in self.normalizations]
+        stay = self.absorbed < len(self.normalizations)
         return (
             f"{self.absorbed} of {len(self.normalizations)} normalizations absorbed; largest error "
             f"{self.absolute_error:.3g} absolute, {self.relative_error:.3g} relative (allowed: {self.tolerance:g}).\n"
             + table(["layer", "absorbed by", "why it stays"], rows)
+            + ("\nWhat stays is computed as one multiply-add, and everything else is as before." if stay else "")
         )

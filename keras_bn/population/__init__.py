@@ -10,7 +10,7 @@ from keras_bn import arguments
 from keras_bn.drift import distance, plain, summary
 from keras_bn.model import (
     check_model,
-    named_batch_norms,
+    required_batch_norms,
     set_statistics,
     statistics_of,
     variables_restored,
@@ -93,13 +93,13 @@ def recalibrate(
     Reference: Ioffe & Szegedy 2015 (arXiv 1502.03167), Algorithm 2; Wu & Johnson 2021 (arXiv 2105.07576), "precise BN".
     """
     check_model(model, built=True)
-    check_options(method, order, verbose, tolerance)
+    tolerance = check_options(method, order, verbose, tolerance, layers)
     if tolerance is not None and Workers(model).count > 1:
         raise ValueError(
             "`tolerance` must be None for a model that several workers train: each would stop at another batch. Take "
             f"as many batches on each with `steps`. Received: tolerance={tolerance}."
         )
-    norms, targets = _chosen(model, layers)
+    norms, targets = chosen(model, layers)
     batches = data if isinstance(data, Batches) else Batches(data, steps, batch_size)
     batches.settled(model)
     old = {name: statistics_of(norms[name]) for name in targets}
@@ -170,7 +170,7 @@ def measure(
     """
     check_model(model, built=True)
     arguments.choice("verbose", verbose, VERBOSE)
-    norms, targets = _chosen(model, layers)
+    norms, targets = chosen(model, layers)
     with variables_restored(model):
         return measure_as_it_stands(model, norms, targets, Batches(data, steps, batch_size).settled(model), verbose)
 
@@ -190,7 +190,7 @@ def apply_statistics(model: keras.Model, *measured: Mapping[str, Moments]) -> No
             given are no moments.
     """
     check_model(model, built=True)
-    norms = named_batch_norms(model)
+    norms = required_batch_norms(model)
     together: dict[str, Moments] = {}
     if not measured:
         raise ValueError("`measured` must be what `keras_bn.measure` returned, once at least. Received: nothing.")
@@ -223,22 +223,21 @@ def apply_statistics(model: keras.Model, *measured: Mapping[str, Moments]) -> No
         set_statistics(norms[name], moments.mean, np.asarray(moments.variance))
 
 
-def _chosen(model: keras.Model, layers: Any) -> tuple[dict[str, keras.layers.BatchNormalization], list[str]]:
+def chosen(model: keras.Model, layers: Any) -> tuple[dict[str, keras.layers.BatchNormalization], list[str]]:
     """Every normalization by its name, and the names that were chosen."""
-    norms = named_batch_norms(model)
-    if not norms:
-        raise ValueError(f"`model` must have a batch normalization. Received: model={model.name!r}, which has none.")
+    norms = required_batch_norms(model)
+    arguments.names("layers", layers)
     if layers is None:
         return norms, list(norms)
-    if isinstance(layers, str) or not isinstance(layers, Sequence) or not layers or not set(layers) <= set(norms):
+    if not set(layers) <= set(norms):
         raise ValueError(f"`layers` must be a list of some of {list(norms)}. Received: layers={layers!r}.")
     return norms, list(layers)
 
 
-def check_options(method: Any, order: Any, verbose: Any, tolerance: Any = None) -> None:
-    """Of `recalibrate`, wherever they are given."""
+def check_options(method: Any, order: Any, verbose: Any, tolerance: Any, layers: Any) -> float | None:
+    """Of `recalibrate`, wherever they are given; returns the tolerance as a number of Python."""
     arguments.choice("method", method, METHODS)
     arguments.choice("order", order, ORDERS)
     arguments.choice("verbose", verbose, VERBOSE)
-    if tolerance is not None:
-        arguments.number("tolerance", tolerance, 0.0)
+    arguments.names("layers", layers)
+    return arguments.optional_number("tolerance", tolerance, 0.0)

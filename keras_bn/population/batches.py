@@ -8,6 +8,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_bn import arguments
+from keras_bn.examples import as_arrays
 from keras_bn.model import check_one_argument, graph_of
 
 Batch = tuple[Any, Any]
@@ -27,10 +29,9 @@ class Batches:
     """
 
     def __init__(self, data: Any, steps: int | None = None, batch_size: int = 32):
-        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
-            raise ValueError(f"`steps` must be a positive integer, or None for all batches. Received: steps={steps!r}.")
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"`batch_size` must be a positive integer. Received: batch_size={batch_size!r}.")
+        if steps is not None:
+            steps = arguments.whole_number("steps", steps, alternative=", or None for all batches")
+        batch_size = arguments.whole_number("batch_size", batch_size)
         if isinstance(data, str | bytes) or not (
             _is_arrays(data) or isinstance(data, Iterable | keras.utils.PyDataset)
         ):
@@ -41,6 +42,7 @@ class Batches:
         self._data, self._steps, self._batch_size = data, steps, batch_size
         self._arrays: bool | None = None if isinstance(data, list) and _is_arrays(data) else _is_arrays(data)
         self._kept: list[Batch] = []
+        self._model: keras.Model | None = None
         once_only = not self._arrays and isinstance(data, Iterator)
         # One iterator of parts: who stops in the middle of a distributed batch goes on with its next part.
         self._source = itertools.chain.from_iterable(map(_parts, _take(data, steps))) if once_only else None
@@ -61,6 +63,7 @@ class Batches:
             ValueError: for a list of arrays and a model that does not tell how many inputs it has.
         """
         check_one_argument(model)
+        self._model = model
         if self._arrays is not None:
             return self
         if graph_of(model) is None:
@@ -77,13 +80,17 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         if self._source is None:
             for batch in _take(self._raw(), self._steps):
-                yield from map(_ready, _parts(batch))
+                yield from map(self._ready, _parts(batch))
             return
         yield from self._kept
         for batch in self._source:
-            self._kept.append(_ready(batch))
+            self._kept.append(self._ready(batch))
             yield self._kept[-1]
         self.length = len(self._kept)
+
+    def _ready(self, batch: Any) -> Batch:
+        x, _, weight = keras.utils.unpack_x_y_sample_weight(batch)
+        return keras.tree.map_structure(_as_tensor, as_arrays("data", x, self._model, least=0)), weight
 
     def _raw(self) -> Iterator[Any]:
         if self._arrays:
@@ -104,6 +111,12 @@ class Batches:
             yield from self._data
 
     def _length(self) -> int | None:
+        length = self._known_length()
+        if length == 0:
+            raise ValueError("`data` must hold at least one batch. Received: no batch.")
+        return length
+
+    def _known_length(self) -> int | None:
         if self._arrays:
             x = self._data[0] if isinstance(self._data, tuple) else self._data
             return -(-_rows(x) // self._batch_size)
@@ -127,11 +140,6 @@ def _parts(batch: Any) -> Iterator[Any]:
         )
         if all(leaf.shape[0] for leaf in tf.nest.flatten(part) if tf.is_tensor(leaf) and leaf.shape.rank):
             yield part
-
-
-def _ready(batch: Any) -> Batch:
-    x, _, weight = keras.utils.unpack_x_y_sample_weight(batch)
-    return keras.tree.map_structure(_as_tensor, x), weight
 
 
 def _take(batches: Iterable[Any], steps: int | None) -> Iterator[Any]:
@@ -162,14 +170,14 @@ def _is_endless(data: Any) -> bool:
 
 
 def _rows(x: Any) -> int:
-    rows = {int(leaf.shape[0]) for leaf in keras.tree.flatten(x)}
-    if len(rows) != 1:
+    rows = {int(leaf.shape[0]) if len(leaf.shape) else None for leaf in keras.tree.flatten(x)}
+    if len(rows) != 1 or None in rows:
         raise ValueError(
             "`data` must hold arrays of one length; for a list of batches make each a tuple, `(inputs,)`. "
-            f"Received: lengths {sorted(rows)}."
+            f"Received: lengths {sorted(-1 if row is None else row for row in rows)}."
         )
-    return rows.pop()
+    return rows.pop() or 0
 
 
 def _as_tensor(x: Any) -> Any:
-    return x if tf.is_tensor(x) else tf.convert_to_tensor(np.asarray(x))
+    return x if tf.is_tensor(x) else tf.convert_to_tensor(x)

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 
 from keras_bn import arguments
-from keras_bn.population import check_options, recalibrate
+from keras_bn.population import check_options, chosen, recalibrate
 from keras_bn.population.batches import Batches
 from keras_bn.population.report import Recalibration
 
@@ -50,7 +50,7 @@ class Recalibrate(keras.callbacks.Callback):
     ):
         super().__init__()
         self._when = arguments.choice("when", when, ("end", "epoch"))
-        check_options(method, order, verbose, tolerance)
+        tolerance = check_options(method, order, verbose, tolerance, layers)
         # A generator can be read only once, this object as often as there are epochs.
         self._batches = Batches(data, steps, batch_size)
         self._options: dict[str, Any] = {
@@ -68,6 +68,8 @@ class Recalibrate(keras.callbacks.Callback):
     def set_model(self, model: keras.Model) -> None:
         super().set_model(model)
         self._batches.settled(model)
+        if model.built:  # Else its layers may still be to come.
+            chosen(model, self._options["layers"])
 
     def on_train_begin(self, logs: Any = None) -> None:
         self._fitting = True

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_bn.examples import computing_with
 from keras_bn.model import (
     calls_replaced,
     check_weights_finite,
@@ -185,6 +186,7 @@ def _one_pass(
     standard error of each target is below `tolerance`.
     """
     accumulators: dict[str, Accumulator] = {}
+    index = -1
     for index, (inputs, weight) in enumerate(batches):
         calls_left = itertools.count(calls or 0, -1)
         next(calls_left)
@@ -214,7 +216,7 @@ def _one_pass(
         progress.batch_done()
         if _are_settled(accumulators, tolerance, batches=index + 1):
             break
-    if not accumulators and skipped is None:
+    if index < 0 or (not accumulators and skipped is None):
         raise ValueError("`data` must hold at least one batch. Received: no batch.")
     return accumulators
 
@@ -277,7 +279,8 @@ def _forward(
         stack.enter_context(inference_mode(model))
         stack.enter_context(calls_replaced({layer: observed(name, layer) for name, layer in layers.items()}))
         try:
-            model(inputs, training=False)
+            with computing_with("data", model):
+                model(inputs, training=False)
         except _Stop as stop:
             return stop
     return None

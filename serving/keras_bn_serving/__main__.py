@@ -140,7 +140,8 @@ def _bind(host: str, port: int) -> socket.socket:
         bound.bind(address)
         bound.setblocking(False)
     except OSError as error:
-        raise UnavailableError(f"Cannot listen on {host} port {port}: {error.strerror}.") from error
+        where = "any port" if port == command_line.AUTO else f"port {port}"
+        raise UnavailableError(f"Cannot listen on {host}, {where}: {error.strerror}.") from error
     return bound
 
 

@@ -166,6 +166,11 @@ def test_a_mistake_is_one_line_and_exit_code_1(arguments, message, model_file, d
     assert not (tmp_path / "o.keras").exists()
 
 
+@pytest.mark.parametrize(("flag", "said"), [("--batch-sze=3", "Did you mean --batch-size?"), ("--nope", "--nope. See")])
+def test_a_misspelled_option_is_told_one_that_is_near(flag, said, model_file):
+    assert said in run("health", model_file, flag, code=2).stderr
+
+
 def test_a_misspelled_command_is_exit_code_2():
     assert "No such command 'recalibrated'" in run("recalibrated", code=2).stderr
 

@@ -172,7 +172,7 @@ def test_wrong_arguments_of_drift_are_named(tmp_path):
         ValueError, match=r"`inputs` must be a dictionary of arrays with the names \['a', 'b'\].*ndarray"
     ):
         keras_bn.drift(version, normal(7, 3))
-    with pytest.raises(ValueError, match=r"`inputs` must have one example at least, and as many.*\[\d, \d\] examples"):
+    with pytest.raises(ValueError, match=r"`inputs` must have one example at least,.*shapes \[\(7, 1, 3"):
         keras_bn.drift(version, {"a": normal(7, 1, 3), "b": normal(6, 5, 3)})
     with pytest.raises(TypeError, match=r"`model` must be a `keras.Model` or the folder of an exported version"):
         keras_bn.drift(3, normal(7, 3))
@@ -203,11 +203,11 @@ def test_what_a_version_does_not_take_is_refused_in_words(tmp_path):
     version = keras_bn.export(model, tmp_path).path
     with pytest.raises(ValueError, match=r"`inputs` must have shape \(None, None, None, 3\).*'x'.*shape \(2, 9, 3\)"):
         keras_bn.drift(version, normal(2, 9, 3))
-    with pytest.raises(ValueError, match=r"`inputs` must have .* dtype float32 for input 'x'.*dtype <U1"):
+    with pytest.raises(ValueError, match=r"`inputs` must be real numbers for input 'x'. Received: strings"):
         keras_bn.drift(version, np.full((2, 9, 9, 3), "a"))
     for asked in (version, model):
         with pytest.raises(
-            ValueError, match=r"^`inputs` must be what the model can compute with. Received: [^\x1b\n]*$"
+            ValueError, match=r"^`inputs` must be what the model can compute with.* Received: [^\x1b\n]*$"
         ):
             keras_bn.drift(asked, normal(2, 3, 3, 3))
 

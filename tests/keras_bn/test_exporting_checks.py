@@ -13,7 +13,7 @@ import tensorflow as tf
 
 import keras_bn
 from keras_bn import exporting
-from keras_bn.exporting import versions as _versions
+from keras_bn.exporting import versions
 
 
 class FromFunction(keras.layers.Layer):
@@ -144,7 +144,7 @@ def test_overwrite_puts_the_new_version_in_the_place_of_the_old(tmp_path):
 
 def test_an_exchange_the_system_refuses_says_why_and_what_else_to_do(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"No such file or directory: exchanging folders; export a new version"):
-        _versions._exchange(tmp_path / "new", tmp_path / "old")
+        versions._exchange(tmp_path / "new", tmp_path / "old")
 
 
 def test_a_failed_overwrite_leaves_the_old_version(tmp_path):
@@ -173,13 +173,28 @@ def test_a_version_that_appears_meanwhile_is_not_harmed(tmp_path, monkeypatch):
     assert (tmp_path / "1" / "theirs").exists()
 
 
-def test_what_a_killed_export_left_is_swept_a_day_later(tmp_path):
+def test_what_killed_exports_left_is_swept_by_the_next_one(tmp_path):
+    (tmp_path / ".exporting-made-just-now").mkdir()
+    held = versions.temporary_sibling(tmp_path)
+    with held as folder:
+        for left, minutes in ((tmp_path / ".exporting-killed", 2), (folder, 60 * 30)):
+            left.mkdir(exist_ok=True)
+            then = left.stat().st_mtime - 60 * minutes
+            os.utime(left, (then, then))
+        keras_bn.export(small_model(), tmp_path)
+        names = {child.name for child in tmp_path.iterdir()}
+    assert names == {".exporting-made-just-now", folder.name, "1"}
+
+
+def test_where_there_are_no_locks_what_killed_exports_left_is_swept_a_day_later(tmp_path, monkeypatch):
+    monkeypatch.setattr(versions, "fcntl", None)
     for name, hours in ((".exporting-old", 25), (".exporting-now", 1)):
         (tmp_path / name).mkdir()
         then = (tmp_path / name).stat().st_mtime - 3600 * hours
         os.utime(tmp_path / name, (then, then))
-    keras_bn.export(small_model(), tmp_path)
-    assert sorted(child.name for child in tmp_path.iterdir()) == [".exporting-now", "1"]
+    with versions.temporary_sibling(tmp_path):
+        pass
+    assert [child.name for child in tmp_path.iterdir()] == [".exporting-now"]
 
 
 def contents(folder):
@@ -250,5 +265,5 @@ def test_examples_replace_the_random_numbers_of_the_check(tmp_path):
     model = keras.Sequential([keras.Input((3,)), *layers])
     examples = np.full((2, 3), 1 / 3, "float32")
     assert keras_bn.export(model, tmp_path / "shares", warmup=examples).errors.relative < 1e-4
-    with pytest.raises(ValueError, match=r"`check` must be given, a batch of what the model takes"):
+    with pytest.raises(ValueError, match=r"`warmup` must be given, a batch of what.*answered: InvalidArg.*: [^E]"):
         keras_bn.export(model, tmp_path / "shares")

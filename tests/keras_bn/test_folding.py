@@ -228,9 +228,40 @@ def test_what_nobody_absorbs_stays_as_one_multiply_add():
     folded = keras_bn.fold(model)
     assert [type(layer).__name__ for layer in folded.model.layers] == ["ReLU", "Rescaling", "ReLU"]
     assert reasons(folded)["a"] == (
-        "ReLU 'r' before it has no weights to absorb it; ReLU 's' after it has no weights to absorb it"
+        "ReLU 'r' before it has no weights, and so nothing to absorb it with (Dense and convolutions have); "
+        "ReLU 's' after it has no weights, and so nothing to absorb it with (Dense and convolutions have)"
     )
     assert reasons(folded)["b"] == ""
+    assert str(folded.report).endswith("What stays is computed as one multiply-add, and everything else is as before.")
+
+
+class Twice(keras.layers.Dense):
+    """What it computes is its own."""
+
+    def call(self, inputs):
+        return super().call(super().call(inputs))
+
+
+def test_why_a_normalization_stays_is_said_as_it_is():
+    def reason(*layers, shape=(4,)):
+        (text,) = reasons(keras_bn.fold(chain(shape, *layers))).values()
+        return text
+
+    norm, dense = keras.layers.BatchNormalization, keras.layers.Dense
+    assert reason(Twice(4, name="t"), norm()).startswith(
+        "Twice 't' before it is a subclass of Dense, which may compute something else; "
+    )
+    assert reason(dense(4), keras.layers.LayerNormalization(name="l"), norm()).startswith(
+        "LayerNormalization 'l' before it is no layer that absorbs it (Dense and convolutions do); "
+    )
+    assert reason(norm(), keras.layers.Conv2DTranspose(2, 3, name="up"), shape=(5, 5, 1)) == (
+        "only an input of the model is before it; Conv2DTranspose 'up' after it adds up fewer inputs at its edges, "
+        "where the shift would be another"
+    )
+    lora = dense(4, name="adapted")
+    lora.build((None, 4))
+    lora.enable_lora(1)
+    assert "Dense 'adapted' before it is quantized or adapted (LoRA)" in reason(lora, norm())
 
 
 @pytest.mark.parametrize("axis", [1, 2, -1])

@@ -564,10 +564,14 @@ def test_statistics_that_are_none_of_the_model_are_refused_and_nothing_is_change
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
-        ({"layers": "bn"}, ValueError, "`layers` must be a list of some of ['bn']. Received: layers='bn'."),
-        ({"layers": ["other"]}, ValueError, "Received: layers=['other']."),
+        (
+            {"layers": "bn"},
+            TypeError,
+            "`layers` must be a list of names, one at least, or None. Received: layers=",
+        ),
+        ({"layers": ["other"]}, ValueError, "`layers` must be a list of some of ['bn']. Received: layers=['other']."),
         ({"layers": []}, ValueError, "Received: layers=[]."),
-        ({"tolerance": -1}, ValueError, "`tolerance` must be a number not below 0. Received: tolerance=-1."),
+        ({"tolerance": -1}, ValueError, "`tolerance` must be a number not below 0, or None. Received: tolerance=-1."),
         ({"tolerance": "1"}, TypeError, "Received: tolerance='1'."),
     ],
 )

@@ -72,6 +72,25 @@ def test_encoded_pictures_are_sent_as_signatures_decode_them(ask, tmp_path: Path
     np.testing.assert_array_equal(np.asarray(decoded)[..., 0], PIXELS)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "shape"),
+    [
+        ([-1, -1, -1, 3], (1, 4, 6, 3)),
+        ([-1, 2, -1, 1], (1, 2, 3, 1)),
+        ([-1, -1, 3, 1], (1, 2, 3, 1)),
+        ([-1, -1, -1], (1, 4, 6)),
+        ([-1, 2, 2, 3], (1, 2, 2, 3)),
+    ],
+)
+def test_a_picture_has_the_size_that_the_model_asks_for_or_its_own(sizes: list[int], shape, tmp_path: Path):
+    Image.new("RGB", (6, 4), (255, 0, 0)).save(tmp_path / "red.png")
+    info = {"dtype": "DT_FLOAT", "tensor_shape": {"dim": [{"size": str(size)} for size in sizes]}}
+    batch = command._fitting(tmp_path / "red.png", {"image": info})
+    assert batch.shape == shape
+    if sizes[-1] == 3:
+        np.testing.assert_array_equal(batch[0, 0, 0], [1, 0, 0])
+
+
 def test_numbers_are_asked_about(ask):
     assert ask("--model_name=half_plus_two", "1.0", "-2", "5") == "y: [3.5, 2.0, 5.5]\n"
     assert ask("--model_name=half_plus_two", "--", "-1e1") == "y: [-2.0]\n"

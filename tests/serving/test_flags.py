@@ -234,6 +234,24 @@ def test_lists_of_models_are_refused_in_the_words_of_tensorflow_serving(models: 
         model_configs(message, "here", served={"served"})
 
 
+@pytest.mark.parametrize(
+    ("given", "ignored"),
+    [
+        (["--model_base_path=/m"], "--model_base_path"),
+        (["--model_name=m", "--model_base_path=/m"], "--model_name and --model_base_path"),
+    ],
+)
+def test_what_a_config_file_makes_ignored_is_warned_of(
+    given: list[str], ignored: str, caplog: pytest.LogCaptureFixture
+):
+    flags.parse(["--model_config_file=f", *given])
+    flags.parse(["--model_config_file=f"])
+    flags.parse(given if len(given) > 1 else ["--model_base_path=/m"])
+    assert [record.message for record in caplog.records] == [
+        f"{ignored} ignored: --model_config_file=f names the models"
+    ]
+
+
 @pytest.mark.parametrize("form", ["--{}=1", "--{} 1", "--{}"])
 @pytest.mark.parametrize("name", foreign_flags.WITHOUT_EFFECT)
 def test_flags_of_tensorflow_serving_that_change_no_answer_are_taken_with_a_warning(

@@ -58,10 +58,17 @@ def test_a_taken_port_is_one_line(models_folder: Path):
     assert_one_clear_line(result, str(port), "Address already in use")
 
 
+def test_an_address_that_is_none_of_this_machine_is_one_line(tmp_path: Path):
+    (tmp_path / "1").mkdir()
+    result = run_to_the_end(f"--model_base_path={tmp_path}", "--rest_api_port=auto", "--address=203.0.113.1")
+    assert_one_clear_line(result, "Cannot listen on 203.0.113.1, any port: ")
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         (["--model_bas_path=/m"], ["Unknown flag --model_bas_path", "--model_base_path"]),
+        (["--nope"], ["Unknown flag --nope. See --help for all flags."]),
         (["--model_base_path=/m", "--rest_api_port=x"], ["--rest_api_port", "from 0 to 65535", "'x'"]),
         (["--model_base_path=/m", "--rest_api_port=70000"], ["--rest_api_port", "from 0 to 65535", "'70000'"]),
         ([], ["--model_base_path", "--model_config_file"]),

@@ -26,7 +26,8 @@ _TOP = 5
 _HELP = """
 INPUT is one of
   picture.png, .jpg, .gif, .bmp, .webp  one picture, upright: to a signature image_bytes where the model has one;
-                                        else scaled to the model's input, 0 to 255 for integers, 0 to 1 for floats
+                                        else scaled to the model's input, or as large as it is where that takes
+                                        any size; 0 to 255 for integers, 0 to 1 for floats
   examples.npy, examples.npz            a batch or one example; .npz for several inputs, by their names
   examples.json                         what goes under `inputs`, or a whole request with `inputs` or `instances`
   0.5 -1 2                              numbers: as many as one example takes, or several examples
@@ -243,14 +244,26 @@ def _encoded(path: Path) -> bytes:
 def _picture(path: Path, info: dict[str, Any]) -> np.ndarray:
     shape = _sizes(info) or []
     channels = shape[3] if len(shape) == 4 else 1
-    if len(shape) not in (3, 4) or channels not in (1, 3) or min(shape[1:3]) < 1:
+    if len(shape) not in (3, 4) or channels not in (1, 3) or 0 in shape[1:3]:
         raise _InputError(f"The input is no picture: {_describe(info)}.")
     with _opened(path) as (_, upright):
         image = upright.convert("L" if channels == 1 else "RGB")
         # As a signature `image_bytes` does it: linearly, and with smoothing where it gets smaller.
-        pixels = np.asarray(image.resize((shape[2], shape[1]), Image.Resampling.BILINEAR))
-    batch = pixels.reshape(1, *shape[1:])
+        height, width = _size(shape[1], shape[2], image)
+        pixels = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+    batch = pixels.reshape(1, height, width, *shape[3:])
     return batch / np.float32(255) if info["dtype"] in _FLOATS else batch
+
+
+def _size(height: int, width: int, image: Image.Image) -> tuple[int, int]:
+    """The sizes a model asks for; where it takes any (-1), those of the picture, or as its proportions want it."""
+    if height < 0 and width < 0:
+        return image.height, image.width
+    if height < 0:
+        return max(1, round(image.height * width / image.width)), width
+    if width < 0:
+        return height, max(1, round(image.width * height / image.height))
+    return height, width
 
 
 @contextlib.contextmanager

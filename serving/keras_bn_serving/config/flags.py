@@ -1,5 +1,6 @@
 """The flags of `keras-bn serve`, named as tensorflow_model_server names them."""
 
+import difflib
 import logging
 import re
 from collections.abc import Callable, Sequence
@@ -44,6 +45,7 @@ def parse(arguments: Sequence[str], program: str = "python -m keras_bn_serving")
     """
     options = _read(arguments, program)
     _answer_foreign(options)
+    _tell_what_is_ignored(options)
     options.allowed_hosts = options.allowed_hosts or ()
     if options.tensorflow_session_parallelism:
         for name in ("tensorflow_intra_op_parallelism", "tensorflow_inter_op_parallelism"):
@@ -68,9 +70,10 @@ def _read(arguments: Sequence[str], program: str) -> SimpleNamespace:
     except click.exceptions.Exit as error:
         raise SystemExit(error.exit_code) from None
     except click.NoSuchOption as error:
-        shown = [name for flag in command.params if not getattr(flag, "hidden", False) for name in flag.opts]
-        near = [name for name in error.possibilities or () if name in shown]
-        hint = f"Did you mean {near[0]}?" if near else "See --help for all flags."
+        shown = [flag.name or "" for flag in command.params if not getattr(flag, "hidden", False)]
+        # Without the dashes, which all have, and which make any two short names alike.
+        near = difflib.get_close_matches(error.option_name.lstrip("-"), shown, 1)
+        hint = f"Did you mean --{near[0]}?" if near else "See --help for all flags."
         raise UsageError(f"Unknown flag {error.option_name}. {hint}") from None
     except click.BadParameter as error:
         raise UsageError(f"{error.param.opts[0] if error.param else 'A flag'} {error.message}") from None
@@ -115,7 +118,8 @@ def _flags_of_models() -> list[click.Option]:
     return [
         _flag("model_name", str, "default", "Name of the one model.", "NAME"),
         _flag("model_base_path", str, "", "Folder of its numbered versions.", "FOLDER"),
-        _flag("model_config_file", str, "", "ModelServerConfig as text proto, for several models.", "FILE"),
+        _flag("model_config_file", str, "", "ModelServerConfig as text proto, for several models; "
+              "then --model_name and --model_base_path are ignored.", "FILE"),
         _flag("model_config_file_poll_wait_seconds", _Number(float, 0), 0.0, "Reread it so often; 0 never.",
               "SECONDS"),
         _flag("file_system_poll_wait_seconds", _Number(float, 0), 1.0, "Look for versions so often; 0 once.",
@@ -232,6 +236,15 @@ _HOSTS = _Words("hosts", _hosts, "host names or addresses without scheme and por
 _LEVEL = _Words(
     "level", lambda text: text.upper() if text in _LEVELS else None, ", ".join(_LEVELS[:-1]) + f" or {_LEVELS[-1]}"
 )
+
+
+def _tell_what_is_ignored(options: SimpleNamespace) -> None:
+    """Of several models the file says names and paths, as for tensorflow_model_server."""
+    defaults = {"model_name": "default", "model_base_path": ""}
+    given = [name for name, default in defaults.items() if getattr(options, name) != default]
+    if options.model_config_file and given:
+        ignored = " and ".join(f"--{name}" for name in given)
+        _log.warning("%s ignored: --model_config_file=%s names the models", ignored, options.model_config_file)
 
 
 def _answer_foreign(options: SimpleNamespace) -> None:

@@ -1,0 +1,132 @@
+"""What a person gives a model to compute with: arrays of examples, and whose mistake it is where it cannot."""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_bn.model import graph_of
+
+
+def as_arrays(argument: str, examples: Any, model: keras.Model | None = None, least: int = 1) -> Any:
+    """`examples` in their structure, with an array or a tensor for each input.
+
+    Args:
+        argument: what a person calls them.
+        examples: an array, or a structure of arrays; None stands for an optional input of several.
+        model: what they are for, where it tells what it takes.
+        least: how many examples there have to be.
+
+    Raises:
+        TypeError: for what is no array of numbers, booleans or strings.
+        ValueError: when there are fewer examples, not as many for each input, or for an input of whole numbers others.
+    """
+    leaves = [leaf for leaf in keras.tree.flatten(examples) if leaf is not None]
+    if examples is None or not all(hasattr(leaf, "shape") for leaf in leaves):
+        arrays = _as_array(argument, examples)
+    else:
+        arrays = keras.tree.map_structure(lambda leaf: None if leaf is None else _as_array(argument, leaf), examples)
+    there = [leaf for leaf in keras.tree.flatten(arrays) if leaf is not None]
+    rows = [int(leaf.shape[0]) if len(leaf.shape) else None for leaf in there]
+    if not there or None in rows or len(set(rows)) > 1 or min(row or 0 for row in rows) < least:
+        raise ValueError(
+            f"`{argument}` must have one example at least, along the first axis, and as many for each input. "
+            f"Received: {f'shapes {[tuple(leaf.shape) for leaf in there]}' if there else 'nothing'}."
+        )
+    for leaf, spec in _beside_inputs(arrays, model):
+        check_kind(argument, spec.name, leaf, tf.as_dtype(spec.dtype))
+    return arrays
+
+
+def check_kind(argument: str, name: str, values: Any, dtype: tf.DType) -> None:
+    """Refuses values that are another kind of thing than an input: strings, complex numbers, or for integers fractions.
+
+    Raises:
+        ValueError: naming the input.
+    """
+    there = tf.as_dtype(values.dtype)
+    if _kind(there) != _kind(dtype):
+        raise ValueError(
+            f"`{argument}` must be {_kind(dtype)} for input {name!r}. "
+            f"Received: {_kind(there)}, of dtype {values.dtype.name}."
+        )
+    if not dtype.is_integer or there == dtype or isinstance(values, tf.RaggedTensor | tf.SparseTensor):
+        return
+    known = np.asarray(values).astype("float64" if there.is_floating else values.dtype)
+    if known.size and not (np.all(known == np.round(known)) and dtype.min <= known.min() <= known.max() <= dtype.max):
+        raise ValueError(
+            f"`{argument}` must be whole numbers from {dtype.min} to {dtype.max} for input {name!r}, which takes "
+            f"{dtype.name}. Received: dtype {values.dtype.name}, with values from {known.min():g} to {known.max():g}."
+        )
+
+
+@contextlib.contextmanager
+def computing_with(argument: str, model: Any) -> Iterator[None]:
+    """Around the calls of a model for what a person gave: what it cannot compute with is said of that argument.
+
+    Args:
+        argument: what the person calls it.
+        model: a Keras model, whose inputs are told; or anything else that computes.
+
+    Raises:
+        ValueError: for whatever Keras and TensorFlow refuse in a call; errors of ours are what they are.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, tf.errors.InvalidArgumentError, tf.errors.UnimplementedError) as error:
+        text = str(error)
+        if text.startswith("`"):
+            raise
+        shapes = ", ".join(f"{tensor.name!r} {tuple(tensor.shape)}" for tensor in _inputs(model))
+        takes = f", inputs {shapes}" if shapes else ""
+        raise ValueError(
+            f"`{argument}` must be what the model can compute with{takes}. Received: {reason(error)}"
+        ) from error
+
+
+def reason(error: Exception) -> str:
+    """The one line of a message that says it, without colours, nodes and what Keras puts around it."""
+    message = error.message if isinstance(error, tf.errors.OpError) else str(error)
+    text = re.sub(r"\x1b\[[0-9;]*m|\{\{.*?\}\}|\[Op:.*", "", message)
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    around = ("Exception encountered", "Graph execution", "Detected at", "Arguments received")
+    said = [line for line in lines if not line.startswith(around)]
+    return next((line for line in said if "must" in line), (said or lines or [type(error).__name__])[0])
+
+
+def _as_array(argument: str, value: Any) -> Any:
+    if isinstance(value, tf.RaggedTensor | tf.SparseTensor) or tf.is_tensor(value):
+        return value
+    try:
+        array = np.asarray(value)
+        # TensorFlow takes objects that are strings.
+        return array if array.dtype.kind in "biufc" else tf.convert_to_tensor(array)
+    except (TypeError, ValueError, tf.errors.OpError) as error:
+        raise TypeError(
+            f"`{argument}` must be arrays of numbers, booleans or strings, each of one shape for all examples. "
+            f"Received: {value!r} of type {type(value).__name__}."
+        ) from error
+
+
+def _kind(dtype: tf.DType) -> str:
+    return "strings" if dtype == tf.string else "complex numbers" if dtype.is_complex else "real numbers"
+
+
+def _inputs(model: Any) -> list[Any]:
+    graph = graph_of(model)
+    return [] if graph is None else list(graph.inputs)
+
+
+def _beside_inputs(arrays: Any, model: keras.Model | None) -> list[tuple[Any, Any]]:
+    """Each array that is there with the input it is for, as far as that can be told."""
+    inputs = _inputs(model)
+    if isinstance(arrays, dict) and not isinstance(graph_of(model).input if inputs else None, dict):
+        pairs = [(arrays[tensor.name], tensor) for tensor in inputs if tensor.name in arrays]
+    else:
+        leaves = keras.tree.flatten(arrays)
+        pairs = list(zip(leaves, inputs, strict=True)) if len(leaves) == len(inputs) else []
+    return [(leaf, tensor) for leaf, tensor in pairs if leaf is not None and hasattr(leaf, "dtype")]

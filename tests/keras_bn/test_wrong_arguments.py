@@ -1,0 +1,254 @@
+"""Every argument of every public function with values of every kind: what is wrong is said of that argument."""
+
+import inspect
+import itertools
+
+import keras
+import numpy as np
+import pytest
+
+import keras_bn
+
+_X = np.random.default_rng(0).normal(size=(8, 4)).astype("float32")
+
+
+class _Refuses(keras.layers.Layer):
+    """An object of a class that has nothing to do with any argument."""
+
+
+WRONG = {
+    "None": None,
+    "word": "wrong",
+    "empty word": "",
+    "bytes": b"wrong",
+    "negative": -1,
+    "zero": 0,
+    "fraction": 1.5,
+    "NaN": float("nan"),
+    "infinity": float("inf"),
+    "True": True,
+    "False": False,
+    "huge": 10**30,
+    "number of NumPy": np.float32(1),
+    "empty list": [],
+    "list of None": [None],
+    "list of words": ["a", "b"],
+    "list of numbers": [1, 2],
+    "ragged list": [[1.0, 2.0], [3.0]],
+    "empty tuple": (),
+    "empty dictionary": {},
+    "dictionary of numbers": {"a": 1},
+    "dictionary of None": {"inputs": None},
+    "set": {1},
+    "object": object(),
+    "function": lambda *_: None,
+    "class": keras.layers.Dense,
+    "layer": _Refuses(name="refuses"),
+    "no rows": _X[:0],
+    "too wide": np.zeros((3, 7), "float32"),
+    "too flat": np.zeros(4, "float32"),
+    "array of NaN": np.full((8, 4), np.nan, "float32"),
+    "array of words": np.array([["a"] * 4] * 8),
+    "array of objects": np.array([[None] * 4] * 8, object),
+    "array of complex numbers": np.ones((8, 4), "complex64"),
+}
+NUMBERS = {"zero", "fraction", "huge", "number of NumPy"}
+NOTHING, FLAGS = {"None"}, {"True", "False", "zero"}
+# What Keras itself says before a layer of anybody's is asked: that it is no tensor.
+NO_TENSORS = set(WRONG) - {
+    *("None", "empty list", "empty tuple", "empty dictionary", "list of None", "dictionary of None"),
+    *("number of NumPy", "no rows", "too wide", "too flat", "array of NaN", "array of words"),
+    "array of complex numbers",
+}
+
+
+def _model(layer=None):
+    return keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="dense"), layer or _norm(), _last()])
+
+
+def _norm():
+    return keras_bn.BatchNormalization(name="norm")
+
+
+def _last():
+    return keras.layers.Dense(2, activation="softmax", name="last")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Right values for each argument, and which wrong-looking ones are right too."""
+    model, stock = _model(), _model(keras.layers.BatchNormalization(name="norm"))
+    folder = tmp_path_factory.mktemp("wrong")
+    version = keras_bn.export(model, folder / "version").path
+    paths = (folder / f"served{n}" for n in itertools.count())
+    entries = {"running_mean": np.zeros(3), "running_var": np.ones(3)}
+    data = {"data": (_X, set()), "steps": (None, NOTHING | {"huge"}), "batch_size": (4, {"huge"})}
+    layers, verbose = {"layers": (None, NOTHING)}, {"verbose": (0, FLAGS)}
+    how = {"method": ("pooled", set()), "order": ("sequential", set()), "tolerance": (None, NOTHING | NUMBERS)}
+    return {
+        "drift": (keras_bn.drift, {"model": (model, set()), "inputs": (_X, set()), "batch_size": (4, {"huge"})}),
+        "drift of a version": (
+            lambda version, inputs, batch_size: keras_bn.drift(version, inputs, batch_size),
+            {"version": (version, {*WRONG}), "inputs": (_X, set()), "batch_size": (4, {"huge"})},
+        ),
+        "recalibrate": (keras_bn.recalibrate, {"model": (model, set()), **data, **how, **layers, **verbose}),
+        "measure": (keras_bn.measure, {"model": (model, set()), **data, **layers, **verbose}),
+        "health": (
+            keras_bn.health,
+            {"model": (model, set()), **data, "data": (_X, NOTHING | {"array of NaN"}), **verbose},
+        ),
+        # Of data only the first batch says what it is, and that is looked at when training begins.
+        "Recalibrate": (
+            keras_bn.Recalibrate,
+            {
+                **{**data, "data": (_X, set(WRONG) - {"None", "word", "fraction", "no rows", "empty list", "object"})},
+                **{**how, **layers, "layers": (None, NOTHING | {"list of words"}), **verbose, "when": ("end", set())},
+            },
+        ),
+        "fold": (
+            keras_bn.fold,
+            {"model": (model, set()), "check": (_X, NOTHING), "tolerance": (None, NOTHING | NUMBERS - {"zero"})},
+        ),
+        "convert": (keras_bn.convert, {"model": (stock, set()), "check": (_X, NOTHING)}),
+        "revert": (keras_bn.revert, {"model": (model, set()), "check": (_X, NOTHING)}),
+        "freeze": (keras_bn.freeze, {"model_or_layer": (_model(), set())}),
+        "unfreeze": (keras_bn.unfreeze, {"model_or_layer": (_model(), set())}),
+        "use_statistics": (
+            keras_bn.use_statistics,
+            {"model_or_layer": (_model(), set()), "statistics": ("auto", set())},
+        ),
+        "apply_statistics": (
+            lambda model, measured: keras_bn.apply_statistics(model, measured),
+            {
+                "model": (model, set()),
+                "measured": (keras_bn.measure(model, _X, verbose=0), {"empty dictionary"}),
+            },
+        ),
+        "load_torch_weights": (
+            keras_bn.load_torch_weights,
+            {
+                "layer": (model.get_layer("norm"), set()),
+                "state_dict": (entries, set()),
+                "prefix": ("", {"empty word"}),
+                # Another than the layer's, which is said of the layer.
+                "epsilon": (1e-3, NUMBERS),
+            },
+        ),
+        "load_tf_keras_weights": (
+            keras_bn.load_tf_keras_weights,
+            {"layer": (model.get_layer("norm"), set()), "legacy_layer": (model.get_layer("norm"), set())},
+        ),
+        "BatchNormalization": (
+            lambda inputs, training, mask: _norm()(inputs, training=training, mask=mask),
+            {
+                "inputs": (_X, NO_TENSORS | {"no rows", "too wide", "array of NaN"}),
+                "training": (True, NOTHING | FLAGS | {"number of NumPy", "array of objects"}),
+                "mask": (None, NOTHING | FLAGS | {"fraction", "number of NumPy", "array of objects"}),
+            },
+        ),
+        "export": (
+            lambda model_base_path=None, **options: keras_bn.export(
+                model_base_path=next(paths) if model_base_path is folder else model_base_path, **options
+            ),
+            {
+                "model": (model, set()),
+                "model_base_path": (folder, {"word"}),
+                "version": (None, NOTHING | {"zero"}),
+                **{name: (name in ("fold", "drift"), FLAGS) for name in ("fold", "jit_compile", "overwrite", "drift")},
+                "labels": (None, NOTHING | {"list of words"}),
+                "preprocess": (None, NOTHING),
+                "warmup": (_X, NOTHING),
+                "accuracy": (None, NOTHING | {"zero", "number of NumPy"}),
+                "recalibration": (None, NOTHING),
+                "tolerance": (None, NOTHING | NUMBERS - {"zero"}),
+            },
+        ),
+    }
+
+
+NAMES = (
+    *("drift", "drift of a version", "recalibrate", "measure", "health", "Recalibrate", "fold", "convert", "revert"),
+    *("freeze", "unfreeze", "use_statistics", "apply_statistics", "load_torch_weights", "load_tf_keras_weights"),
+    *("BatchNormalization", "export"),
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_wrong_is_said_of_the_argument(name, made, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    function, arguments = made[name]
+    right = {argument: value for argument, (value, _) in arguments.items()}
+    for argument, (_, allowed) in arguments.items():
+        for kind, wrong in WRONG.items():
+            if kind in allowed:
+                continue
+            try:
+                function(**{**right, argument: wrong})
+            except Exception as error:
+                raised, said = error, str(error)
+            else:
+                raised, said = None, "nothing"
+            where = f"{name}({argument}={kind}): {type(raised).__name__}: {said}"
+            assert isinstance(raised, ValueError | TypeError), where
+            assert f"`{argument}`" in said, where
+            assert "Received" in said, where
+            assert "unavailable>" not in said, where
+
+
+def test_every_public_function_and_argument_is_in_the_table(made):
+    covered = {name.split()[0] for name in NAMES}
+    # `compiled` takes nothing, moments are what `measure` returns, and the arguments of the layer have their own table.
+    assert set(keras_bn.__all__) - covered == {"Moments", "__version__", "compiled"}
+    for name in sorted(covered - {"BatchNormalization", "apply_statistics"}):
+        parameters = inspect.signature(getattr(keras_bn, name)).parameters.values()
+        named = {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+        assert named == set(made[name][1]), name
+
+
+@pytest.mark.parametrize("kind", ["float", "out of range"])
+def test_numbers_that_an_input_of_integers_would_alter_are_refused(kind, tmp_path):
+    x = keras.Input((4,), dtype="uint8", name="ids")
+    model = keras.Model(x, keras_bn.BatchNormalization(name="norm")(keras.layers.Embedding(256, 2)(x)))
+    wrong = np.full((3, 4), 1.5) if kind == "float" else np.full((3, 4), 300)
+    text = "must be whole numbers from 0 to 255 for input 'ids', which takes uint8. Received: dtype"
+    with pytest.raises(ValueError, match=f"`warmup` {text}"):
+        keras_bn.export(model, tmp_path, warmup=wrong)
+    version = keras_bn.export(model, tmp_path, warmup=np.ones((3, 4))).path
+    for function, argument in (
+        (keras_bn.recalibrate, "data"),
+        (keras_bn.drift, "inputs"),
+        (keras_bn.fold, "check"),
+        (lambda _, inputs: keras_bn.drift(version, inputs), "inputs"),
+    ):
+        with pytest.raises(ValueError, match=f"`{argument}` {text}"):
+            function(model, wrong)
+
+
+def test_a_layer_of_integers_is_refused_and_inputs_of_integers_are_taken():
+    for dtype in ("int32", "bool", "uint8"):
+        with pytest.raises(ValueError, match=f"`dtype` must be one of floating point.* Received: dtype='{dtype}'"):
+            keras_bn.BatchNormalization(dtype=dtype)
+        x = keras.Input((4,), dtype=dtype)
+        assert keras_bn.BatchNormalization()(x).dtype == "float32"
+
+
+@pytest.mark.parametrize("weights", [[-1, 1, 1], [-0.5, 1, 1], [np.nan, 1, 1], [np.inf, 1, 1]])
+def test_weights_below_0_or_not_finite_are_refused_where_they_are_seen(weights):
+    mask = np.array(weights)
+    with pytest.raises(ValueError, match=r"`mask` must be booleans, or numbers that are finite and not below 0"):
+        keras_bn.BatchNormalization()(np.ones((3, 4), "float32"), training=True, mask=mask)
+
+
+def test_moments_that_are_no_numbers_are_refused_when_they_are_merged():
+    with pytest.raises(TypeError, match=r"Moments must be numbers to be merged. Received: Moments\(count='1 value'"):
+        keras_bn.Moments("1 value", np.zeros(3), np.zeros(3)) + keras_bn.Moments(1.0, np.zeros(3), np.zeros(3))
+
+
+def test_labels_that_are_blank_are_refused_and_those_of_one_name_warned_of(tmp_path):
+    model = _model()
+    for blank in ("", "  "):
+        with pytest.raises(ValueError, match=f"`labels` must be .* not blank.* Received: '{blank}' for class 1, "):
+            keras_bn.export(model, tmp_path, labels=["a", blank])
+    with pytest.warns(UserWarning, match=r"Received: 'crane' for classes \[0, 1\]"):
+        keras_bn.export(model, tmp_path, labels=["crane", "crane"])
