@@ -28,8 +28,8 @@ WIDE_BYTES = 2 * 4 * WIDTH
 
 def wide(x: tf.Tensor) -> dict[str, tf.Tensor]:
     """Takes a hundred times as much memory as its input and output."""
-    layer = tf.sin(tf.matmul(x, tf.ones([4, WIDTH])))
-    return {"y": tf.reduce_mean(tf.exp(layer), 1, keepdims=True)}
+    layer = tf.abs(tf.matmul(x, tf.ones([4, WIDTH])))
+    return {"y": tf.reduce_mean(layer * layer[:, :1], 1, keepdims=True)}
 
 
 @pytest.fixture(scope="module")
@@ -232,5 +232,4 @@ def test_a_body_of_a_million_rows_does_not_end_a_process_with_little_memory(fold
         assert response.status == 200, text[:500]
         answers = json.loads(text)["predictions"]
         assert len(answers) == count
-        np.testing.assert_allclose(np.ravel(answers[:7]), np.ravel(answers[-8:-1]), rtol=0.5)
-        assert answers[:7] == answers[700_000:700_007]
+        np.testing.assert_allclose(answers[:700_000], answers[:7] * 100_000, rtol=1e-5)
