@@ -65,6 +65,7 @@ def _serve(options: SimpleNamespace) -> None:
     from keras_bn_serving.config.settings import read_batching, read_credentials
     from keras_bn_serving.engine.grouping import BatchingOptions
     from keras_bn_serving.engine.loading import Loader
+    from keras_bn_serving.engine.machine import usable_cores, usable_memory
     from keras_bn_serving.engine.servable import LoadOptions
     from keras_bn_serving.rest.hosts import AllowedHosts
     from keras_bn_serving.rest.server import RestOptions
@@ -77,6 +78,8 @@ def _serve(options: SimpleNamespace) -> None:
     addresses = [f"{host}:{0 if options.port == command_line.AUTO else options.port}"] if options.port else []
     if options.grpc_socket_path:
         addresses.append(f"unix:{options.grpc_socket_path}")
+    run_memory = usable_memory() // 4 if options.run_memory_in_mb is None else options.run_memory_in_mb * 2**20
+    runs = usable_cores() if batching is None else batching.num_batch_threads
     memory = {} if options.request_memory_in_mb is None else {"request_memory": options.request_memory_in_mb * 2**20}
     serve(
         configs,
@@ -99,6 +102,7 @@ def _serve(options: SimpleNamespace) -> None:
                     options.tensorflow_inter_op_parallelism,
                     options.xla_cpu_compilation_enabled,
                     options.rest_api_timeout_in_ms / 1000,
+                    run_memory // runs,
                 ),
                 options.enable_model_warmup,
                 options.num_request_iterations_for_warmup,

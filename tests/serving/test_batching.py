@@ -17,7 +17,8 @@ from keras_bn_serving.engine.arrivals import settle
 from keras_bn_serving.engine.batching import Batcher
 from keras_bn_serving.engine.grouping import BatchingOptions, count_rows
 from keras_bn_serving.engine.loading import Loader
-from keras_bn_serving.engine.servable import Servable, Signature
+from keras_bn_serving.engine.servable import Servable
+from keras_bn_serving.engine.signatures import Signature
 from keras_bn_serving.errors import Code, FailedPreconditionError, InvalidArgumentError, ServingError, UnavailableError
 from tensorflow_serving.apis import prediction_log_pb2
 

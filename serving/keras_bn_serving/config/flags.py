@@ -155,6 +155,9 @@ def _flags_of_answers() -> list[click.Option]:
         _flag("log_level", _LEVEL, "info", "What is logged at least.", None),
         _flag("request_memory_in_mb", _Number(int, 1), None,
               "Memory that all requests together may hold; left out, half of what the process may use.", "MB"),
+        _flag("run_memory_in_mb", _Number(int, 1), None,
+              "Memory that models may take while they run, all runs together; left out, a quarter of what the process "
+              "may use.", "MB"),
         _flag("enable_model_management", _BOOLEAN, False, "Let callers of gRPC change what is served.", "BOOL"),
         _flag("drain_timeout_in_ms", _Number(int, 0), 30_000, "Time for answers under way once told to stop.", "MS"),
     ]  # fmt: skip

@@ -11,7 +11,7 @@ from google.protobuf.message import DecodeError
 from tensorflow_serving.apis import prediction_log_pb2
 
 from keras_bn_serving.codec.tensor_proto import to_array
-from keras_bn_serving.engine.servable import Signature, check_names, check_types
+from keras_bn_serving.engine.signatures import Signature, check_names, check_types
 from keras_bn_serving.errors import DataLossError, InvalidArgumentError
 
 WARMUP_FILE = os.path.join("assets.extra", "tf_serving_warmup_requests")

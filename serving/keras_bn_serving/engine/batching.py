@@ -11,7 +11,8 @@ import numpy as np
 
 from keras_bn_serving.engine.grouping import BatchingOptions, Outputs, count_rows, run_one, run_together
 from keras_bn_serving.engine.machine import usable_cores
-from keras_bn_serving.engine.servable import Servable, Signature, check_names, check_shapes, check_types
+from keras_bn_serving.engine.servable import Servable
+from keras_bn_serving.engine.signatures import Signature, check_names, check_shapes, check_types
 from keras_bn_serving.errors import CancelledError, ServingError, UnavailableError
 
 # Told once how a request has ended: with its outputs or with an error.
@@ -237,7 +238,13 @@ class Batcher:
     def _run_alone(self, task: Task) -> None:
         try:
             outputs = run_one(
-                task.servable, task.signature, task.inputs, task.output_names, self._options, task.limited
+                task.servable,
+                task.signature,
+                task.inputs,
+                task.output_names,
+                self._options,
+                task.limited,
+                lambda: task.unwanted,
             )
         except BaseException as error:
             _finish(task, error)

@@ -10,7 +10,8 @@ from tensorflow.core.framework import types_pb2
 from tensorflow.core.protobuf import meta_graph_pb2
 from tensorflow_serving.apis import input_pb2
 
-from keras_bn_serving.engine.servable import DEFAULT_SIGNATURE, Servable, Signature
+from keras_bn_serving.engine.servable import DEFAULT_SIGNATURE, Servable
+from keras_bn_serving.engine.signatures import Signature
 from keras_bn_serving.errors import InvalidArgumentError
 
 CLASSIFY = "tensorflow/serving/classify"

@@ -1,13 +1,14 @@
 """Several requests as one run: their rows put together, and the outputs cut apart again."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from keras_bn_serving.engine.machine import usable_cores
-from keras_bn_serving.engine.servable import Servable, Signature
+from keras_bn_serving.engine.servable import Servable
+from keras_bn_serving.engine.signatures import Signature
 from keras_bn_serving.errors import FailedPreconditionError, InvalidArgumentError
 
 Inputs = Mapping[str, np.ndarray]
@@ -139,6 +140,7 @@ def run_one(
     output_names: Sequence[str],
     options: BatchingOptions | None,
     limited: bool = False,
+    unwanted: Callable[[], bool] = lambda: False,
 ) -> Outputs:
     """Runs one request as a group of its own where TensorFlow Serving would, else as it is.
 
@@ -147,7 +149,7 @@ def run_one(
     """
     # TensorFlow Serving never answers a batch without rows. Nobody can want that.
     if options is None or not options.strict or not count_rows(inputs, options):
-        return servable.run(signature, inputs, output_names, limited)
+        return servable.run(signature, inputs, output_names, limited, unwanted)
     return run_together(servable, signature, [inputs], output_names, options, limited)[0]
 
 

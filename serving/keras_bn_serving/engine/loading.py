@@ -15,7 +15,8 @@ from keras_bn_serving.codec.tensor_proto import to_array
 from keras_bn_serving.engine import examples
 from keras_bn_serving.engine.assets import WARMUP_FILE
 from keras_bn_serving.engine.grouping import BatchingOptions, run_one
-from keras_bn_serving.engine.servable import LoadOptions, Servable, check_names, check_types
+from keras_bn_serving.engine.servable import LoadOptions, Servable
+from keras_bn_serving.engine.signatures import check_names, check_types
 from keras_bn_serving.errors import Code, InvalidArgumentError, ServingError
 
 _log = logging.getLogger(__name__)

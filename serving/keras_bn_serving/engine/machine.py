@@ -3,6 +3,7 @@
 import functools
 import math
 import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -18,9 +19,11 @@ def usable_cores() -> int:
 
 @functools.cache
 def usable_memory() -> int:
-    """Returns the number of bytes."""
+    """Returns the number of bytes: what is installed, or what control groups or the process's own limits allow."""
     installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return int(min(installed, memory_of_control_groups(Path("/"))))
+    limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
+    own = [limit for limit in limits if limit != resource.RLIM_INFINITY]
+    return int(min(installed, memory_of_control_groups(Path("/")), *own))
 
 
 def cores_of_control_groups(root: Path) -> float:

@@ -1,24 +1,32 @@
 """One loaded version of a SavedModel: its signatures, and how to run them."""
 
-import functools
 import logging
 import math
 import os
 import threading
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import tensorflow as tf
 from google.protobuf.message import DecodeError
-from tensorflow.core.framework import types_pb2
 from tensorflow.core.protobuf import config_pb2, meta_graph_pb2
 
-from keras_bn_serving.codec.tensor_spec import TensorSpec
-from keras_bn_serving.engine.findings import Findings, find
+from keras_bn_serving.engine.run_memory import RunMemory
+from keras_bn_serving.engine.signatures import (
+    Signature,
+    check_names,
+    check_shapes,
+    check_types,
+    name_set,
+    read_signature,
+)
 from keras_bn_serving.engine.xla import needs_xla
 from keras_bn_serving.errors import (
+    CancelledError,
     Code,
+    DeadlineExceededError,
     FailedPreconditionError,
     InternalError,
     InvalidArgumentError,
@@ -28,8 +36,6 @@ from keras_bn_serving.errors import (
 
 _log = logging.getLogger(__name__)
 DEFAULT_SIGNATURE = "serving_default"
-# More than any request could carry. An empty array may claim any sizes, and kernels count the others in 32 bits.
-_MOST_ENTRIES = 2**28
 _TAG = "serve"
 _FILES = ("saved_model.pb", "saved_model.pbtxt")
 
@@ -43,53 +49,14 @@ class LoadOptions:
         inter_op_parallelism: Threads for operations side by side; 0 lets TensorFlow choose.
         xla: Whether to run functions that were saved to be compiled by XLA.
         timeout_seconds: How long a run may take that is limited at all.
+        run_memory: How many bytes a run may take: larger requests run in parts, or are refused; 0 for any number.
     """
 
     intra_op_parallelism: int = 0
     inter_op_parallelism: int = 0
     xla: bool = False
     timeout_seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class Signature:
-    """One entry point of a model.
-
-    Attributes:
-        name: Its key in the SavedModel.
-        method_name: What it is for, as the SavedModel says: predict, classify or regress.
-        inputs: What goes in, by name.
-        outputs: What comes out, by name.
-        tensors: TensorFlow's tensor name for every input and output name.
-        findings: What its graph tells.
-    """
-
-    name: str
-    method_name: str
-    inputs: Mapping[str, TensorSpec]
-    outputs: Mapping[str, TensorSpec]
-    tensors: Mapping[str, Mapping[str, str]] = field(repr=False)
-    findings: Findings = field(repr=False)
-
-    @property
-    def rows_stand_alone(self) -> bool:
-        """Whether it is proved that no row of the outputs depends on another row than its own."""
-        return not self.findings.alone
-
-    def misfit(self, inputs: Mapping[str, np.ndarray]) -> str:
-        """Returns what is wrong with the shapes of inputs, for a person; empty where they are the signature's."""
-        for name, spec in self.inputs.items():
-            shape = inputs[name].shape
-            if spec.shape is None:
-                ranks = self.findings.ranks.get(name)
-                if ranks is not None and len(shape) not in ranks:
-                    axes = " or ".join(map(str, sorted(ranks))) or "no number that is known"
-                    return f"Input `{name}` must have a rank of {axes}. Received: shape {_shown(shape)}."
-            elif len(shape) != len(spec.shape) or any(
-                size not in (-1, got) for size, got in zip(spec.shape, shape, strict=True)
-            ):
-                return f"Input `{name}` must have the shape {_shown(spec.shape)}. Received: shape {_shown(shape)}."
-        return ""
+    run_memory: int = 0
 
 
 class Servable:
@@ -110,12 +77,15 @@ class Servable:
         options = options or LoadOptions()
         self.meta_graph, self._session = _load(self.path, options)
         definitions = self.meta_graph.signature_def.items()
-        self.signatures = {key: _signature(key, value, self.meta_graph) for key, value in definitions}
+        self.signatures = {key: read_signature(key, value, self.meta_graph) for key, value in definitions}
+        self._memory = RunMemory(self.meta_graph, options.run_memory)
         for signature in self.signatures.values():
+            self._memory.expect(signature)
             if signature.inputs:
                 grouped = f"each request alone, as {why}" if (why := signature.findings.alone) else "grouped"
                 checked = "are checked" if signature.findings.checks_shapes else "are TensorFlow's to check"
                 _log.info("%s, signature %s: %s; shapes %s", name or path, signature.name, grouped, checked)
+        self._timeout_seconds = options.timeout_seconds
         self._limit = config_pb2.RunOptions(timeout_in_ms=round(options.timeout_seconds * 1000))
         self._disabled = (
             set()
@@ -146,17 +116,20 @@ class Servable:
         inputs: Mapping[str, np.ndarray],
         output_names: Iterable[str] = (),
         limited: bool = False,
+        unwanted: Callable[[], bool] = lambda: False,
     ) -> dict[str, np.ndarray]:
-        """Runs a signature.
+        """Runs a signature; in parts where all rows at once would take too much memory and each stands alone.
 
         Args:
             signature: One of this model's.
             inputs: The arrays by input name, no more and no fewer than the signature has.
             output_names: Which outputs to compute; all where empty.
             limited: Whether it may take no longer than the time limit.
+            unwanted: Asked before a further part of a run whether nobody waits for the outputs any longer.
 
         Raises:
-            ServingError: If the inputs do not fit, or with TensorFlow's code and message if the model fails.
+            ServingError: If the inputs do not fit or need too much memory, or with TensorFlow's code and message if the
+                model fails.
         """
         check_names(signature, inputs)
         check_types(signature, inputs)
@@ -165,16 +138,18 @@ class Servable:
             raise InternalError("XLA compilation disabled")
         wanted = tuple(output_names) or tuple(signature.outputs)
         run = self._callable(signature, wanted, limited)
-        try:
-            values = run(*(inputs[name] for name in sorted(signature.inputs)))  # type: ignore[operator]
-        except tf.errors.OpError as error:
-            raise ServingError(error.message, Code(error.error_code)) from error
-        except UnicodeDecodeError as error:
-            # TensorFlow's message quotes bytes of the request, which Python cannot read.
-            raise InvalidArgumentError(error.object.decode(errors="surrogateescape")) from error
-        # A string scalar comes as bytes, and NumPy would drop the zero bytes at its end.
-        arrays = (np.array(value, object) if isinstance(value, bytes) else np.asarray(value) for value in values)
-        return dict(zip(wanted, arrays, strict=True))
+        parts = self._memory.parts(signature, inputs)
+        if not parts:
+            return _call(run, [inputs[name] for name in sorted(signature.inputs)], wanted)
+        made = []
+        end = time.monotonic() + (self._timeout_seconds if limited and self._timeout_seconds else math.inf)
+        for part in parts:
+            if unwanted():
+                raise CancelledError("Nobody waits for the answer any longer.")
+            if time.monotonic() > end:
+                raise DeadlineExceededError("Timed out between two parts of the run.")
+            made.append(_call(run, [inputs[name][part] for name in sorted(signature.inputs)], wanted))
+        return {name: np.concatenate([outputs.pop(name) for outputs in made]) for name in wanted}
 
     def close(self) -> None:
         """Frees the model's memory; a run after this fails."""
@@ -189,7 +164,7 @@ class Servable:
                     if name not in signature.outputs:
                         raise InvalidArgumentError(
                             f"output tensor alias not found in signature: {name} Outputs expected to be in the set "
-                            f"{_names(signature.outputs)}."
+                            f"{name_set(signature.outputs)}."
                         )
                 # `make_callable` has the same speed only without a feed list; a run through it costs six times this.
                 self._callables[key] = self._session._make_callable_from_options(
@@ -202,36 +177,17 @@ class Servable:
             return self._callables[key]
 
 
-def check_names(signature: Signature, inputs: Mapping[str, np.ndarray]) -> None:
-    """Raises an InvalidArgumentError unless the names are those of the signature."""
-    if inputs.keys() != signature.inputs.keys():
-        extra = inputs.keys() - signature.inputs.keys()
-        missing = signature.inputs.keys() - inputs.keys()
-        raise InvalidArgumentError(
-            f"input size does not match signature: {len(inputs)}!={len(signature.inputs)} len({_names(inputs)}) != "
-            f"len({_names(signature.inputs)}). Sent extra: {_names(extra)}. Missing but required: {_names(missing)}."
-        )
-
-
-def check_types(signature: Signature, inputs: Mapping[str, np.ndarray]) -> None:
-    """Raises an InvalidArgumentError unless the element types are those of the signature."""
-    for position, name in enumerate(sorted(signature.inputs, key=signature.tensors["inputs"].__getitem__)):
-        expected = signature.inputs[name].dtype
-        if inputs[name].dtype != _numpy_dtype(expected):
-            got = _type_name(tf.as_dtype(inputs[name].dtype).as_datatype_enum)
-            raise InvalidArgumentError(f"Expects arg[{position}] to be {expected} but {got} is provided")
-
-
-def check_shapes(signature: Signature, inputs: Mapping[str, np.ndarray]) -> None:
-    """Raises an InvalidArgumentError if shapes are not the signature's where that may do harm, or are none of data."""
-    for name, array in inputs.items():
-        if not array.size and math.prod(size for size in array.shape if size) > _MOST_ENTRIES:
-            raise InvalidArgumentError(
-                f"Input `{name}` has no entries, and its sizes but 0 must multiply to {_MOST_ENTRIES} at most. "
-                f"Received: shape {_shown(array.shape)}."
-            )
-    if signature.findings.checks_shapes and (problem := signature.misfit(inputs)):
-        raise InvalidArgumentError(problem)
+def _call(run: object, arrays: Iterable[np.ndarray], output_names: Sequence[str]) -> dict[str, np.ndarray]:
+    try:
+        values = run(*arrays)  # type: ignore[operator]
+    except tf.errors.OpError as error:
+        raise ServingError(error.message, Code(error.error_code)) from error
+    except UnicodeDecodeError as error:
+        # TensorFlow's message quotes bytes of the request, which Python cannot read.
+        raise InvalidArgumentError(error.object.decode(errors="surrogateescape")) from error
+    # A string scalar comes as bytes, and NumPy would drop the zero bytes at its end.
+    made = (np.array(value, object) if isinstance(value, bytes) else np.asarray(value) for value in values)
+    return dict(zip(output_names, made, strict=True))
 
 
 def _load(path: str, options: LoadOptions) -> tuple[meta_graph_pb2.MetaGraphDef, tf.compat.v1.Session]:
@@ -253,38 +209,3 @@ def _load(path: str, options: LoadOptions) -> tuple[meta_graph_pb2.MetaGraphDef,
     except (OSError, DecodeError, ValueError, TypeError, KeyError, RuntimeError) as error:
         session.close()
         raise ServingError(f"Cannot load the SavedModel at {path}: {error}", Code.DATA_LOSS) from error
-
-
-def _signature(key: str, definition: meta_graph_pb2.SignatureDef, meta_graph: meta_graph_pb2.MetaGraphDef) -> Signature:
-    def specs(infos: Mapping[str, meta_graph_pb2.TensorInfo]) -> dict[str, TensorSpec]:
-        return {name: TensorSpec(_type_name(info.dtype), _shape(info)) for name, info in sorted(infos.items())}
-
-    inputs, outputs = specs(definition.inputs), specs(definition.outputs)
-    names = {
-        "inputs": {name: info.name for name, info in definition.inputs.items()},
-        "outputs": {name: info.name for name, info in definition.outputs.items()},
-    }
-    batches = all(spec.shape and spec.shape[0] == -1 for spec in [*inputs.values(), *outputs.values()])
-    findings = find(meta_graph, names["inputs"], list(names["outputs"].values()), inputs, batches)
-    return Signature(key, definition.method_name, inputs, outputs, names, findings)
-
-
-def _shape(info: meta_graph_pb2.TensorInfo) -> tuple[int, ...] | None:
-    return None if info.tensor_shape.unknown_rank else tuple(dim.size for dim in info.tensor_shape.dim)
-
-
-def _shown(shape: Iterable[int]) -> str:
-    return f"[{','.join('?' if size < 0 else str(size) for size in shape)}]"
-
-
-def _type_name(data_type: int) -> str:
-    return types_pb2.DataType.Name(data_type).removeprefix("DT_").lower()
-
-
-@functools.cache
-def _numpy_dtype(type_name: str) -> np.dtype:
-    return np.dtype(tf.as_dtype(types_pb2.DataType.Value(f"DT_{type_name.upper()}")).as_numpy_dtype)
-
-
-def _names(names: Iterable[str]) -> str:
-    return "{" + ",".join(sorted(names)) + "}"

@@ -6,8 +6,8 @@ from typing import Any
 
 from keras_bn_serving.codec.numbers import FLOATS, INTEGERS
 from keras_bn_serving.codec.tensor_spec import TensorSpec
-from keras_bn_serving.engine.servable import Signature
 from keras_bn_serving.engine.service import ModelSpec, PredictionService
+from keras_bn_serving.engine.signatures import Signature
 from keras_bn_serving.engine.versions import State
 
 _LOOK_STATUSES = (400, 404, 503)

@@ -12,16 +12,20 @@ from collections.abc import Mapping, Sequence
 import tensorflow as tf
 
 from keras_bn_serving.engine.flat_graph import FlatGraph
-from keras_bn_serving.engine.independence import effects, layers, loops, shapes, sizes
+from keras_bn_serving.engine.independence import across, effects, layers, loops, shapes, sizes
 from keras_bn_serving.engine.independence.kinds import (
+    Across,
+    Blocks,
     Every,
     Fixed,
     Item,
     Kind,
+    NewSteps,
     NotProvedError,
     Rows,
     Rule,
     Sizes,
+    Steps,
     Unknown,
     all_fixed,
     is_fixed,
@@ -34,29 +38,31 @@ def _table(rules: Mapping[Rule, str]) -> dict[str, Rule]:
     return {name: rule for rule, names in rules.items() for name in names.split()}
 
 
+_OF_ONE = (
+    "Abs Acos Acosh AsString Asin Asinh Atan Atanh Bucketize Cast Ceil CheckNumerics Conj Cos Cosh DecodeBase64 "
+    "Digamma Elu EncodeBase64 Erf Erfc Erfinv Exp Expm1 Floor Imag Inv Invert IsFinite IsInf IsNan LeakyRelu "
+    "Lgamma Log Log1p LogicalNot Ndtri Neg OnesLike PreventGradient Real Reciprocal RegexReplace Relu Relu6 Rint "
+    "Round Rsqrt Selu Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Square StaticRegexReplace StopGradient "
+    "StringLength StringLower StringStrip StringToHashBucket StringToHashBucketFast StringToHashBucketStrong "
+    "StringToNumber StringUpper Tan Tanh ZerosLike FakeQuantWithMinMaxArgs FakeQuantWithMinMaxVars"
+)
+_ELEMENTWISE = (
+    "Add AddV2 Atan2 BitwiseAnd BitwiseOr BitwiseXor ClipByValue Div DivNoNan Equal FloorDiv FloorMod Greater "
+    "GreaterEqual LeftShift Less LessEqual LogicalAnd LogicalOr Maximum Minimum Mod Mul MulNoNan NextAfter "
+    "NotEqual Pow RealDiv RightShift SelectV2 SquaredDifference Sub Substr TruncateDiv TruncateMod Xdivy Xlogy"
+)
 _RULES = _table({
-    layers.of_one: (
-        "Abs Acos Acosh AsString Asin Asinh Atan Atanh Bucketize Cast Ceil CheckNumerics Conj Cos Cosh DecodeBase64 "
-        "Digamma Elu EncodeBase64 Erf Erfc Erfinv Exp Expm1 Floor Imag Inv Invert IsFinite IsInf IsNan LeakyRelu "
-        "Lgamma Log Log1p LogicalNot Ndtri Neg OnesLike PreventGradient Real Reciprocal RegexReplace Relu Relu6 Rint "
-        "Round Rsqrt Selu Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Square StaticRegexReplace StopGradient "
-        "StringLength StringLower StringStrip StringToHashBucket StringToHashBucketFast StringToHashBucketStrong "
-        "StringToNumber StringUpper Tan Tanh ZerosLike FakeQuantWithMinMaxArgs FakeQuantWithMinMaxVars"
-    ),
+    layers.of_one: _OF_ONE,
     layers.of_rows_of_rank(2): "Softmax LogSoftmax RGBToHSV HSVToRGB MatrixDiag FakeQuantWithMinMaxVarsPerChannel",
     layers.of_rows_of_rank(3): "MatrixBandPart",
     layers.of_rows_of_rank(4): (
         "DepthToSpace LRN ResizeArea ResizeBicubic ResizeBilinear ResizeNearestNeighbor ScaleAndTranslate SpaceToDepth"
     ),
-    layers.elementwise: (
-        "Add AddV2 Atan2 BitwiseAnd BitwiseOr BitwiseXor ClipByValue Div DivNoNan Equal FloorDiv FloorMod Greater "
-        "GreaterEqual LeftShift Less LessEqual LogicalAnd LogicalOr Maximum Minimum Mod Mul MulNoNan NextAfter "
-        "NotEqual Pow RealDiv RightShift SelectV2 SquaredDifference Sub Substr TruncateDiv TruncateMod Xdivy Xlogy"
-    ),
+    layers.elementwise: _ELEMENTWISE,
     layers.together: "AddN Select",
     layers.bias: "BiasAdd",
     layers.matmul: "MatMul",
-    layers.batch_matmul: "BatchMatMul BatchMatMulV2",
+    layers.batch_matmul: "BatchMatMul BatchMatMulV2 BatchMatMulV3",
     layers.einsum: "Einsum",
     layers.convolution: (
         "AvgPool AvgPool3D Conv2D Conv3D DepthwiseConv2dNative MaxPool MaxPool3D"
@@ -64,6 +70,8 @@ _RULES = _table({
     layers.transposed_convolution: (
         "Conv2DBackpropInput Conv3DBackpropInputV2 DepthwiseConv2dNativeBackpropInput"
     ),
+    layers.to_blocks: "SpaceToBatchND",
+    layers.bincount: "DenseBincount",
     layers.normalization: "FusedBatchNorm FusedBatchNormV2 FusedBatchNormV3",
     shapes.reduction: "All Any ArgMax ArgMin EuclideanNorm Max Mean Min Prod Sum",
     shapes.along_axis: "Cumprod Cumsum ReverseV2 Roll",
@@ -90,8 +98,29 @@ _RULES = _table({
     sizes.size: "Size",
     loops.list_rule: "TensorListFromTensor TensorListGetItem TensorListReserve TensorListSetItem TensorListStack",
 })  # fmt: skip
+# For rows that lie across, and lists of steps.
+_ACROSS_RULES = _table({
+    across.of_one: _OF_ONE,
+    across.elementwise: _ELEMENTWISE,
+    across.transpose: "Transpose",
+    across.new_axis: "ExpandDims",
+    across.reverse: "ReverseV2",
+    across.strided_slice: "StridedSlice",
+    across.unpack: "Unpack",
+    across.gather: "GatherV2",
+    across.shape: "Shape",
+    across.list_rule: (
+        "TensorListFromTensor TensorListGetItem TensorListLength TensorListReserve TensorListSetItem TensorListStack"
+    ),
+})  # fmt: skip
+_BLOCK_RULES = _table(
+    {
+        layers.convolution_of_blocks: "AvgPool AvgPool3D Conv2D Conv3D DepthwiseConv2dNative MaxPool MaxPool3D",
+        layers.from_blocks: "BatchToSpaceND",
+    }
+)
 # For numbers that depend on the number of rows, alone or beside fixed ones.
-_SIZE_RULES = _table({
+_SIZE_RULES = _RULES | _table({
     sizes.same: "Cast ExpandDims Reshape Squeeze",
     sizes.listed: "ConcatV2 Pack",
     sizes.picked: "GatherV2 StridedSlice",
@@ -128,6 +157,8 @@ def _judge(flat: FlatGraph, inputs: Mapping[str, Kind]) -> list[Kind]:
         for tensor, kind in zip(operation.outputs, made, strict=True):
             if isinstance(kind, Rows) and rank(tensor) and tensor.shape[0] is not None:
                 kind = refuse(operation, f"is known to make {tensor.shape[0]} rows")
+            if isinstance(kind, Across) and (rank(tensor) or 0) > 1 and tensor.shape[1] is not None:
+                kind = refuse(operation, f"is known to make {tensor.shape[1]} rows")
             known[tensor.name] = kind
     return [known[tensor.name] for tensor in flat.outputs]
 
@@ -135,6 +166,10 @@ def _judge(flat: FlatGraph, inputs: Mapping[str, Kind]) -> list[Kind]:
 def _kinds_of(operation: tf.Operation, kinds: list[Kind], flat: FlatGraph) -> Sequence[Kind]:
     effects.check(operation, flat.library)
     count = len(operation.outputs)
+    if operation.type == "TensorListReserve" and is_fixed(kinds[1]):
+        return [across.list_rule(operation, kinds)]
+    if layers.clamped(operation):
+        return [Fixed()]
     if all(isinstance(kind, Item) or is_fixed(kind) for kind in kinds):
         # Whatever it computes, it computes it from one row, or from none.
         return [Fixed() if all_fixed(kinds) else Item()] * count
@@ -151,9 +186,17 @@ def _kinds_of(operation: tf.Operation, kinds: list[Kind], flat: FlatGraph) -> Se
     for kind in kinds:
         if isinstance(kind, Unknown):
             return [kind] * count
-    reckons = any(isinstance(kind, Sizes) for kind in kinds) and all(isinstance(k, Sizes) or is_fixed(k) for k in kinds)
-    rule = (_SIZE_RULES.get(operation.type) if reckons else None) or _RULES.get(operation.type)
+    rule = _rules_for(kinds).get(operation.type)
     if rule is None:
         return [refuse(operation, "is not known to keep rows apart")] * count
     result = rule(operation, kinds)
     return result if isinstance(result, list) else [result] * count
+
+
+def _rules_for(kinds: Sequence[Kind]) -> Mapping[str, Rule]:
+    if any(isinstance(kind, Across | Steps | NewSteps) for kind in kinds):
+        return _ACROSS_RULES
+    if any(isinstance(kind, Blocks) for kind in kinds):
+        return _BLOCK_RULES
+    reckons = any(isinstance(kind, Sizes) for kind in kinds) and all(isinstance(k, Sizes) or is_fixed(k) for k in kinds)
+    return _SIZE_RULES if reckons else _RULES

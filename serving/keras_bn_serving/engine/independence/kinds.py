@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import numpy as np
 import tensorflow as tf
 
 # Not tuples: two of different kinds must never be equal, and those without fields would be.
@@ -19,17 +20,33 @@ class Rows:
     """Axis 0 is the rows', in their order, and what stands for one row depends on that row alone.
 
     Attributes:
-        per: How many entries of axis 0 stand for one row.
+        per: How many entries of axis 0 stand for one row; what reckons it where that is not known.
     """
 
-    per: int = 1
+    per: int | tf.Operation = 1
+
+
+@dataclass(frozen=True)
+class Across:
+    """Axis 1 is the rows', in their order, and what stands for one row depends on that row alone."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Axis 0 is made of blocks that have all rows each, in their order; what stands for a row depends on it alone.
+
+    Attributes:
+        count: How many blocks.
+    """
+
+    count: int
 
 
 @dataclass(frozen=True)
 class Multiple:
-    """The number of rows, times a factor."""
+    """The number of rows, times a factor; what reckons it where that is not known."""
 
-    factor: int
+    factor: int | tf.Operation
 
 
 @dataclass(frozen=True)
@@ -59,6 +76,22 @@ class NewList:
 
 
 @dataclass(frozen=True)
+class Steps:
+    """A list of tensors, as many as for any rows, each with the rows on its axis 0, each once."""
+
+
+@dataclass(frozen=True)
+class NewSteps:
+    """An empty list for as many tensors as for any rows.
+
+    Attributes:
+        fixed: Whether the shape of a tensor in it is fixed as well.
+    """
+
+    fixed: bool
+
+
+@dataclass(frozen=True)
 class Counter:
     """In a loop over the rows: the number of the row whose turn it is."""
 
@@ -79,7 +112,9 @@ class Unknown:
     reason: str
 
 
-Kind: TypeAlias = Fixed | Rows | Sizes | Every | RowList | NewList | Counter | Item | Unknown
+Kind: TypeAlias = (
+    Fixed | Rows | Across | Blocks | Sizes | Every | RowList | NewList | Steps | NewSteps | Counter | Item | Unknown
+)
 
 
 # Says what is known of an operation's outputs, each or all alike, from what is known of its inputs.
@@ -92,9 +127,12 @@ class NotProvedError(Exception):
 
 def is_fixed(kind: Kind) -> bool:
     """Whether it is the same for a group as for each of its requests."""
-    return isinstance(kind, Fixed) or (
-        isinstance(kind, Sizes) and not any(isinstance(entry, Multiple) for entry in kind.entries)
-    )
+    match kind:
+        case Fixed() | NewSteps(fixed=True):
+            return True
+        case Sizes(entries):
+            return not any(isinstance(entry, Multiple) for entry in entries)
+    return False
 
 
 def all_fixed(kinds: Iterable[Kind]) -> bool:
@@ -115,6 +153,15 @@ def rank(tensor: tf.Tensor) -> int | None:
 def static(tensor: tf.Tensor) -> Any:
     """Returns the value as a NumPy array where it is known before anything runs, else `None`."""
     return tf.get_static_value(traced(tensor))
+
+
+def static_entries(tensor: tf.Tensor) -> list[int | None] | None:
+    """Returns the whole numbers of a scalar or list, `None` for each that is not known before anything runs."""
+    value = tf.get_static_value(traced(tensor), partial=True)
+    if value is None:
+        return None
+    numbers = np.asarray(value, object).reshape(-1).tolist()
+    return [None if number is None else int(number) for number in numbers]
 
 
 def traced(tensor: tf.Tensor) -> tf.Tensor:
@@ -141,8 +188,7 @@ def entries(tensor: tf.Tensor, kind: Kind) -> Sequence[int | Multiple | None] | 
         return kind.entries
     if not isinstance(kind, Fixed) or rank(tensor) not in (0, 1):
         return None
-    value = static(tensor)
-    if value is not None and value.dtype.kind in "iu":
-        return [int(number) for number in value.reshape(-1)]
+    if tensor.dtype.is_integer and (numbers := static_entries(tensor)) is not None:
+        return numbers
     count = 1 if rank(tensor) == 0 else tensor.shape[0]
     return None if count is None else [None] * count

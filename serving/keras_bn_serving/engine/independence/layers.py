@@ -1,10 +1,13 @@
 """Rules for what layers compute row by row: arithmetic with broadcasting, products, convolutions, pools."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import tensorflow as tf
 
 from keras_bn_serving.engine.independence.kinds import (
+    Across,
+    Blocks,
     Every,
     Fixed,
     Kind,
@@ -17,6 +20,8 @@ from keras_bn_serving.engine.independence.kinds import (
     is_fixed,
     rank,
     refuse,
+    static,
+    traced,
 )
 
 _ROWS_FIRST = (b"NHWC", b"NCHW", b"NDHWC", b"NCDHW")
@@ -80,10 +85,12 @@ def cut_and_joined(operation: tf.Operation, kinds: Sequence[Kind]) -> Kind:
 
 
 def stacked(operation: tf.Operation, kinds: Sequence[Kind]) -> Kind:
-    """Pack along a new axis that is not the first."""
+    """Pack along a new axis that is not the first; along the first, rows come to lie across."""
     known = rank(operation.outputs[0])
     axis = operation.get_attr("axis")
     if known is None or (axis + known if axis < 0 else axis) == 0:
+        if known and all(kind == Rows() for kind in kinds):
+            return Across()
         return refuse(operation, "stacks along the first axis")
     return _same_rows(operation, kinds)
 
@@ -141,6 +148,49 @@ def convolution(operation: tf.Operation, kinds: Sequence[Kind]) -> Kind:
     return of_one(operation, kinds) if _leaves_batch_alone(operation) else refuse(operation, "reaches across rows")
 
 
+def to_blocks(operation: tf.Operation, kinds: Sequence[Kind]) -> Kind:
+    """SpaceToBatchND, as dilated convolutions use it: what lies apart within a row goes to blocks of all rows."""
+    block = static(operation.inputs[1])
+    if block is None or kinds[0] != Rows() or not all_fixed(kinds[1:]):
+        return refuse(operation, "takes what is not known")
+    return Blocks(int(block.prod()))
+
+
+def from_blocks(operation: tf.Operation, kinds: Sequence[Kind]) -> Kind:
+    """BatchToSpaceND: as many blocks as there are become one again."""
+    block = static(operation.inputs[1])
+    if block is None or kinds[0] != Blocks(int(block.prod())) or not all_fixed(kinds[1:]):
+        return refuse(operation, "takes what is not known")
+    return Rows()
+
+
+def convolution_of_blocks(operation: tf.Operation, kinds: Sequence[Kind]) -> Kind:
+    """As `convolution`, of each block."""
+    made = convolution(operation, [Rows(), *kinds[1:]])
+    return kinds[0] if isinstance(made, Rows) else made
+
+
+def clamped(operation: tf.Operation) -> bool:
+    """Whether it is Minimum or Maximum that leaves one number only, whatever it is given: what is counted up to."""
+    other = {"Minimum": "Maximum", "Maximum": "Minimum"}.get(operation.type)
+    if other is None or not operation.outputs[0].dtype.is_integer or rank(operation.outputs[0]) != 0:
+        return False
+    bounds = [(static(operation.inputs[place]), traced(operation.inputs[1 - place]).op) for place in (0, 1)]
+    return any(
+        bound is not None and inner.type == other and any(_equal(static(tensor), bound) for tensor in inner.inputs)
+        for bound, inner in bounds
+    )
+
+
+def bincount(operation: tf.Operation, kinds: Sequence[Kind]) -> Kind:
+    """DenseBincount within each row, up to a fixed number; weights, where there are any, are the rows' own."""
+    weights = kinds[2] if operation.inputs[2].shape != [0] else Fixed()
+    own = isinstance(weights, Rows) or operation.inputs[2].shape == [0]
+    if rank(operation.inputs[0]) != 2 or not is_fixed(kinds[1]) or not own:
+        return refuse(operation, "counts rows together")
+    return _same_rows(operation, [kinds[0], *([weights] if isinstance(weights, Rows) else [])])
+
+
 def transposed_convolution(operation: tf.Operation, kinds: Sequence[Kind]) -> Kind:
     """Conv2DBackpropInput with a size that may hold the number of rows, which it checks."""
     sizes = entries(operation.inputs[0], kinds[0])
@@ -164,6 +214,10 @@ def _same_rows(operation: tf.Operation, kinds: Sequence[Kind]) -> Kind:
     found = set(kinds)
     (kind,) = found if len(found) == 1 else (None,)
     return kind if isinstance(kind, Rows) else refuse(operation, "takes rows beside what is not rows of that number")
+
+
+def _equal(value: Any, bound: Any) -> bool:
+    return value is not None and bool((value == bound).all())
 
 
 def _leaves_batch_alone(operation: tf.Operation) -> bool:

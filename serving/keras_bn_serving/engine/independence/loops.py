@@ -14,10 +14,12 @@ from keras_bn_serving.engine.independence.kinds import (
     Kind,
     Multiple,
     NewList,
+    NewSteps,
     NotProvedError,
     RowList,
     Rows,
     Sizes,
+    Steps,
     Unknown,
     is_fixed,
     refuse,
@@ -49,10 +51,13 @@ def list_rule(operation: tf.Operation, kinds: Sequence[Kind]) -> Kind:
 
 
 def loop(operation: tf.Operation, kinds: Sequence[Kind], flat: FlatGraph, judge: Judge) -> list[Kind]:
-    """While that runs once for each row, reads the row whose turn it is, and writes what it makes of it."""
+    """While that runs as often for any rows; or once for each row, reads that row, and writes what it makes of it."""
     shapes = [tensor.shape if tensor.dtype != tf.variant else tf.TensorShape([]) for tensor in operation.inputs]
     body = of_function(flat.library, operation.get_attr("body").name, shapes)
     condition = of_function(flat.library, operation.get_attr("cond").name, shapes)
+    over_steps = _over_steps(kinds, body, condition, judge)
+    if over_steps is not None:
+        return over_steps
     inside: list[Kind] = []
     for position, (initial, kind) in enumerate(zip(operation.inputs, kinds, strict=True)):
         argument, result = body.inputs[str(position)], traced(body.outputs[position])
@@ -107,6 +112,37 @@ def condition(operation: tf.Operation, kinds: Sequence[Kind], flat: FlatGraph, j
         else:
             joined.append(refuse(operation, "answers differently by branch"))
     return joined
+
+
+def _over_steps(kinds: Sequence[Kind], body: FlatGraph, condition: FlatGraph, judge: Judge) -> list[Kind] | None:
+    """Returns what is known of the variables after any number of turns, `None` where rows decide how many."""
+
+    def runs_as_often(inside: Sequence[Kind]) -> bool:
+        names = map(str, range(len(inside)))
+        return is_fixed(judge(condition, dict(zip(names, inside, strict=True)))[0])
+
+    inside = list(kinds)
+    while runs_as_often(inside):
+        made = judge(body, {str(position): kind for position, kind in enumerate(inside)})
+        # What holds before a turn and after it holds after any number of them.
+        joined = [_joined(before, after) for before, after in zip(inside, made, strict=True)]
+        if joined == inside:
+            return inside
+        inside = joined
+    return None
+
+
+def _joined(before: Kind, after: Kind) -> Kind:
+    if isinstance(before, Rows) and not isinstance(before.per, int):
+        # In the next turn it may be another number.
+        return Unknown("a loop's variable has a number of entries a row that is not known")
+    if before == after or isinstance(before, Unknown):
+        return before
+    if isinstance(before, NewSteps) and after == Steps():
+        return after
+    if is_fixed(before) and is_fixed(after):
+        return Fixed()
+    return Unknown("a loop's variable is not of one kind")
 
 
 def _cannot(operation: tf.Operation, why: str) -> list[Kind]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import tensorflow as tf
 
 from keras_bn_serving.engine.independence.kinds import (
+    Across,
     Every,
     Kind,
     Multiple,
@@ -16,6 +17,7 @@ from keras_bn_serving.engine.independence.kinds import (
     rank,
     refuse,
     static,
+    static_entries,
 )
 
 
@@ -52,18 +54,21 @@ def reshape(operation: tf.Operation, kinds: Sequence[Kind]) -> Kind:
     if not is_fixed(kinds[1]):
         return refuse(operation, "reshapes by what is not known")
     # A fixed shape: the sizes behind axis 0 say how many entries of it one row makes, or that rows come out uneven.
-    before, after = source.shape[1:].num_elements(), result.shape[1:].num_elements()
-    if before and after and (kinds[0].per * before) % after == 0:
-        return Rows(kinds[0].per * before // after)
+    before, after, per = source.shape[1:].num_elements(), result.shape[1:].num_elements(), kinds[0].per
+    if before and after and isinstance(per, int) and (per * before) % after == 0:
+        return Rows(per * before // after)
     return refuse(operation, "may cut rows in pieces")
 
 
 def transpose(operation: tf.Operation, kinds: Sequence[Kind]) -> Kind:
-    """Transpose that keeps axis 0 where it is."""
-    order = static(operation.inputs[1])
-    if order is None or not order.size or order[0] != 0 or not isinstance(kinds[0], Rows):
-        return refuse(operation, "moves the rows' axis")
-    return kinds[0]
+    """Transpose that keeps axis 0 where it is, or makes it axis 1."""
+    order = static_entries(operation.inputs[1])
+    if order and isinstance(kinds[0], Rows) and all_fixed(kinds[1:]):
+        if order[0] == 0:
+            return kinds[0]
+        if order[1:2] == [0] and kinds[0] == Rows():
+            return Across()
+    return refuse(operation, "moves the rows' axis")
 
 
 def new_axis(operation: tf.Operation, kinds: Sequence[Kind]) -> Kind:
@@ -100,7 +105,8 @@ def strided_slice(operation: tf.Operation, kinds: Sequence[Kind]) -> Kind:
     """StridedSlice that takes all of axis 0."""
     if not isinstance(kinds[0], Rows) or not all_fixed(kinds[1:]):
         return refuse(operation, "takes what is not known")
-    begin, step, known = static(operation.inputs[1]), static(operation.inputs[3]), rank(operation.inputs[0])
+    begin, step = static_entries(operation.inputs[1]), static_entries(operation.inputs[3])
+    known = rank(operation.inputs[0])
     if begin is None or step is None or known is None:
         return refuse(operation, "cuts at places that are not known")
     masks = {
@@ -108,12 +114,12 @@ def strided_slice(operation: tf.Operation, kinds: Sequence[Kind]) -> Kind:
     }
     if masks["ellipsis"]:
         # The dots reach over axis 0 unless what follows them names every axis.
-        named = sum(1 for index in range(1, begin.size) if not operation.get_attr("new_axis_mask") >> index & 1)
+        named = sum(1 for index in range(1, len(begin)) if not operation.get_attr("new_axis_mask") >> index & 1)
         whole = named < known
     else:
         starts = masks["begin"] or begin[0] == 0
         whole = not (masks["new_axis"] or masks["shrink_axis"]) and starts and masks["end"] and step[0] == 1
-    return kinds[0] if begin.size == 0 or whole else refuse(operation, "cuts through the rows' axis")
+    return kinds[0] if not begin or whole else refuse(operation, "cuts through the rows' axis")
 
 
 def slice_(operation: tf.Operation, kinds: Sequence[Kind]) -> Kind:

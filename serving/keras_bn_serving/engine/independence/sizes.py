@@ -1,5 +1,6 @@
 """Rules for the numbers that graphs reckon shapes with: which of them depend on the number of rows, and how."""
 
+import math
 from collections.abc import Sequence
 
 import tensorflow as tf
@@ -35,6 +36,8 @@ def size(operation: tf.Operation, kinds: Sequence[Kind]) -> Kind:
         return Fixed()
     tail = operation.inputs[0].shape[1:] if rank(operation.inputs[0]) else None
     if not isinstance(kinds[0], Rows) or tail is None or tail.num_elements() is None:
+        return refuse(operation, "counts entries of rows of unknown size")
+    if not isinstance(kinds[0].per, int):
         return refuse(operation, "counts entries of rows of unknown size")
     return Sizes((Multiple(kinds[0].per * tail.num_elements()),))
 
@@ -80,19 +83,14 @@ def product(operation: tf.Operation, kinds: Sequence[Kind]) -> Kind:
         factors = factors if len(factors) == len(pair) else None
     if factors is None or rank(operation.outputs[0]) != 0:
         return refuse(operation, "reckons with the number of rows")
-    whole: int | Multiple | None = 1
-    for factor in factors:
-        if isinstance(factor, Multiple) and isinstance(whole, int):
-            whole = Multiple(whole * factor.factor)
-        elif isinstance(factor, int) and isinstance(whole, Multiple):
-            whole = Multiple(whole.factor * factor)
-        elif isinstance(factor, int) and isinstance(whole, int):
-            whole = whole * factor
-        elif isinstance(factor, Multiple) or isinstance(whole, Multiple):
-            return refuse(operation, "multiplies the number of rows by what is not known")
-        else:
-            whole = None
-    return Sizes((whole,))
+    multiples = [factor.factor for factor in factors if isinstance(factor, Multiple)]
+    numbers = [*multiples, *(factor for factor in factors if not isinstance(factor, Multiple))]
+    known = [number for number in numbers if isinstance(number, int)]
+    if len(multiples) > 1:
+        return refuse(operation, "multiplies the number of rows by itself")
+    if not multiples:
+        return Sizes((math.prod(known) if len(known) == len(numbers) else None,))
+    return Sizes((Multiple(math.prod(known) if len(known) == len(numbers) else operation),))
 
 
 def comparison(operation: tf.Operation, kinds: Sequence[Kind]) -> Kind:
@@ -108,7 +106,9 @@ def comparison(operation: tf.Operation, kinds: Sequence[Kind]) -> Kind:
             continue
         many, number = (one, other) if isinstance(one, Multiple) else (other, one)
         reached = operation.type in (("GreaterEqual", "Less") if many is one else ("LessEqual", "Greater"))
-        if not isinstance(many, Multiple) or not isinstance(number, int) or number >= many.factor + reached:
+        if not isinstance(many, Multiple) or not isinstance(many.factor, int) or not isinstance(number, int):
+            return refuse(operation, "compares the number of rows with what is not known")
+        if number >= many.factor + reached:
             return refuse(operation, "depends on the number of rows")
     return Fixed()
 
