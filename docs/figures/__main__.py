@@ -1,4 +1,4 @@
-"""python -m docs.figures [NAME ...]: draws the figures of the pages, each from a run, a log or a result that is here."""
+"""python -m docs.figures [NAME ...]: draws the figures of the pages, each from a run, a log or a result."""
 
 import argparse
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Figures of a training beside what the embedded server answered about a picture."""
 
-import contextlib
 import csv
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,8 +22,13 @@ MODEL_NAME = "fashion_cnn"
 
 def start() -> Figure:
     """Runs docs/start.md, and draws what it leaves."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        names = pages.run("docs/start.md").names
+    before = Path.cwd()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            os.chdir(folder)
+            names = pages.run("docs/start.md").names
+        finally:
+            os.chdir(before)
     figure, curve, picture, bars = _panels()
     accuracy = [100 * value for value in names["training"].history["accuracy"]]
     epochs = range(1, len(accuracy) + 1)
@@ -43,9 +48,7 @@ def pretrained_network() -> Figure:
     asked = pretrained.load_examples()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / MODEL_NAME
-        keras_bn.export(
-            pretrained.load(), path, labels=CLASS_NAMES, preprocess=pretrained.preprocess, warmup=asked
-        )
+        keras_bn.export(pretrained.load(), path, labels=CLASS_NAMES, preprocess=pretrained.preprocess, warmup=asked)
         with demo.serving(MODEL_NAME, path, Path(folder) / "server.log") as url, Client(url) as client:
             answer = client.predict(MODEL_NAME, asked[9:])
     with (pretrained.FOLDER / "log.csv").open() as log:
