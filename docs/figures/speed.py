@@ -31,8 +31,8 @@ def fast() -> Figure:
         places = np.arange(len(measured)) + 0.27 * (index - 1)
         values = [by_mode[mode] for by_mode in measured.values()]
         bars = axes.bar(places, values, 0.25, color=COLOURS[index], label=name.replace("`", ""))
-        axes.bar_label(bars, [_short(value) for value in values], fontsize=7)
-    axes.axhline(1, color="black", linewidth=1)
+        axes.bar_label(bars, [_short(value) for value in values], fontsize=7, padding=2)
+    axes.axhline(1, color="gray", linewidth=0.8, zorder=0)
     axes.set_xticks(range(len(measured)), [shape.replace(" ", "\n") for shape in measured], fontsize=8)
     axes.set_ylabel("times as fast as stock Keras")
     axes.spines[["top", "right"]].set_visible(False)
