@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 OLDEST_TESTS ?= tests
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help install data demo test test-all test-oldest torch wheel wheel-check lint docker-check bench experiments clean
+.PHONY: help install data demo test test-all test-oldest torch mkdocs wheel wheel-check lint docker-check bench experiments docs docs-serve clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -76,6 +76,18 @@ bench: $(INSTALLED)  ## Measure everything beside its peers (an hour); see bench
 experiments: $(INSTALLED)  ## Measure what is claimed of batch norm (about an hour); see docs/experiments/README.md
 	-$(BIN)/python -m models.data
 	$(BIN)/python -m models.experiments all
+
+mkdocs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: mkdocs  ## Make the site of docs/ in build/site; a dead link is an error
+	$(BIN)/python -m mkdocs build --quiet
+	@echo build/site/index.html
+
+docs-serve: export NO_MKDOCS_2_WARNING := 1
+docs-serve: mkdocs  ## Show that site at http://127.0.0.1:8000/ while pages are changed
+	$(BIN)/python -m mkdocs serve
 
 clean:  ## Remove what the other targets made, but the data
 	rm -rf $(VENV) .venv-oldest .demo build dist *.egg-info

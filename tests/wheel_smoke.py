@@ -18,8 +18,8 @@ def main() -> None:
     _comes_from_the_wheel()
     _trains_and_infers_as_the_formula_says()
     _command_says_its_version("--compiled" in sys.argv)
-    _readme_runs()
-    print(f"Python {sys.version.split()[0]}: the wheel does what the README says.")
+    _pages_run()
+    print(f"Python {sys.version.split()[0]}: the wheel does what README and docs/start.md say.")
 
 
 def _check(condition: bool, what: object) -> None:
@@ -84,14 +84,15 @@ def _command_says_its_version(compiled: bool) -> None:
     _check(not compiled or "\ncompiled operations in use" in done.stdout, done.stdout)
 
 
-def _readme_runs() -> None:
+def _pages_run() -> None:
     import importlib.util
 
-    spec = importlib.util.spec_from_file_location("readme", CHECKOUT / "tests/readme.py")
-    readme = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(readme)
-    printed = readme.three_uses()
-    _check(len(json.loads(printed[printed.index("{") :])["predictions"][0]) == 10, printed)
+    spec = importlib.util.spec_from_file_location("pages", CHECKOUT / "tests/pages.py")
+    pages = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pages)
+    for page, asked in (("README.md", "keras-bn ask"), ("docs/start.md", "base64")):
+        (printed,) = (text for title, text in pages.run(page).printed.items() if title.startswith(asked))
+        _check(len(json.loads(printed[printed.index("{") :])["predictions"]) == 1, printed)
 
 
 if __name__ == "__main__":

@@ -27,9 +27,16 @@ class Recalibrate(keras.callbacks.Callback):
     `EarlyStopping(restore_best_weights=True)`; before a validation when `SwapEMAWeights` has put its averages in.
 
     Args:
-        data, steps, method, order, layers, tolerance, batch_size, verbose: as for `recalibrate`.
+        data: as for `recalibrate`.
+        steps: likewise.
         when: `"end"` for the end of training, or `"epoch"` also for each validation, the end of each epoch, and
             whenever a callback saves the model; measured again only if weights have changed since.
+        verbose: as for `recalibrate`.
+        method: likewise.
+        order: likewise.
+        layers: likewise.
+        tolerance: likewise.
+        batch_size: likewise.
 
     Attributes:
         report: the `Recalibration` of the last time.
