@@ -92,6 +92,8 @@ def _takes_data(required: bool) -> Callable[[Any], Any]:
         @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
         @functools.wraps(command)
         def wrapped(data: Path | None, array_name: Any, divide_by: Any, batch_size: int, **rest: Any) -> Any:
+            if data is None and (array_name is not None or divide_by is not None):
+                raise click.UsageError("--array and --divide-by need --data.")
             given = None if data is None else Data(data, array_name, divide_by, batch_size)
             return command(data=given, **rest)
 
@@ -128,6 +130,8 @@ def health(model: Model, data: Data | None, picture: Path | None, overwrite: boo
     With --data, also how far its statistics are from that data, and which layers are behind a gap between
     training and validation.
     """
+    if overwrite and picture is None:
+        raise click.UsageError("--overwrite needs --picture.")
     if picture is not None:
         if data is None:
             raise click.UsageError("--picture needs --data: it draws how far the two are apart.")
@@ -222,6 +226,10 @@ def export(
 ) -> None:
     """Writes the next version below MODEL_BASE_PATH, for TensorFlow Serving, and checks it."""
     check_folder(model_base_path, "MODEL_BASE_PATH")
+    if array_name is not None and warmup is None:
+        raise click.UsageError("--array needs --warmup.")
+    if options["overwrite"] and options["version"] is None:
+        raise click.UsageError("--overwrite needs --version.")
     names = None if labels is None else lines_of(labels)
     with model.loaded() as loaded:
         if pixels:
