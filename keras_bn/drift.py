@@ -13,17 +13,10 @@ from tensorflow.core.protobuf import saved_model_pb2
 
 from keras_bn import arguments
 from keras_bn.examples import as_arrays, check_kind, computing_with, reason
-from keras_bn.model import (
-    calls_replaced,
-    channel_axes,
-    check_weights_finite,
-    inference_mode,
-    named_batch_norms,
-    observed_call,
-    required_batch_norms,
-)
+from keras_bn.inference import calls_replaced, inference_mode, observed_call
+from keras_bn.masks import aligned_weights
+from keras_bn.model import channel_axes, check_weights_finite, named_batch_norms, required_batch_norms
 from keras_bn.names import argument
-from keras_bn.statistics import aligned_weights
 
 SIGNATURE = "batch_norm_drift"
 

@@ -10,7 +10,7 @@ import tensorflow as tf
 from keras_bn.drift import RowFigures, row_figures
 from keras_bn.exporting import inputs as _inputs
 from keras_bn.exporting import pictures as _pictures
-from keras_bn.model import inference_mode
+from keras_bn.inference import inference_mode
 from keras_bn.names import argument, identifier, unique
 
 Tensors = Mapping[str, tf.Tensor]
