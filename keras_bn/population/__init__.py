@@ -7,7 +7,7 @@ import keras
 import numpy as np
 
 from keras_bn import arguments
-from keras_bn.drift import distance, plain, summary
+from keras_bn.drift.figures import distance, plain, summary
 from keras_bn.model import check_model, required_batch_norms, set_statistics, statistics_of
 from keras_bn.population.accumulator import METHODS
 from keras_bn.population.batches import Batches
