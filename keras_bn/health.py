@@ -35,8 +35,8 @@ def health(
     batch_kl = mean over channels and batches of KL(batch, population): what training is used to
 
     A layer whose `kl` is above both `batch_kl` and 0.01 nats is named for a gap between training and validation. See
-    `keras_bn.drift.figures.distance` for KL. Variances are biased. The model is left as it is; while it is measured,
-    its calls are replaced and all functions of the process run eagerly: do not use it in another thread until then.
+    `keras_bn.drift.distance` for KL. Variances are biased. The model is left as it is; while it is measured, its calls
+    are replaced and all functions of the process run eagerly: do not use it in another thread until then.
 
     Args:
         model: a built Keras model.

@@ -21,7 +21,7 @@ def assert_close(got, want, dtype, scale=1.0):
 
 
 def drift_of(seen, moving_mean, moving_variance):
-    """How far all values of a `Reference` are from a population, per channel: see `keras_bn.drift.figures.distance`."""
+    """How far all values of a `Reference` are from a population, per channel: see `keras_bn.drift.distance`."""
     mean, variance = np.asarray(moving_mean, "float64"), np.asarray(moving_variance, "float64")
     shift = (seen.batch_mean - mean) / np.sqrt(variance + seen.epsilon)
     ratio = (seen.biased_variance + seen.epsilon) / (variance + seen.epsilon)

@@ -8,6 +8,7 @@ import numpy as np
 
 from keras_bn import arguments
 from keras_bn.drift.figures import RowFigures, in_float64, merged, plain, pooled, stacked, summary
+from keras_bn.drift.figures import distance as distance
 from keras_bn.drift.rows import row_figures
 from keras_bn.drift.versions import FiguresOf, asked_of_version
 from keras_bn.examples import as_arrays, computing_with
@@ -18,7 +19,7 @@ def drift(model: Any, inputs: Any, batch_size: int = 32) -> list[dict[str, Any]]
     """How far `inputs` are, at each normalization, from the population its statistics describe.
 
     All examples are pooled, exactly: the answer does not depend on `batch_size` beyond rounding. See
-    `keras_bn.drift.figures.distance` for the equations; a layer's three numbers are those of `summary` there. A layer
+    `keras_bn.drift.distance` for the equations; a layer's three numbers are those of `summary` there. A layer
     called several times is measured over all its calls.
 
     Args:

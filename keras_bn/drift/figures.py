@@ -46,7 +46,10 @@ def distance(mean: Any, variance: Any, reference_mean: Any, reference_variance: 
     Epsilon is that of the layer: with it a channel that is constant in both has distance 0, as it has for the layer.
 
     Args:
-        mean, variance, reference_mean, reference_variance: shape `(C,)`; computed in float64.
+        mean: shape `(C,)`; computed in float64, as all.
+        variance: likewise.
+        reference_mean: likewise.
+        reference_variance: likewise.
         epsilon: the layer's, of the unit of a variance.
 
     Returns:
