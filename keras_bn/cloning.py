@@ -7,15 +7,8 @@ from typing import Any
 
 import keras
 
-from keras_bn.model import (
-    compile_arguments,
-    copy_state,
-    graph_of,
-    layers_below,
-    new_input_layers,
-    nodes_of,
-    optimized_variables,
-)
+from keras_bn.model import compile_arguments, graph_of, layers_below, new_input_layers, nodes_of, optimized_variables
+from keras_bn.state import copy_state
 
 # Changes the configuration of a normalization in place, and gives the layers that have to follow it. `alone` says
 # whether any can follow: inside a wrapper there is no place for them.

@@ -7,19 +7,13 @@ import keras
 import numpy as np
 
 from keras_bn import arguments
-from keras_bn.drift import distance, plain, summary
-from keras_bn.model import (
-    affine_weights,
-    broken_weights,
-    check_model,
-    named_batch_norms,
-    statistics_of,
-    variables_restored,
-)
+from keras_bn.drift.figures import distance, plain, summary
+from keras_bn.model import affine_weights, broken_weights, check_model, named_batch_norms, statistics_of
 from keras_bn.population import VERBOSE
 from keras_bn.population.accumulator import Accumulator
 from keras_bn.population.batches import Batches
 from keras_bn.population.measurement import measure_leniently
+from keras_bn.state import variables_restored
 from keras_bn.tables import table
 
 # Below these, a channel is called dead.

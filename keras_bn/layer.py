@@ -8,9 +8,10 @@ import keras
 import tensorflow as tf
 
 from keras_bn import arguments, ops, updates
+from keras_bn.masks import aligned_weights
 from keras_bn.ops.layouts import ragged_as_padded, ragged_as_values
 from keras_bn.ops.where import either
-from keras_bn.statistics import aligned_weights, replica_count, statistics_dtype
+from keras_bn.statistics import replica_count, statistics_dtype
 from keras_bn.warning import warn
 
 

@@ -1,15 +1,11 @@
-"""A Keras model from outside: checked, its layers found and named, run in inference mode, their inputs measured.
+"""A Keras model from outside: checked, its layers found and named, the graph of its calls, its statistics.
 
 What Keras keeps private of a model and of its layers is asked for here alone, and held by Keras 3.12 to 3.15:
 `_flatten_layers`, `_layers`, `_functional`, `_nodes_by_depth`, `_keras_history`, `_keras_mask`, `_compile_config`, and
 of an optimizer `_trainable_variables`.
 """
 
-import contextlib
-import functools
 import inspect
-import tempfile
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -17,8 +13,9 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bn.layer import BatchNormalization
-from keras_bn.ops.layouts import as_rows, ragged_as_padded
-from keras_bn.statistics import Moments, aligned_weights, weighted_moments
+from keras_bn.masks import aligned_weights
+from keras_bn.ops.layouts import as_rows
+from keras_bn.statistics import Moments, weighted_moments
 
 
 def check_model(model: Any, built: bool = False) -> None:
@@ -172,31 +169,6 @@ def set_statistics(layer: keras.layers.BatchNormalization, mean: Any, variance: 
         layer.renorm_stddev.assign(stddev.astype("float32"))
 
 
-def _recurrent_states(model: keras.Layer) -> list[keras.Variable]:
-    """Those of stateful layers, which Keras does not count among their variables."""
-    layers = [layer for layer in layers_below(model) if isinstance(layer, keras.layers.RNN) and layer.stateful]
-    return [v for layer in layers for v in keras.tree.flatten(layer.states) if isinstance(v, keras.Variable)]
-
-
-@contextlib.contextmanager
-def variables_restored(model: keras.Layer, only_on_error: bool = False) -> Iterator[None]:
-    """Puts every variable that an optimizer does not train back, bit for bit: at the end, or only when the body raises.
-
-    "Raises" is anything at all, Ctrl-C included. States of recurrent layers are put back in any case.
-    """
-    states = _recurrent_states(model)
-    variables = [*states, *(v for v in model.variables if not v.trainable)]
-    before = [v.numpy() for v in variables]
-    finished = False
-    try:
-        yield
-        finished = True
-    finally:
-        kept = len(states) if finished and only_on_error else len(variables)
-        for variable, value in zip(variables[:kept], before[:kept], strict=True):
-            variable.assign(value)
-
-
 def graph_of(layer: Any) -> Any:
     """The functional model that tells what `layer` computes, or None.
 
@@ -232,44 +204,6 @@ def input_structure(model: Any) -> Any:
 def mask_of(tensor: Any) -> Any:
     """The mask that a layer attached to its output, None where there is none."""
     return getattr(tensor, "_keras_mask", None)
-
-
-def copy_state(old: keras.Layer, new: keras.Layer) -> list[tuple[keras.Variable, keras.Variable]]:
-    """Gives `new`, made from the configuration of `old` or with ours and stock normalizations changed, its state too.
-
-    Returns:
-        The variables of one and the other that mean the same.
-    """
-    norms = zip(batch_norms_below(old), batch_norms_below(new), strict=True)
-    changed = [(a, b) for a, b in norms if type(a) is not type(b)]
-    pairs = [
-        (getattr(a, name), getattr(b, name))
-        for a, b in changed
-        for name in ("gamma", "beta")
-        if getattr(a, name, None) is not None
-    ]
-    sides = []
-    for layer, own in ((old, [a for a, _ in changed]), (new, [b for _, b in changed])):
-        of_changed = {id(variable) for norm in own for variable in norm.variables}
-        sides.append([variable for variable in layer.variables if id(variable) not in of_changed])
-    if sorted(v.name for v in sides[0]) == sorted(v.name for v in sides[1]):
-        # What was quantized after it was built has its variables in another order.
-        sides = [sorted(side, key=lambda variable: variable.name) for side in sides]
-    pairs += zip(*sides, strict=True)
-    for source, target in pairs:
-        target.assign(source)
-    for a, b in changed:
-        set_statistics(b, a.moving_mean.numpy(), a.moving_variance.numpy())
-    for source, target in zip(_recurrent_states(old), _recurrent_states(new), strict=True):
-        target.assign(source)
-    for a, b in zip(layers_below(old), layers_below(new), strict=True):
-        if hasattr(a, "save_assets"):  # Vocabularies, which are no variables.
-            with tempfile.TemporaryDirectory() as folder:
-                a.save_assets(folder)
-                b.load_assets(folder)
-        if hasattr(b, "finalize_state"):  # Normalization computes with numbers it derives from its variables.
-            b.finalize_state()
-    return pairs
 
 
 def compile_arguments(model: Any) -> dict[str, Any] | None:
@@ -321,80 +255,3 @@ def input_moments(
     moments = weighted_moments(rows, as_rows(weights, channels)[0])
     unit = tf.broadcast_to(tf.cast(moments.unit, tf.float64), tf.shape(moments.count))
     return Moments(*(tf.reshape(part, sizes) for part in moments._replace(unit=unit)))
-
-
-def observed_call(layer: keras.Layer, observe: Callable[[tf.Tensor, Any], None]) -> Callable[..., Any]:
-    """The layer's `call`, with `observe(inputs, mask)` before it; ragged inputs as padded ones with a mask."""
-    call = layer.call
-    signature = inspect.signature(call)
-
-    def observe_and_call(*args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(*args, **kwargs)
-        inputs, mask = next(iter(bound.arguments.values())), bound.arguments.get("mask")
-        if isinstance(inputs, tf.RaggedTensor):
-            inputs, mask, _ = ragged_as_padded(inputs)
-        observe(inputs, mask)
-        return call(*args, **kwargs)
-
-    return observe_and_call
-
-
-@contextlib.contextmanager
-def calls_replaced(replacements: dict[keras.Layer, Callable[..., Any]]) -> Iterator[None]:
-    """Runs `replacements[layer]` wherever `layer.call` would run, and takes it back at the end, also after an error.
-
-    Args:
-        replacements: for a layer, the function with the signature of its `call`.
-    """
-    # Straight into `__dict__`: neither Keras nor TensorFlow shall track what is there for a while only.
-    before = {layer: layer.__dict__.get("call") for layer in replacements}
-    try:
-        for layer, replacement in replacements.items():
-            layer.__dict__["call"] = replacement
-        yield
-    finally:
-        for layer, call in before.items():
-            if call is None:
-                layer.__dict__.pop("call", None)
-            else:
-                layer.__dict__["call"] = call
-
-
-@contextlib.contextmanager
-def inference_mode(model: keras.Layer) -> Iterator[None]:
-    """Every layer below `model` runs with `training=False`, also where its author passed `training=True` or nothing."""
-    layers = layers_below(model)
-    ours = [layer for layer in layers if isinstance(layer, BatchNormalization)]
-    chosen = [layer.statistics for layer in ours]
-    try:
-        for layer in ours:
-            layer.statistics = "moving"
-        calls = {layer: _own_call(layer) for layer in layers}
-        with calls_replaced({layer: _without_training(call) for layer, call in calls.items() if _takes_training(call)}):
-            yield
-    finally:
-        for layer, statistics in zip(ours, chosen, strict=True):
-            layer.statistics = statistics
-
-
-def _own_call(layer: keras.Layer) -> Callable[..., Any]:
-    """The layer's `call` without what `use_statistics` has put before that of a stock normalization."""
-    if hasattr(layer.__dict__.get("call"), "statistics"):
-        return type(layer).call.__get__(layer)
-    return layer.call
-
-
-def _takes_training(call: Callable[..., Any]) -> bool:
-    return "training" in inspect.signature(call).parameters
-
-
-def _without_training(call: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(call)
-
-    @functools.wraps(call)
-    def call_for_inference(*args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(*args, **kwargs)
-        bound.arguments["training"] = False
-        return call(*bound.args, **bound.kwargs)
-
-    return call_for_inference

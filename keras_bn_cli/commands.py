@@ -1,22 +1,30 @@
 """The commands, their options and what they print."""
 
-import functools
 import importlib.util
 import json
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from keras_bn_cli.files import MODEL_SUFFIXES, Data, Model, card_of, first, lines_of, save, written_whole
+from keras_bn_cli.options import (
+    FILE,
+    FILE_OR_VERSION,
+    array_option,
+    json_option,
+    output_option,
+    overwrite_option,
+    takes_data,
+    takes_model,
+)
+from keras_bn_cli.printing import print_card, print_report
 from keras_bn_cli.shell import (
     Commands,
     PassesOn,
     Positive,
     check_folder,
     check_output,
-    ended_in_order,
     library,
     tell,
     verbose,
@@ -69,65 +77,24 @@ def main(ctx: click.Context, traceback: bool) -> None:
         click.echo(ctx.get_help())
 
 
-def _takes_model(exists: click.Path) -> Callable[[Any], Any]:
-    def decorate(command: Any) -> Any:
-        @click.argument("path", metavar="MODEL", type=exists)
-        @click.option("--import", "modules", multiple=True, metavar="MODULE", help="Module with custom layers.")
-        @click.option("--trust", is_flag=True, help="Runs code that the file holds (Lambda layers).")
-        @functools.wraps(command)
-        def wrapped(path: Path, modules: Sequence[str], trust: bool, **rest: Any) -> Any:
-            with ended_in_order():
-                return command(model=Model(path, modules, trust), **rest)
-
-        return wrapped
-
-    return decorate
-
-
-def _takes_data(required: bool) -> Callable[[Any], Any]:
-    def decorate(command: Any) -> Any:
-        @click.option("--data", type=_FILE, required=required, help=".npy or .npz file of examples.")
-        @_array_option
-        @click.option("--divide-by", type=Positive(), help="Divides the data first, by 255 for pixels as they are.")
-        @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
-        @functools.wraps(command)
-        def wrapped(data: Path | None, array_name: Any, divide_by: Any, batch_size: int, **rest: Any) -> Any:
-            given = None if data is None else Data(data, array_name, divide_by, batch_size)
-            return command(data=given, **rest)
-
-        return wrapped
-
-    return decorate
-
-
-_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-_FILE_OR_VERSION = click.Path(exists=True, path_type=Path)
-_array_option = click.option("--array", "array_name", help="Name of the array in a .npz file that has several.")
-_json_option = click.option("--json", "as_json", is_flag=True, help="Prints JSON in the place of tables.")
-_output_option = click.option(
-    "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), required=True, help="New .keras or .h5 file."
-)
-_overwrite_option = click.option(
-    "--overwrite", is_flag=True, help="Replace a file that is there; MODEL itself may be named."
-)
-
-
 @main.command(short_help="Health of the normalizations.")
-@_takes_model(_FILE)
-@_takes_data(required=False)
+@takes_model(FILE)
+@takes_data(required=False)
 @click.option(
     "--picture",
     type=click.Path(path_type=Path, dir_okay=False),
     help="Also draws it, into a .png, .svg or .pdf; needs matplotlib, which 'keras-bn[models]' brings.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace a --picture that is there.")
-@_json_option
+@json_option
 def health(model: Model, data: Data | None, picture: Path | None, overwrite: bool, as_json: bool) -> None:
     """Shows the health of every normalization.
 
     With --data, also how far its statistics are from that data, and which layers are behind a gap between
     training and validation.
     """
+    if overwrite and picture is None:
+        raise click.UsageError("--overwrite needs --picture.")
     if picture is not None:
         if data is None:
             raise click.UsageError("--picture needs --data: it draws how far the two are apart.")
@@ -143,17 +110,17 @@ def health(model: Model, data: Data | None, picture: Path | None, overwrite: boo
         if picture is not None:
             with written_whole(picture, overwrite) as temporary:
                 report.save_picture(temporary)
-    _print(report, as_json)
+    print_report(report, as_json)
 
 
 @main.command(short_help="Exact statistics of the whole data set.")
-@_takes_model(_FILE)
-@_takes_data(required=True)
-@_output_option
-@_overwrite_option
+@takes_model(FILE)
+@takes_data(required=True)
+@output_option
+@overwrite_option
 @click.option("--method", type=click.Choice(["pooled", "algorithm2"]), default="pooled", show_default=True)
 @click.option("--order", type=click.Choice(["sequential", "joint"]), default="sequential", show_default=True)
-@_json_option
+@json_option
 def recalibrate(
     model: Model, data: Data, output: Path, overwrite: bool, method: str, order: str, as_json: bool
 ) -> None:
@@ -169,18 +136,18 @@ def recalibrate(
             verbose=verbose(),
         )
         save(loaded, output, overwrite)
-    _print(report, as_json)
+    print_report(report, as_json)
 
 
 @main.command(short_help="Normalizations into their neighbours, with proof.")
-@_takes_model(_FILE)
-@_takes_data(required=False)
-@_output_option
-@_overwrite_option
+@takes_model(FILE)
+@takes_data(required=False)
+@output_option
+@overwrite_option
 @click.option(
     "--tolerance", type=Positive(), help="Largest relative error allowed.  [default: 1e-4; 2e-2 in half precision]"
 )
-@_json_option
+@json_option
 def fold(model: Model, data: Data | None, output: Path, overwrite: bool, tolerance: Any, as_json: bool) -> None:
     """Absorbs normalizations into the layers beside them, and proves that nothing changed.
 
@@ -191,25 +158,25 @@ def fold(model: Model, data: Data | None, output: Path, overwrite: bool, toleran
         check = None if data is None else first(data.for_model(loaded), data.batch_size)
         folded = library().fold(loaded, check, tolerance)
         save(folded.model, output, overwrite)
-    _print(folded.report, as_json)
+    print_report(folded.report, as_json)
 
 
 @main.command(short_help="The next version for TensorFlow Serving.")
-@_takes_model(_FILE)
+@takes_model(FILE)
 @click.argument("model_base_path", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--version", type=click.IntRange(min=0), help="Number of the version.  [default: the next]")
 @click.option("--fold/--no-fold", default=True, show_default=True, help="Absorb normalizations.")
 @click.option(
     "--drift/--no-drift", default=True, show_default=True, help="Answer how far a batch is from the training data."
 )
-@click.option("--labels", type=_FILE, help="Text file with the name of a class in each line.")
+@click.option("--labels", type=FILE, help="Text file with the name of a class in each line.")
 @click.option("--pixels/--no-pixels", default=False, help="Take uint8 pixels and encoded pictures, divided by 255.")
-@click.option("--warmup", type=_FILE, help=".npy or .npz file of some examples a server warms up with.")
-@_array_option
+@click.option("--warmup", type=FILE, help=".npy or .npz file of some examples a server warms up with.")
+@array_option
 @click.option("--accuracy", type=click.FloatRange(0, 1), help="For the card of the version.")
 @click.option("--jit-compile", is_flag=True, help="Let XLA compile it; the server has to allow that.")
 @click.option("--overwrite", is_flag=True, help="Replace a --version that is there.")
-@_json_option
+@json_option
 def export(
     model: Model,
     model_base_path: Path,
@@ -222,6 +189,10 @@ def export(
 ) -> None:
     """Writes the next version below MODEL_BASE_PATH, for TensorFlow Serving, and checks it."""
     check_folder(model_base_path, "MODEL_BASE_PATH")
+    if array_name is not None and warmup is None:
+        raise click.UsageError("--array needs --warmup.")
+    if options["overwrite"] and options["version"] is None:
+        raise click.UsageError("--overwrite needs --version.")
     names = None if labels is None else lines_of(labels)
     with model.loaded() as loaded:
         if pixels:
@@ -244,25 +215,25 @@ def export(
         facts = {"path": str(exported.path), "version": exported.version, "signatures": exported.signatures}
         click.echo(json.dumps({**facts, "errors": exported.errors._asdict(), "folding": folding}, indent=2))
     else:
-        _print_card(exported.path, as_json=False)
+        print_card(exported.path, as_json=False)
 
 
 @main.command(short_help="What an exported version offers.")
 @click.argument("version", type=click.Path(exists=True, path_type=Path, file_okay=False))
-@_json_option
+@json_option
 def inspect(version: Path, as_json: bool) -> None:
     """Shows what an exported version offers: its signatures, its accuracy, what was folded.
 
     VERSION is the numbered folder that export wrote.
     """
-    _print_card(version, as_json)
+    print_card(version, as_json)
 
 
 @main.command(short_help="How far data is from the training data.")
-@_takes_model(_FILE_OR_VERSION)
-@_takes_data(required=True)
+@takes_model(FILE_OR_VERSION)
+@takes_data(required=True)
 @click.option("--limit", type=Positive(), help="Exit with 3 if the KL of any layer is above it.")
-@_json_option
+@json_option
 def drift(model: Model, data: Data, limit: Any, as_json: bool) -> None:
     """Tells how far data is from what the normalizations were trained on.
 
@@ -319,30 +290,3 @@ def _pixels_to_floats(pictures: Any) -> Any:
     import tensorflow as tf
 
     return tf.cast(pictures, tf.float32) / 255.0
-
-
-def _print(report: Any, as_json: bool) -> None:
-    click.echo(json.dumps(report.to_dict(), indent=2) if as_json else f"{report}")
-
-
-def _print_card(version: Path, as_json: bool) -> None:
-    card = card_of(version)
-    if as_json:
-        click.echo(json.dumps(card, indent=2))
-        return
-    click.echo(f"{version}: model {card['model']}, {card['parameters']:,} parameters, {card['created']}")
-    click.echo(", ".join(f"{name} {number}" for name, number in card["versions"].items()))
-    for name, signature in card["signatures"].items():
-        click.echo(f"{name}:")
-        for direction in ("inputs", "outputs"):
-            for tensor, spec in signature[direction].items():
-                shape = ", ".join("any" if size is None else str(size) for size in spec["shape"])
-                click.echo(f"  {direction[:-1]:<6}  {tensor}: {spec['dtype']} ({shape})")
-    if card["accuracy"] is not None:
-        click.echo(f"accuracy: {card['accuracy']:.4f}")
-    if card["folding"] is not None:
-        folding = card["folding"]
-        click.echo(
-            f"folding: {folding['absorbed']} of {len(folding['normalizations'])} normalizations absorbed, "
-            f"relative error {folding['relative_error']:.3g}"
-        )

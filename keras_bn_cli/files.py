@@ -104,6 +104,10 @@ class Data(NamedTuple):
                 )
             chosen = {name: arrays[name] for name in shapes}
         else:
+            if "" in arrays and self.array_name is not None:
+                raise ValueError(
+                    f"--array must be left out for a .npy file, which has one array. Received: {self.path}."
+                )
             if "" not in arrays and self.array_name not in arrays and (self.array_name is not None or len(arrays) != 1):
                 raise ValueError(
                     f"--array must be one of {sorted(arrays)}, those in {self.path}. Received: {self.array_name}."
@@ -136,10 +140,16 @@ class Data(NamedTuple):
 
 
 def lines_of(path: Path) -> list[str]:
+    """The names in a file of labels."""
     try:
-        return path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"--labels must be a text file in UTF-8. Received: {path}.") from error
+    blank = [number for number, line in enumerate(lines, 1) if not line.strip()]
+    if blank or not lines:
+        where = f"of which line {blank[0]} is blank" if blank else "which is empty"
+        raise ValueError(f"--labels must have the name of a class in each line. Received: {path}, {where}.")
+    return lines
 
 
 def first(examples: Any, count: int) -> Any:

@@ -1,6 +1,5 @@
 """export(): a trained model becomes a numbered SavedModel that a server can load and a person can query."""
 
-import collections
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -8,12 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from keras_bn import arguments
-from keras_bn.drift import SIGNATURE as DRIFT
-from keras_bn.examples import check_kind, computing_with
+from keras_bn.drift.versions import SIGNATURE as DRIFT
+from keras_bn.exporting import given
 from keras_bn.exporting import signatures as _signatures
 from keras_bn.exporting import versions as _versions
 from keras_bn.exporting import warmup as _warmup
@@ -23,9 +21,7 @@ from keras_bn.exporting.signatures import BYTES, SERVING
 from keras_bn.folding import FoldingReport, fold_proved_on
 from keras_bn.folding.proof import Errors, Tolerance, accepted_inputs
 from keras_bn.model import batch_norms_below, check_finite, check_model, graph_of, layers_below
-from keras_bn.names import argument
 from keras_bn.population.report import Recalibration
-from keras_bn.warning import warn
 
 # Called with the name of each stage as it is reached.
 STAGE_HOOKS: list[Callable[[str], None]] = []
@@ -145,8 +141,8 @@ def export(
     """
     check_model(model, built=True)
     base = Path(arguments.path("model_base_path", model_base_path))
-    version = _version(version)
-    labels = _labels(labels)
+    version = given.version_number(version)
+    labels = given.class_names(labels)
     if preprocess is not None and not callable(preprocess):
         raise TypeError(f"`preprocess` must be a function or a Keras layer. Received: preprocess={preprocess!r}.")
     fold, jit_compile = arguments.flag("fold", fold), arguments.flag("jit_compile", jit_compile)
@@ -170,7 +166,7 @@ def export(
         _warmup.require()
     original = _signatures.Serving(model, preprocess, jit_compile)
     least = original.least_sizes()
-    examples = None if warmup is None else _examples(warmup, model, original, least)
+    examples = None if warmup is None else given.examples(warmup, model, original, least)
     served_model, folding = model, None
     if fold:
         check = None if examples is None else original.model_inputs(examples)
@@ -203,95 +199,9 @@ def export(
     return Exported(path, int(path.name), serving.inputs, outputs, list(signatures), errors, folding)
 
 
-def _version(version: Any) -> int | None:
-    if version is None:
-        return None
-    version = arguments.whole_number("version", version, 0, ", or None for the next")
-    if version >= 2**63:
-        raise ValueError(
-            f"`version` must be an integer from 0 to 2**63 - 1, or None for the next. Received: version={version}."
-        )
-    return version
-
-
-def _labels(labels: Any) -> list[str] | None:
-    if labels is None:
-        return None
-    allowed = "`labels` must be a sequence of strings that are not blank, one for each class."
-    labels = labels.tolist() if isinstance(labels, np.ndarray) else labels
-    is_sequence = isinstance(labels, Sequence) and not isinstance(labels, str | bytes)
-    if not is_sequence or not all(isinstance(label, str) for label in labels):
-        raise TypeError(f"{allowed} Received: labels={labels!r}.")
-    blank = [number for number, label in enumerate(labels) if not label.strip()]
-    if blank:
-        raise ValueError(f"{allowed} Received: {labels[blank[0]]!r} for class {blank[0]}, counted from 0.")
-    twice = [label for label, times in collections.Counter(labels).items() if times > 1]
-    if twice:  # Refused it is not: ImageNet has two classes that are called "crane".
-        warn(
-            "`labels` should be another string for each class, as `top_labels` tells classes of one name not apart. "
-            f"Received: {twice[0]!r} for classes {[n for n, label in enumerate(labels) if label == twice[0]]}"
-            f"{f', and {len(twice) - 1} more' if len(twice) > 1 else ''}."
-        )
-    return list(labels)
-
-
 def _reached(stage: str) -> None:
     for hook in STAGE_HOOKS:
         hook(stage)
-
-
-def _examples(
-    warmup: Any, model: keras.Model, original: _signatures.Serving, least: Mapping[str, list[int]]
-) -> dict[str, tf.Tensor]:
-    inputs = original.inputs
-    by_name = warmup if isinstance(warmup, Mapping) else dict(zip(inputs, [warmup], strict=False))
-    if by_name.keys() != inputs.keys():
-        by_name = {argument(name): value for name, value in by_name.items()}
-    if by_name.keys() != inputs.keys() or (len(inputs) > 1 and not isinstance(warmup, Mapping)):
-        raise ValueError(
-            f"`warmup` must be a dictionary with the inputs {sorted(inputs)}, or an array where there is one input. "
-            f"Received: warmup={sorted(warmup) if isinstance(warmup, Mapping) else type(warmup).__name__}."
-        )
-    examples = {name: _example(name, by_name[name], spec, least[name]) for name, spec in inputs.items()}
-    with computing_with("warmup", model):
-        outputs = original.predict(examples).values()
-    if not any(np.any(np.isfinite(np.asarray(output, "float64"))) for output in outputs if output.dtype != tf.string):
-        raise ValueError(
-            "`warmup` must be examples for which the model gives finite numbers, as it is checked on them. "
-            "Received: outputs of NaN and infinities only."
-        )
-    return examples
-
-
-def _example(name: str, given: Any, spec: tf.TensorSpec, least: list[int]) -> tf.Tensor:
-    """What is given for one input, as a tensor that the model can compute with."""
-    try:
-        value = np.asarray(given)
-    except ValueError as error:
-        raise ValueError(
-            f"`warmup` must have one shape for all examples of input {name!r}. Received: {error}"
-        ) from error
-    if spec.dtype == tf.uint8 and spec.shape.rank == 4 and value.dtype != np.uint8:
-        shape = tuple(spec.shape[1:])
-        raise ValueError(
-            f"`warmup` must be uint8 pictures of shape (n, {', '.join(map(str, shape))}) for input {name!r}, decoded. "
-            f"Received: dtype {_dtype_text(value)}, shape {value.shape}."
-        )
-    if (value.dtype.kind in "OSU") != (spec.dtype == tf.string):
-        wanted = "strings" if spec.dtype == tf.string else "numbers"
-        raise ValueError(f"`warmup` must be {wanted} for input {name!r}. Received: dtype {_dtype_text(value)}.")
-    check_kind("warmup", name, value, spec.dtype)
-    fits = spec.shape.is_compatible_with(value.shape)
-    if not fits or any(size < smallest for size, smallest in zip(value.shape, least, strict=True)):
-        raise ValueError(
-            f"`warmup` must have shape {tuple(spec.shape)} for input {name!r}, with sizes of at least {least}. "
-            f"Received: shape {value.shape}."
-        )
-    return tf.convert_to_tensor(value, spec.dtype) if spec.dtype == tf.string else tf.cast(value, spec.dtype)
-
-
-def _dtype_text(value: Any) -> str:
-    return {"S": "bytes", "U": "str"}.get(value.dtype.kind, str(value.dtype))
 
 
 def _trace(
@@ -335,7 +245,7 @@ def _check(
         served = loaded.signatures[SERVING]
         batches = accepted_inputs(lambda inputs: served(**inputs), original.inputs, "warmup", ROWS)
     else:
-        batches = [_seven_rows(examples)]
+        batches = [given.seven_rows(examples)]
     of_model = [original.model_inputs(batch) for batch in batches]
     errors = check_outputs(loaded.signatures[SERVING], original.predict, batches, tolerance, of_model)
     asked = dict.fromkeys(signatures, batches[-1])
@@ -349,8 +259,3 @@ def _check(
     for name, batch in asked.items():
         check_rows(name, loaded.signatures[name], batch, tolerance, of_model)
     return errors
-
-
-def _seven_rows(examples: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-    """The examples from the first on, again where there are fewer."""
-    return {name: tf.gather(value, np.arange(ROWS) % len(value)) for name, value in examples.items()}

@@ -7,10 +7,11 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_bn.drift import RowFigures, row_figures
+from keras_bn.drift.figures import RowFigures
+from keras_bn.drift.rows import row_figures
 from keras_bn.exporting import inputs as _inputs
 from keras_bn.exporting import pictures as _pictures
-from keras_bn.model import inference_mode
+from keras_bn.inference import inference_mode
 from keras_bn.names import argument, identifier, unique
 
 Tensors = Mapping[str, tf.Tensor]
@@ -118,7 +119,7 @@ class Serving:
         return None not in size and channels in (1, 3, 4)
 
     def drift(self, tensors: Tensors) -> dict[str, tf.Tensor]:
-        """For each row its own figures at each normalization, all channels side by side, as `drift.row_figures`."""
+        """For each row its own figures at each normalization, all channels side by side: `drift.rows.row_figures`."""
         figures = self._compiled(lambda values: row_figures(self._model, self.model_inputs(values)))(tensors)
         rows = tf.shape(next(iter(tensors.values())))[:1]
         widths = [one.count.shape[1] for one in figures.values()]

@@ -20,7 +20,8 @@ from keras_bn.folding.absorbing import (
 from keras_bn.folding.graph import Graph, Step, Value
 from keras_bn.folding.report import FoldedNormalization
 from keras_bn.folding.weights import Affine, affine_of, fold_affine
-from keras_bn.model import affine_weights, channel_axes, copy_state, is_plain_batch_norm, statistics_of
+from keras_bn.model import affine_weights, channel_axes, is_plain_batch_norm, statistics_of
+from keras_bn.state import copy_state
 
 _LINEAR = keras.activations.linear
 

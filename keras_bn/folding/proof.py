@@ -9,7 +9,9 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bn.examples import as_arrays, computing_with, reason
-from keras_bn.model import default_tolerance, inference_mode, input_structure, layers_below, variables_restored
+from keras_bn.inference import inference_mode
+from keras_bn.model import default_tolerance, input_structure, layers_below
+from keras_bn.state import variables_restored
 
 
 class Errors(NamedTuple):

@@ -7,19 +7,14 @@ import keras
 import numpy as np
 
 from keras_bn import arguments
-from keras_bn.drift import distance, plain, summary
-from keras_bn.model import (
-    check_model,
-    required_batch_norms,
-    set_statistics,
-    statistics_of,
-    variables_restored,
-)
+from keras_bn.drift.figures import distance, plain, summary
+from keras_bn.model import check_model, required_batch_norms, set_statistics, statistics_of
 from keras_bn.population.accumulator import METHODS
 from keras_bn.population.batches import Batches
 from keras_bn.population.measurement import measure_as_it_stands, measure_joint, measure_repeated, measure_sequential
 from keras_bn.population.report import RecalibratedLayer, Recalibration
 from keras_bn.population.workers import Workers
+from keras_bn.state import variables_restored
 from keras_bn.statistics import Moments
 
 ORDERS = ("sequential", "joint")

@@ -126,7 +126,7 @@ class Accumulator:
         return Population(count, np.asarray(self._means.mean), self._sum_unbiased / np.asarray(self._means.count))
 
     def batch_divergence(self, mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
-        """Average over the batches of their Kullback-Leibler divergence from N(mean, variance), as `drift.distance`.
+        """Average over the batches of their divergence (Kullback-Leibler) from N(mean, variance), as `drift.figures`.
 
         mean_b(((v_b + (m_b - mean)**2) / r - 1 - log(v_b / r)) / 2), v_b = variance_b + epsilon, r = variance + epsilon
 

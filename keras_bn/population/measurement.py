@@ -10,14 +10,8 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bn.examples import computing_with
-from keras_bn.model import (
-    calls_replaced,
-    check_weights_finite,
-    inference_mode,
-    input_moments,
-    observed_call,
-    set_statistics,
-)
+from keras_bn.inference import calls_replaced, inference_mode, observed_call
+from keras_bn.model import check_weights_finite, input_moments, set_statistics
 from keras_bn.population.accumulator import Accumulator, Population
 from keras_bn.population.batches import Batches
 from keras_bn.population.workers import Workers

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from keras_bn.drift import Distance, distance, plain, summary
+from keras_bn.drift.figures import Distance, distance, plain, summary
 from keras_bn.tables import table
 
 # In nats; below it a divergence is rounding.

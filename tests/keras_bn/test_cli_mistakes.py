@@ -21,24 +21,46 @@ WRONG_DATA = (
     *("wide.npy", "one_number.npy", "no_rows.npy", "words.npy", "folder"),
 )
 WRONG_OPTIONS = {
-    "health": (["--picture", "p.txt"], ["--picture", "p.png"], ["--batch-size", "0"]),
-    "recalibrate": (["--method", "poled"], ["--order", "last"], ["--batch-size", "x"], ["--divide-by", "0"]),
-    "fold": (["--tolerance", "-1"], ["--tolerance", "nan"], ["--tolerance", "1e-30"]),
+    "health": (
+        *(["--picture", "p.txt"], ["--picture", "x.npy"], ["--picture", "there.png"], ["--batch-size", "0"]),
+        *(["--overwrite"], ["--batch-size", "true"], ["--array", "x"], ["--json=1"], ["--trust=no"]),
+    ),
+    "recalibrate": (
+        *(["--method", "poled"], ["--order", "last"], ["--batch-size", "x"], ["--divide-by", "0"]),
+        *(["--batch-size", "1.5"], ["--batch-size", "1e3"], ["--divide-by", ""], ["--divide-by", "True"]),
+        *(["--method", "1"], ["--order", ""], ["--overwrite=yes"], ["--array", "x"], ["-o", "there.keras"]),
+    ),
+    "fold": (
+        *(["--tolerance", "-1"], ["--tolerance", "nan"], ["--tolerance", "1e-30"], ["--tolerance", "true"]),
+        *(["--tolerance", ""], ["--overwrite=1"], ["-o", "there.keras"], ["-o", "model.keras"], ["--array", "x"]),
+    ),
     "export": (
         *(["--accuracy", "2"], ["--version", "-1"], ["--version", "x"], ["--labels", "x.npy"], ["--labels", "one.txt"]),
-        *(["--warmup", "wide.npy"], ["--warmup", "text.npy"], ["--array", "x"], ["--drft"]),
+        *(["--warmup", "wide.npy"], ["--warmup", "text.npy"], ["--array", "x"], ["--drft"], ["--labels", "blank.txt"]),
+        *(["--version", "1.0"], ["--version", "true"], ["--version", str(2**63)], ["--accuracy", "yes"]),
+        *(["--accuracy", "nan"], ["--fold=true"], ["--pixels=1"], ["--overwrite"], ["--jit-compile=yes"]),
+        *(["--labels", "empty.txt"], ["--warmup", "x.npy", "--array", "y"]),
     ),
-    "drift": (["--limit", "nan"], ["--limit", "-1"], ["--divide-by", "inf"]),
+    "drift": (
+        *(["--limit", "nan"], ["--limit", "-1"], ["--divide-by", "inf"], ["--limit", "true"], ["--limit", ""]),
+        *(["--batch-size", "-3"], ["--batch-size", "1,000"], ["--import", ""], ["--json", "--json=0"]),
+    ),
 }
+_SERVED = ["--model_base_path=folder"]
 WRONG_FLAGS = {
     "serve": (
         *([], ["--model_base_path=nowhere"], ["--model_base_path=folder"], ["--model_base_path=x.npy"], ["--port=x"]),
         *(["--model_config_file=x.npy"], ["--model_config_file=nowhere"], ["--modelname=x"], ["stray"]),
         ["--batching_parameters_file=x", "--model_base_path=folder"],
+        *([*_SERVED, "--rest_api_port=true"], [*_SERVED, "--port=1.5"], [*_SERVED, "--enable_batching=maybe"]),
+        *([*_SERVED, "--rest_api_timeout_in_ms=1.5"], [*_SERVED, "--log_level=3"], [*_SERVED, "--port"]),
+        [*_SERVED, "--file_system_poll_wait_seconds=true"],
     ),
     "ask": (
         *(["text.npy"], ["empty.npy"], ["cut.npz"], ["nowhere.png"], ["x.npy", "1"], ["folder"], ["--timeout=-1", "1"]),
         *(["--url=ftp://x", "1"], ["--url=http://127.0.0.1:1", "1"], ["--url=x", "1"], ["--what"], ["objects.npy"]),
+        *(["--timeout=true", "1"], ["--model_version=1.5", "1"], ["--model_version=True", "1"], ["--json=1", "1"]),
+        *(["--model_version=", "1"], ["--url=", "1"], ["--timeout", "1s", "1"]),
     ),
 }
 
@@ -72,7 +94,8 @@ def folder(tmp_path_factory):
     np.save(folder / "one_number.npy", np.float32(1))
     np.save(folder / "no_rows.npy", np.zeros((0, 4), "float32"))
     np.save(folder / "words.npy", np.array([["a"] * 4]))
-    for name in ("empty.keras", "empty.npy"):
+    (folder / "blank.txt").write_text("one\n\n")
+    for name in ("empty.keras", "empty.npy", "empty.txt", "there.keras", "there.png"):
         (folder / name).touch()
     for name in ("text.keras", "text.h5", "text.npy", "one.txt"):
         (folder / name).write_text("no model, no data\n")
@@ -99,7 +122,7 @@ def mistaken(draw):
         data = draw.choice(WRONG_DATA) if "data" in kinds else "x.npy"
         words += ["--data", data] if command in ("recalibrate", "drift") or "data" in kinds else []
     if command in ("recalibrate", "fold"):
-        wrong = ["-o", draw.choice(["out.txt", "out", "x.npy/out.keras", "folder"])]
+        wrong = ["-o", draw.choice(["out.txt", "out", "x.npy/out.keras", "folder", "model.keras", "there.keras", ""])]
         words += draw.choice([wrong, []]) if "output" in kinds else ["-o", "out.keras"]
     if "option" in kinds:
         words += draw.choice(WRONG_OPTIONS[command])

@@ -7,7 +7,9 @@ import tensorflow as tf
 from keras_bn_serving.client import drift as client_drift
 
 import keras_bn
-from keras_bn.drift import distance, figures_by_layer, pooled, row_figures, summary
+from keras_bn.drift.figures import distance, pooled, summary
+from keras_bn.drift.rows import row_figures
+from keras_bn.drift.versions import figures_by_layer
 from tests.reference import Reference, drift_of
 
 

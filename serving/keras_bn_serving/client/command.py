@@ -2,20 +2,17 @@
 
 import argparse
 import base64
-import contextlib
-import io
 import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
 
-from keras_bn_serving.client import Client
+from keras_bn_serving.client import Client, pictures
 from keras_bn_serving.errors import ServingError
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp")
@@ -203,12 +200,20 @@ def _fitting(content: Any, infos: dict[str, Any]) -> Any:
         )
     (info,) = infos.values()
     if isinstance(content, Path):
-        return [_encoded(content)] if info["dtype"] == "DT_STRING" else _picture(content, info)
+        return [pictures.encoded(content)] if info["dtype"] == "DT_STRING" else _picture(content, info)
     if isinstance(content, list) and content and all(isinstance(item, str) for item in content):
         return content if info["dtype"] == "DT_STRING" else _numbers(content, info)
     sizes = _sizes(info)
     one_example = isinstance(content, np.ndarray) and sizes is not None and content.ndim == len(sizes) - 1
     return content[None] if one_example else content
+
+
+def _picture(path: Path, info: dict[str, Any]) -> np.ndarray:
+    sizes = _sizes(info)
+    if not pictures.takes_picture(sizes):
+        raise _InputError(f"The input is no picture: {_describe(info)}.")
+    batch = pictures.as_batch(path, sizes)
+    return batch / np.float32(255) if info["dtype"] in _FLOATS else batch
 
 
 def _numbers(texts: list[str], info: dict[str, Any]) -> Any:
@@ -229,52 +234,6 @@ def _numbers(texts: list[str], info: dict[str, Any]) -> Any:
             "a .npy or .json file says which shape they have."
         )
     return numbers.reshape(1 if -1 in example else -1, *example)
-
-
-def _encoded(path: Path) -> bytes:
-    """The bytes of a file; of WebP, which no signature decodes, and of what a camera says is turned, an upright PNG."""
-    with _opened(path) as (image, upright):
-        if image.format != "WEBP" and upright is image:
-            return path.read_bytes()
-        content = io.BytesIO()
-        upright.convert("RGB").save(content, "PNG")
-        return content.getvalue()
-
-
-def _picture(path: Path, info: dict[str, Any]) -> np.ndarray:
-    shape = _sizes(info) or []
-    channels = shape[3] if len(shape) == 4 else 1
-    if len(shape) not in (3, 4) or channels not in (1, 3) or 0 in shape[1:3]:
-        raise _InputError(f"The input is no picture: {_describe(info)}.")
-    with _opened(path) as (_, upright):
-        image = upright.convert("L" if channels == 1 else "RGB")
-        # As a signature `image_bytes` does it: linearly, and with smoothing where it gets smaller.
-        height, width = _size(shape[1], shape[2], image)
-        pixels = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
-    batch = pixels.reshape(1, height, width, *shape[3:])
-    return batch / np.float32(255) if info["dtype"] in _FLOATS else batch
-
-
-def _size(height: int, width: int, image: Image.Image) -> tuple[int, int]:
-    """The sizes a model asks for; where it takes any (-1), those of the picture, or as its proportions want it."""
-    if height < 0 and width < 0:
-        return image.height, image.width
-    if height < 0:
-        return max(1, round(image.height * width / image.width)), width
-    if width < 0:
-        return height, max(1, round(image.width * height / image.height))
-    return height, width
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[tuple[Image.Image, Image.Image]]:
-    """The picture in a file; and the same, or where its EXIF data says that it is turned, another that is upright."""
-    try:
-        with Image.open(path) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-            yield image, ImageOps.exif_transpose(image) if turned else image
-    except Exception as error:  # Each of pillow's readers has its own.
-        raise _InputError(f"{path} cannot be read as a picture: {error}") from error
 
 
 def _print_model(versions: list[Any], signatures: dict[str, Any]) -> None:

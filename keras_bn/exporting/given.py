@@ -1,0 +1,110 @@
+"""What a person gives to an export beside the model: the version's number, names of the classes, examples."""
+
+import collections
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_bn import arguments
+from keras_bn.examples import check_kind, computing_with
+from keras_bn.exporting.checks import ROWS
+from keras_bn.exporting.signatures import Serving
+from keras_bn.names import argument
+from keras_bn.warning import warn
+
+
+def version_number(version: Any) -> int | None:
+    """One that a server takes, or None for the next."""
+    if version is None:
+        return None
+    version = arguments.whole_number("version", version, 0, ", or None for the next")
+    if version >= 2**63:
+        raise ValueError(
+            f"`version` must be an integer from 0 to 2**63 - 1, or None for the next. Received: version={version}."
+        )
+    return version
+
+
+def class_names(labels: Any) -> list[str] | None:
+    """None of them blank; of those that come twice is warned."""
+    if labels is None:
+        return None
+    allowed = "`labels` must be a sequence of strings that are not blank, one for each class."
+    labels = labels.tolist() if isinstance(labels, np.ndarray) else labels
+    is_sequence = isinstance(labels, Sequence) and not isinstance(labels, str | bytes)
+    if not is_sequence or not all(isinstance(label, str) for label in labels):
+        raise TypeError(f"{allowed} Received: labels={labels!r}.")
+    blank = [number for number, label in enumerate(labels) if not label.strip()]
+    if blank:
+        raise ValueError(f"{allowed} Received: {labels[blank[0]]!r} for class {blank[0]}, counted from 0.")
+    twice = [label for label, times in collections.Counter(labels).items() if times > 1]
+    if twice:  # Refused it is not: ImageNet has two classes that are called "crane".
+        warn(
+            "`labels` should be another string for each class, as `top_labels` tells classes of one name not apart. "
+            f"Received: {twice[0]!r} for classes {[n for n, label in enumerate(labels) if label == twice[0]]}"
+            f"{f', and {len(twice) - 1} more' if len(twice) > 1 else ''}."
+        )
+    return list(labels)
+
+
+def examples(
+    warmup: Any, model: keras.Model, original: Serving, least: Mapping[str, list[int]]
+) -> dict[str, tf.Tensor]:
+    """What was given to warm a server up with, by input name, once the model has computed with it."""
+    inputs = original.inputs
+    by_name = warmup if isinstance(warmup, Mapping) else dict(zip(inputs, [warmup], strict=False))
+    if by_name.keys() != inputs.keys():
+        by_name = {argument(name): value for name, value in by_name.items()}
+    if by_name.keys() != inputs.keys() or (len(inputs) > 1 and not isinstance(warmup, Mapping)):
+        raise ValueError(
+            f"`warmup` must be a dictionary with the inputs {sorted(inputs)}, or an array where there is one input. "
+            f"Received: warmup={sorted(warmup) if isinstance(warmup, Mapping) else type(warmup).__name__}."
+        )
+    tensors = {name: _example(name, by_name[name], spec, least[name]) for name, spec in inputs.items()}
+    with computing_with("warmup", model):
+        outputs = original.predict(tensors).values()
+    if not any(np.any(np.isfinite(np.asarray(output, "float64"))) for output in outputs if output.dtype != tf.string):
+        raise ValueError(
+            "`warmup` must be examples for which the model gives finite numbers, as it is checked on them. "
+            "Received: outputs of NaN and infinities only."
+        )
+    return tensors
+
+
+def _example(name: str, given: Any, spec: tf.TensorSpec, least: list[int]) -> tf.Tensor:
+    """What is given for one input, as a tensor that the model can compute with."""
+    try:
+        value = np.asarray(given)
+    except ValueError as error:
+        raise ValueError(
+            f"`warmup` must have one shape for all examples of input {name!r}. Received: {error}"
+        ) from error
+    if spec.dtype == tf.uint8 and spec.shape.rank == 4 and value.dtype != np.uint8:
+        shape = tuple(spec.shape[1:])
+        raise ValueError(
+            f"`warmup` must be uint8 pictures of shape (n, {', '.join(map(str, shape))}) for input {name!r}, decoded. "
+            f"Received: dtype {_dtype_text(value)}, shape {value.shape}."
+        )
+    if (value.dtype.kind in "OSU") != (spec.dtype == tf.string):
+        wanted = "strings" if spec.dtype == tf.string else "numbers"
+        raise ValueError(f"`warmup` must be {wanted} for input {name!r}. Received: dtype {_dtype_text(value)}.")
+    check_kind("warmup", name, value, spec.dtype)
+    fits = spec.shape.is_compatible_with(value.shape)
+    if not fits or any(size < smallest for size, smallest in zip(value.shape, least, strict=True)):
+        raise ValueError(
+            f"`warmup` must have shape {tuple(spec.shape)} for input {name!r}, with sizes of at least {least}. "
+            f"Received: shape {value.shape}."
+        )
+    return tf.convert_to_tensor(value, spec.dtype) if spec.dtype == tf.string else tf.cast(value, spec.dtype)
+
+
+def _dtype_text(value: Any) -> str:
+    return {"S": "bytes", "U": "str"}.get(value.dtype.kind, str(value.dtype))
+
+
+def seven_rows(tensors: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    """The examples from the first on, again where there are fewer."""
+    return {name: tf.gather(value, np.arange(ROWS) % len(value)) for name, value in tensors.items()}
