@@ -68,7 +68,7 @@ class ServerOptions:
     read_configs: Callable[[], list[ModelConfig]] | None = None
     config_poll_wait_seconds: float = 0.0
     allow_labels_for_unavailable: bool = False
-    wait_for_models: bool = False
+    wait_for_models: bool = True
     manage_models: bool = False
     drain_seconds: float = 30.0
     request_memory: int = field(default_factory=lambda: usable_memory() // 2)
@@ -150,7 +150,7 @@ def _load_models(
             except NotFoundError as error:
                 if options.wait_for_models:
                     if error.message != missing:
-                        _log.warning("waiting: %s", error.message)
+                        _log.warning("waiting: %s (--wait_for_models=false gives up instead)", error.message)
                     missing = error.message
                     told.wait(options.poll_wait_seconds or 1.0)
                     continue

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar
 
 import httpx
@@ -232,6 +233,18 @@ def test_types_are_asked_for_again_after_a_while(monkeypatch: pytest.MonkeyPatch
             assert client.predict("m", [1]).dtype == np.float32
             monkeypatch.setattr(types, "_REMEMBERED_SECONDS", 0.0)
             assert client.predict("m", [1]).dtype == np.int64
+        swapped.shutdown()
+        thread.join()
+
+
+def test_threads_that_ask_for_types_at_the_same_time_do_not_meet(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(types, "_REMEMBERED_SECONDS", 0.0005)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Swapped) as swapped:
+        thread = threading.Thread(target=swapped.serve_forever)
+        thread.start()
+        with Client(f"http://127.0.0.1:{swapped.server_address[1]}") as client, ThreadPoolExecutor(8) as threads:
+            answers = list(threads.map(lambda _: client.predict("m", [1]).tolist(), range(200)))
+        assert answers == [[1, 2]] * 200
         swapped.shutdown()
         thread.join()
 

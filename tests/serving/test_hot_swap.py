@@ -168,7 +168,7 @@ def test_a_version_that_is_copied_file_by_file_is_served_once_it_is_whole(tmp_pa
 
 def test_a_base_path_and_a_version_that_are_not_there_yet_are_waited_for(versions: Path, tmp_path: Path):
     base = tmp_path / "later"
-    flags = ("--rest_api_port=auto", "--model_name=m", f"--model_base_path={base}", POLL, "--wait_for_models")
+    flags = ("--rest_api_port=auto", "--model_name=m", f"--model_base_path={base}", POLL)
     process = subprocess.Popen(
         command(*flags), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -23,12 +23,12 @@ def assert_one_clear_line(result: subprocess.CompletedProcess[str], *words: str)
 
 
 def test_a_missing_base_path_is_one_line(tmp_path: Path):
-    result = run_to_the_end("--model_name=m", f"--model_base_path={tmp_path / 'nowhere'}")
+    result = run_to_the_end("--model_name=m", f"--model_base_path={tmp_path / 'nowhere'}", "--wait_for_models=false")
     assert_one_clear_line(result, str(tmp_path / "nowhere"), "does not exist")
 
 
 def test_an_empty_base_path_is_one_line(tmp_path: Path):
-    result = run_to_the_end("--model_name=m", f"--model_base_path={tmp_path}")
+    result = run_to_the_end("--model_name=m", f"--model_base_path={tmp_path}", "--wait_for_models=false")
     assert_one_clear_line(result, str(tmp_path), "no version", "folder with a number")
 
 

@@ -1,5 +1,7 @@
 """Which models to serve, and which of their versions: the part of the configuration that may change while serving."""
 
+import functools
+import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -7,6 +9,7 @@ from dataclasses import dataclass, field
 
 from keras_bn_serving.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
 
+_log = logging.getLogger(__name__)
 _VERSION = re.compile(r"\d+")
 _LARGEST_VERSION = 2**63 - 1
 
@@ -63,10 +66,25 @@ class ModelConfig:
         """
         versions: dict[int, str] = {}
         with os.scandir(self.base_path) as entries:
-            for entry in entries:
-                if _VERSION.fullmatch(entry.name) and int(entry.name) <= _LARGEST_VERSION and entry.is_dir():
-                    versions.setdefault(int(entry.name), entry.path)
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                if not _VERSION.fullmatch(entry.name):
+                    continue
+                number = int(entry.name)
+                if number > _LARGEST_VERSION:
+                    _tell_once(entry.path, f"a version is {_LARGEST_VERSION} at most")
+                elif not entry.is_dir():
+                    _tell_once(entry.path, "it is no folder")
+                elif number in versions:
+                    _tell_once(entry.path, f"{versions[number]} is version {number} already")
+                else:
+                    versions[number] = entry.path
         return versions
+
+
+@functools.cache
+def _tell_once(path: str, why: str) -> None:
+    """Logs what is not served, though it is named as a version is; not again at the next look."""
+    _log.warning("%s is not served: %s", path, why)
 
 
 def check_base_path(config: ModelConfig) -> None:

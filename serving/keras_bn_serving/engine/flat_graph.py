@@ -86,14 +86,17 @@ def of_signature(
 
 
 def of_function(
-    library: Mapping[str, function_pb2.FunctionDef], name: str, shapes: Sequence[tf.TensorShape]
+    library: Mapping[str, function_pb2.FunctionDef], name: str, arguments: Sequence[tf.Tensor]
 ) -> FlatGraph:
-    """Returns the operations of a function; its inputs are called by their position: "0", "1", ..."""
+    """Returns the operations of a function called with tensors of another flat graph.
+
+    Its inputs are called by their position: "0", "1", ...
+    """
     flattening = _Flattening(library)
     function = library[name]
     fed = {
-        str(position): flattening.feed(argument.type, shape.as_list() if shape.rank is not None else None)
-        for position, (argument, shape) in enumerate(zip(function.signature.input_arg, shapes, strict=True))
+        str(position): flattening.feed_like(argument.type, tensor)
+        for position, (argument, tensor) in enumerate(zip(function.signature.input_arg, arguments, strict=True))
     }
     fetched = flattening.add_function(function, "", list(fed.values()))
     return flattening.imported(fed, fetched)
@@ -122,6 +125,21 @@ class _Flattening:
         node.attr["shape"].shape.CopyFrom(tf.TensorShape(_open(shape)).as_proto())
         self._nodes.append(node)
         return f"{node.name}:0"
+
+    def feed_like(self, data_type: int, tensor: tf.Tensor) -> str:
+        """Adds what stands for a tensor of another graph; returns its name."""
+        while tensor.op.type == "Identity":
+            tensor = tensor.op.inputs[0]
+        if tensor.op.type == "VarHandleOp":
+            # The variable again: only so its shape is known.
+            node = node_def_pb2.NodeDef(name=f"feed_{self._feeds}", op="VarHandleOp")
+            self._feeds += 1
+            for name in ("dtype", "shape"):
+                node.attr[name].CopyFrom(tensor.op.node_def.attr[name])
+            self._nodes.append(node)
+            return f"{node.name}:0"
+        shape = tf.TensorShape([]) if tensor.dtype == tf.variant else tensor.shape
+        return self.feed(data_type, None if shape.rank is None else shape.as_list())
 
     def add_needed(
         self, nodes: Mapping[str, node_def_pb2.NodeDef], known: dict[str, str], outputs: Sequence[str]
@@ -184,7 +202,8 @@ class _Flattening:
         for node in nodes:
             function = called[node.name]
             if function is None:
-                self._nodes.append(_moved(node, scope))
+                moved = _moved(node, scope)
+                self._nodes += _of_known_shape(moved) if node.op == "LookupTableFindV2" else [moved]
                 continue
             prefix = f"{scope.prefix}{node.name}/"
             before = [scope.control(name[1:]) for name in node.input if name.startswith("^")]
@@ -255,6 +274,17 @@ def _moved(node: node_def_pb2.NodeDef, scope: _Scope) -> node_def_pb2.NodeDef:
             moved.attr[name].CopyFrom(value)
     moved.input.extend(scope.control(name[1:]) if name.startswith("^") else scope.tensor(name) for name in node.input)
     return moved
+
+
+def _of_known_shape(look_up: node_def_pb2.NodeDef) -> list[node_def_pb2.NodeDef]:
+    """Returns a look-up and what gives its values the shape of its keys, which TensorFlow does not know they have."""
+    name, keys = look_up.name, look_up.input[1]
+    look_up.name = f"{name}/values"
+    shape = node_def_pb2.NodeDef(name=f"{name}/shape", op="Shape", input=[keys])
+    shape.attr["T"].CopyFrom(look_up.attr["Tin"])
+    shaped = node_def_pb2.NodeDef(name=name, op="Reshape", input=[f"{look_up.name}:0", f"{shape.name}:0"])
+    shaped.attr["T"].CopyFrom(look_up.attr["Tout"])
+    return [look_up, shape, shaped]
 
 
 def _input_types(meta_graph: meta_graph_pb2.MetaGraphDef, inputs: Mapping[str, str]) -> dict[str, int]:

@@ -159,9 +159,8 @@ def _most_at_once(flat: flat_graph.FlatGraph) -> int:
 def _within(operation: tf.Operation, flat: flat_graph.FlatGraph) -> int:
     """Returns what the functions of a loop or condition take while it runs: once, of a loop."""
     arguments = list(operation.inputs)[1 if operation.type.endswith("If") else 0 :]
-    shapes = [tf.TensorShape([]) if tensor.dtype == tf.variant else tensor.shape for tensor in arguments]
     names = [operation.get_attr(attribute).name for attribute in _FUNCTIONS.get(operation.type, ())]
-    return max((_most_at_once(flat_graph.of_function(flat.library, name, shapes)) for name in names), default=0)
+    return max((_most_at_once(flat_graph.of_function(flat.library, name, arguments)) for name in names), default=0)
 
 
 def _size(tensor: tf.Tensor) -> int:

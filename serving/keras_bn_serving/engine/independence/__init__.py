@@ -113,12 +113,12 @@ _ACROSS_RULES = _table({
         "TensorListFromTensor TensorListGetItem TensorListLength TensorListReserve TensorListSetItem TensorListStack"
     ),
 })  # fmt: skip
-_BLOCK_RULES = _table(
-    {
-        layers.convolution_of_blocks: "AvgPool AvgPool3D Conv2D Conv3D DepthwiseConv2dNative MaxPool MaxPool3D",
-        layers.from_blocks: "BatchToSpaceND",
-    }
-)
+_BLOCK_RULES = _table({
+    layers.of_blocks(layers.convolution): "Conv2D Conv3D DepthwiseConv2dNative",
+    layers.of_blocks(shapes.new_axis): "ExpandDims",
+    layers.of_blocks(shapes.squeeze): "Squeeze",
+    layers.from_blocks: "BatchToSpaceND",
+})  # fmt: skip
 # For numbers that depend on the number of rows, alone or beside fixed ones.
 _SIZE_RULES = _RULES | _table({
     sizes.same: "Cast ExpandDims Reshape Squeeze",

@@ -117,6 +117,15 @@ Kind: TypeAlias = (
 )
 
 
+# What axes and orders of axes are reckoned by, of numbers that the graph holds.
+_RECKONED: dict[str, Callable[..., Any]] = {
+    "AddV2": np.add,
+    "ConcatV2": lambda *values: np.concatenate(values[:-1], values[-1]),
+    "Mul": np.multiply,
+    "Range": np.arange,
+    "Sub": np.subtract,
+}
+
 # Says what is known of an operation's outputs, each or all alike, from what is known of its inputs.
 Rule: TypeAlias = Callable[[tf.Operation, Sequence[Kind]], Kind | list[Kind]]
 
@@ -152,12 +161,20 @@ def rank(tensor: tf.Tensor) -> int | None:
 
 def static(tensor: tf.Tensor) -> Any:
     """Returns the value as a NumPy array where it is known before anything runs, else `None`."""
-    return tf.get_static_value(traced(tensor))
+    tensor = traced(tensor)
+    value = tf.get_static_value(tensor)
+    if value is None and (tensor.op.type in _RECKONED or (tensor.op.type == "Pack" and rank(tensor) == 1)):
+        values = [static(operand) for operand in tensor.op.inputs]
+        if all(operand is not None for operand in values):
+            reckoned = values if tensor.op.type == "Pack" else _RECKONED[tensor.op.type](*values)
+            return np.asarray(reckoned, tensor.dtype.as_numpy_dtype)
+    return value
 
 
 def static_entries(tensor: tf.Tensor) -> list[int | None] | None:
     """Returns the whole numbers of a scalar or list, `None` for each that is not known before anything runs."""
-    value = tf.get_static_value(traced(tensor), partial=True)
+    value = static(tensor)
+    value = tf.get_static_value(traced(tensor), partial=True) if value is None else value
     if value is None:
         return None
     numbers = np.asarray(value, object).reshape(-1).tolist()

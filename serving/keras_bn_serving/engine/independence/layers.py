@@ -164,10 +164,14 @@ def from_blocks(operation: tf.Operation, kinds: Sequence[Kind]) -> Kind:
     return Rows()
 
 
-def convolution_of_blocks(operation: tf.Operation, kinds: Sequence[Kind]) -> Kind:
-    """As `convolution`, of each block."""
-    made = convolution(operation, [Rows(), *kinds[1:]])
-    return kinds[0] if isinstance(made, Rows) else made
+def of_blocks(inner: Rule) -> Rule:
+    """As a rule that leaves axis 0 alone, of each block."""
+
+    def rule(operation: tf.Operation, kinds: Sequence[Kind]) -> Kind | list[Kind]:
+        made = inner(operation, [Rows(), *kinds[1:]])
+        return kinds[0] if made == Rows() else made
+
+    return rule
 
 
 def clamped(operation: tf.Operation) -> bool:

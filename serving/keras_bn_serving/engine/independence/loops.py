@@ -52,9 +52,8 @@ def list_rule(operation: tf.Operation, kinds: Sequence[Kind]) -> Kind:
 
 def loop(operation: tf.Operation, kinds: Sequence[Kind], flat: FlatGraph, judge: Judge) -> list[Kind]:
     """While that runs as often for any rows; or once for each row, reads that row, and writes what it makes of it."""
-    shapes = [tensor.shape if tensor.dtype != tf.variant else tf.TensorShape([]) for tensor in operation.inputs]
-    body = of_function(flat.library, operation.get_attr("body").name, shapes)
-    condition = of_function(flat.library, operation.get_attr("cond").name, shapes)
+    body = of_function(flat.library, operation.get_attr("body").name, operation.inputs)
+    condition = of_function(flat.library, operation.get_attr("cond").name, operation.inputs)
     over_steps = _over_steps(kinds, body, condition, judge)
     if over_steps is not None:
         return over_steps
@@ -95,7 +94,7 @@ def condition(operation: tf.Operation, kinds: Sequence[Kind], flat: FlatGraph, j
     arguments = list(operation.inputs)[1:]
     results = [
         judge(
-            of_function(flat.library, name, [tensor.shape for tensor in arguments]),
+            of_function(flat.library, name, arguments),
             {str(position): kind for position, kind in enumerate(kinds[1:])},
         )
         for name in names

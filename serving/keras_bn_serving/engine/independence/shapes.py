@@ -44,7 +44,7 @@ def along_axis(operation: tf.Operation, kinds: Sequence[Kind]) -> Kind:
 def reshape(operation: tf.Operation, kinds: Sequence[Kind]) -> Kind:
     """Reshape where what is of one row stays in one piece."""
     source, result = operation.inputs[0], operation.outputs[0]
-    if not isinstance(kinds[0], Rows) or not rank(source) or not rank(result):
+    if not isinstance(kinds[0], Rows) or not rank(result):
         return refuse(operation, "takes or makes what is not known")
     target = entries(operation.inputs[1], kinds[1])
     if target is not None and isinstance(target[0], Multiple):
