@@ -141,8 +141,10 @@ def _running(command: str) -> Iterator[None]:
     try:
         deadline = time.monotonic() + SECONDS
         while "Ready" not in log.read_text():
-            if server.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"{command}: {log.read_text()}")
+            if server.poll() is not None:
+                raise RuntimeError(f"{command}: ended with {server.returncode}: {log.read_text()}")
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{command}: not ready after {SECONDS} s: {log.read_text()}")
             time.sleep(0.1)
         yield
     finally:

@@ -28,6 +28,8 @@ BLOCKS = [block for page in PAGES for block in pages.blocks(page)]
 RUN = [page for page in PAGES if any(block.reason is None for block in pages.blocks(page, *pages.LANGUAGES))]
 # What is no code: what a command prints, and equations, which tests/test_equations.py computes.
 NOT_CODE = ("text", "json", "equations")
+# Pages that are run by tests of their own, which look at what they leave.
+LOOKED_AT = ("README.md", "docs/start.md")
 # Pages that are read in a checkout, and name files of it.
 CHECKOUT = ("serving/README.md", "docs/demo.md")
 
@@ -68,7 +70,7 @@ def test_blocks_of_python_are_python(block):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in RUN if page != "README.md"])
+@pytest.mark.parametrize("page", [page for page in RUN if page not in LOOKED_AT])
 def test_pages_run_as_they_are_printed(page, tmp_path):
     if page in CHECKOUT:
         (tmp_path / "models").symlink_to(ROOT / "models")
