@@ -36,7 +36,7 @@ test: torch  ## Run all tests but the slow ones
 
 test-all: torch  ## Run all tests
 	-$(BIN)/python -m models.data
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[fuzz]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[fuzz,docs]'
 	$(BIN)/python -m pytest -n 2
 
 test-oldest:  ## Run the tests of the library with the oldest packages that setup.cfg allows

@@ -28,8 +28,8 @@ BLOCKS = [block for page in PAGES for block in pages.blocks(page)]
 RUN = [page for page in PAGES if any(block.reason is None for block in pages.blocks(page, *pages.LANGUAGES))]
 # What is no code: what a command prints, and equations, which tests/test_equations.py computes.
 NOT_CODE = ("text", "json", "equations")
-# Pages that are read in a checkout, and name files of it.
-CHECKOUT = ("serving/README.md", "docs/demo.md")
+# Pages that are run by tests of their own, which look at what they leave.
+LOOKED_AT = ("README.md", "docs/start.md")
 
 
 def _inline(page):
@@ -53,13 +53,18 @@ def test_every_block_says_what_it_is():
     assert [(block.page, block.line, block.language) for block in unknown] == []
 
 
-@pytest.mark.parametrize(("page", "start"), pages.NOT_RUN, ids=str)
-def test_what_is_not_run_is_there_and_the_tests_it_is_left_to_are(page, start):
-    assert [block for block in pages.blocks(page, *pages.LANGUAGES) if block.title.startswith(start)]
-    reason = pages.NOT_RUN[page, start]
+@pytest.mark.parametrize("start", pages.NOT_RUN)
+def test_what_is_not_run_is_there(start):
+    assert [block for block in BLOCKS if block.title.startswith(start)]
+
+
+@pytest.mark.parametrize("reason", {*pages.NOT_RUN.values(), *pages.LEFT.values()})
+def test_what_is_not_run_is_done_elsewhere(reason):
     for path in re.findall(r"tests/[\w/]+\.py", reason):
         assert (ROOT / path).exists()
-    assert len(reason.split()) > 4
+    for target in re.findall(r"`make (\S+)`", reason):
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert re.search(r"tests/|`make ", reason)
 
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "python"], ids=lambda b: f"{b.page}:{b.line}")
@@ -68,10 +73,9 @@ def test_blocks_of_python_are_python(block):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in RUN if page != "README.md"])
+@pytest.mark.parametrize("page", [page for page in RUN if page not in LOOKED_AT])
 def test_pages_run_as_they_are_printed(page, tmp_path):
-    if page in CHECKOUT:
-        (tmp_path / "models").symlink_to(ROOT / "models")
+    (tmp_path / "models").symlink_to(ROOT / "models")  # Some pages are read in a checkout.
     command = [sys.executable, str(ROOT / "tests/pages.py"), page]
     path = os.pathsep.join([str(ROOT), str(ROOT / "serving")])
     environment = {**os.environ, "PYTHONPATH": path}
@@ -208,5 +212,7 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert "keras_bn.BatchNormalization" in (tmp_path / "api.html").read_text()
     for path in tmp_path.rglob("*.html"):
-        # Nothing that a browser would fetch by itself.
-        assert re.findall(r"""<(?:script|img|link|iframe)[^>]*(?:src|href)="?https?:[^ >"]+""", path.read_text()) == []
+        # Nothing that a browser would fetch by itself, nor what the theme fetches a library for.
+        text = path.read_text()
+        assert re.findall(r"""<(?:script|img|link|iframe)[^>]*(?:src|href)="?https?:[^ >"]+""", text) == []
+        assert 'class="mermaid"' not in text

@@ -15,14 +15,14 @@ import yaml
 import keras_bn
 from benchmarks import measuring, replicas
 from models import data
-from tests import worker_processes
+from tests import pages, worker_processes
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs/scale.md").read_text()
 
 
 def _blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    return [block.code for block in pages.blocks("docs/scale.md", language)]
 
 
 def _statistics(model):
