@@ -173,6 +173,10 @@ class _Protocol(HttpToolsProtocol):
         self.scope["extensions"] = {TARGET: {"target": self.url}}
         if not self.parser.should_upgrade():
             super().on_headers_complete()
+            if self.parser.get_http_version() == "1.0" and self.parser.should_keep_alive():
+                # A client of HTTP/1.0 has to be told that it may go on.
+                self.cycle.keep_alive = True
+                self.cycle.default_headers = [*self.cycle.default_headers, (b"connection", b"keep-alive")]
 
     def on_body(self, body: bytes) -> None:
         if not self.parser.should_upgrade():
