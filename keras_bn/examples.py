@@ -25,11 +25,7 @@ def as_arrays(argument: str, examples: Any, model: keras.Model | None = None, le
         TypeError: for what is no array of numbers, booleans or strings.
         ValueError: when there are fewer examples, not as many for each input, or for an input of whole numbers others.
     """
-    leaves = [leaf for leaf in keras.tree.flatten(examples) if leaf is not None]
-    if examples is None or not all(hasattr(leaf, "shape") for leaf in leaves):
-        arrays = _as_array(argument, examples)
-    else:
-        arrays = keras.tree.map_structure(lambda leaf: None if leaf is None else _as_array(argument, leaf), examples)
+    arrays = _arrays_in(argument, examples)
     there = [leaf for leaf in keras.tree.flatten(arrays) if leaf is not None]
     rows = [int(leaf.shape[0]) if len(leaf.shape) else None for leaf in there]
     if not there or None in rows or len(set(rows)) > 1 or min(row or 0 for row in rows) < least:
@@ -96,6 +92,15 @@ def reason(error: Exception) -> str:
     around = ("Exception encountered", "Graph execution", "Detected at", "Arguments received")
     said = [line for line in lines if not line.startswith(around)]
     return next((line for line in said if "must" in line), (said or lines or [type(error).__name__])[0])
+
+
+def _arrays_in(argument: str, examples: Any) -> Any:
+    if isinstance(examples, dict):
+        return {name: None if value is None else _arrays_in(argument, value) for name, value in examples.items()}
+    leaves = [leaf for leaf in keras.tree.flatten(examples) if leaf is not None]
+    if examples is None or not all(hasattr(leaf, "shape") for leaf in leaves):  # Numbers in lists, or none.
+        return _as_array(argument, examples)
+    return keras.tree.map_structure(lambda leaf: None if leaf is None else _as_array(argument, leaf), examples)
 
 
 def _as_array(argument: str, value: Any) -> Any:

@@ -28,8 +28,8 @@ class Commands(click.Group):
             code = super().main(args, prog_name, standalone_mode=False, **extra) or 0
         except (click.Abort, KeyboardInterrupt):
             code = fail("Interrupted.", 130)
-        except _Terminated:
-            code = fail("Terminated.", 143)
+        except _Ended as end:
+            code = fail(*end.args)
         except click.NoSuchOption as error:
             path = error.ctx.command_path if error.ctx else "keras-bn"
             code = fail(f"No such option: {error.option_name}.{_near(error)} See {path} --help.", error.exit_code)
@@ -42,9 +42,14 @@ class Commands(click.Group):
             sys.exit(code)
         return code
 
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        with _interrupted_in_a_line():
+            return super().make_context(*args, **extra)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with _interrupted_in_a_line():
+                return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception as error:
@@ -70,8 +75,17 @@ def _near(error: click.NoSuchOption) -> str:
     return f" Did you mean --{near[0]}?" if near else ""
 
 
-class _Terminated(BaseException):
-    """The system asks the process to end: what is being written is taken back on the way out."""
+class _Ended(BaseException):
+    """Ends the process, which takes back on its way out what it is writing: for whom, and with which code."""
+
+
+@contextlib.contextmanager
+def _interrupted_in_a_line() -> Iterator[None]:
+    """Before click hears of Ctrl-C, to which it is worth an empty line more."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise _Ended("Interrupted.", 130) from None
 
 
 @contextlib.contextmanager
@@ -79,7 +93,7 @@ def ended_in_order() -> Iterator[None]:
     """Around work that leaves something behind where it is killed: SIGTERM and SIGHUP end it as Ctrl-C does."""
 
     def end(number: int, frame: Any) -> None:
-        raise _Terminated
+        raise _Ended("Terminated.", 143)
 
     changed = {}
     try:

@@ -43,6 +43,8 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m keras
         _serve(options)
     except ServingError as error:
         return _fail(error.message, 1)
+    except KeyboardInterrupt:  # Before the server listens for it.
+        return _fail("Interrupted.", 130)
     except ModuleNotFoundError as error:
         return _fail(f"The server needs {error.name}, which is not installed: {_INSTALL}", 1)
     return 0

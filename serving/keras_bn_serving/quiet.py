@@ -16,7 +16,7 @@ def import_tensorflow() -> None:
             import tensorflow as tf
 
             tf.config.list_physical_devices()  # The rest of it comes when a GPU is looked for.
-        except BaseException:
+        except Exception:  # Not where it was interrupted.
             chatter.seek(0)
             os.write(stderr, chatter.read())
             raise

@@ -116,6 +116,35 @@ def test_an_export_that_is_told_to_end_leaves_nothing(name, files, monkeypatch):
     assert signal.getsignal(number) is signal.SIG_DFL
 
 
+def test_who_interrupts_an_export_is_told_so_in_a_line_and_nothing_is_left(files, monkeypatch):
+    def interrupt(stage):
+        if stage == "model written":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(exporting, "STAGE_HOOKS", [interrupt])
+    assert run("export", "model.keras", "served", code=130).stderr == "Error: Interrupted.\n"
+    assert not Path("served").exists()
+
+
+def test_what_tensorflow_says_of_the_machine_is_kept_from_who_interrupts_its_import():
+    program = """if True:
+        import os, sys
+
+        class Interrupted:
+            def find_spec(name, path=None, target=None):
+                if name == "tensorflow":
+                    os.write(2, b"chatter")
+                    raise KeyboardInterrupt
+
+        sys.meta_path.insert(0, Interrupted)
+        sys.argv = ["keras-bn", "--version"]
+        from keras_bn_cli import main
+        main()
+    """
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "Error: Interrupted.\n")
+
+
 def test_who_interrupts_before_the_command_has_begun_is_told_so_in_a_line():
     program = """if True:
         import sys

@@ -225,6 +225,16 @@ def test_numbers_that_an_input_of_integers_would_alter_are_refused(kind, tmp_pat
             function(model, wrong)
 
 
+def test_numbers_in_lists_are_taken_for_arrays(tmp_path):
+    model = _model()
+    rows = _X.astype("float64").tolist()
+    version = keras_bn.export(model, tmp_path).path
+    expected = keras_bn.drift(version, _X)
+    assert keras_bn.drift(version, rows) == keras_bn.drift(version, {"inputs": rows}) == expected
+    assert keras_bn.drift(model, rows) == keras_bn.drift(model, _X)
+    assert keras_bn.fold(model, check=rows).report.absorbed == 1
+
+
 def test_a_layer_of_integers_is_refused_and_inputs_of_integers_are_taken():
     for dtype in ("int32", "bool", "uint8"):
         with pytest.raises(ValueError, match=f"`dtype` must be one of floating point.* Received: dtype='{dtype}'"):

@@ -172,6 +172,14 @@ def test_a_broken_file_is_one_line_that_names_it(ask, tmp_path: Path, name: str,
     assert str(tmp_path / name) in ask("--model_name=image", tmp_path / name, code=1)
 
 
+def test_who_interrupts_is_told_so_in_a_line(ask, monkeypatch: pytest.MonkeyPatch):
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "_ask", interrupt)
+    assert ask("1", code=130) == "error: Interrupted.\n"
+
+
 @pytest.mark.parametrize("arguments", [["--modl_name=x"], ["--timeout=0"], ["--model_version=one", "1"]])
 def test_a_misspelled_command_line_is_one_line_and_code_2(ask, arguments: list[str]):
     assert arguments[0].split("=")[0] in ask(*arguments, code=2)

@@ -51,6 +51,26 @@ def test_a_version_folder_without_a_saved_model_is_one_line(tmp_path: Path):
     assert_one_clear_line(result, "Could not find SavedModel .pb or .pbtxt", str(tmp_path / "1"))
 
 
+def test_who_interrupts_before_the_server_listens_is_told_so_in_a_line(tmp_path: Path):
+    (tmp_path / "1").mkdir()
+    program = f"""if True:
+        import sys
+
+        class Interrupted:
+            def find_spec(name, path=None, target=None):
+                if name == "tensorflow":
+                    raise KeyboardInterrupt
+
+        sys.meta_path.insert(0, Interrupted)
+        from keras_bn_serving.__main__ import main
+        sys.exit(main(["--model_base_path={tmp_path}", "--rest_api_port=auto"]))
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60
+    )
+    assert (result.returncode, result.stderr) == (130, "error: Interrupted.\n")
+
+
 def test_a_taken_port_is_one_line(models_folder: Path):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]

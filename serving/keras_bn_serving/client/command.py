@@ -63,6 +63,8 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m keras
             _ask(client, options)
     except (ServingError, _InputError, ValueError) as error:
         return _fail(error, 1)
+    except KeyboardInterrupt:
+        return _fail("Interrupted.", 130)
     return 0
 
 
@@ -94,7 +96,7 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-def _fail(error: Exception, code: int) -> int:
+def _fail(error: Exception | str, code: int) -> int:
     print("error: " + " ".join(str(error).split()), file=sys.stderr)
     return code
 
