@@ -26,6 +26,37 @@ def test_numbers_are_quoted_with_rapidjsons_digits(number: float, text: str):
     assert document.dump(number) == text
 
 
+@pytest.mark.parametrize("text", [
+    b'{"a": [1, 2.5, "x\\u00e9\xc3\xa9", null, true, {"b": []}], "c": -1e300, "d": 12345678901234567890}',
+    b"[1, 2] tail",
+    b'{"a": 1}}', b"[1, 2", b'["a\\q"]', b"[0.5e]", b"[NaN, tru]", b'"\xff\xfe" 7',
+])  # fmt: skip
+def test_a_text_that_is_read_piece_by_piece_is_read_as_in_one(text: bytes, monkeypatch: pytest.MonkeyPatch):
+    def outcome() -> str:
+        try:
+            return repr(document.parse(text))
+        except InvalidArgumentError as error:
+            return error.message
+
+    in_one = outcome()
+    for size in (4, 7):
+        monkeypatch.setattr(document, "_PIECE_BYTES", size)
+        assert outcome() == in_one
+
+
+def test_parsing_lets_go_now_and_then_and_can_be_given_up():
+    turns: list[int] = []
+
+    def go_on() -> None:
+        turns.append(len(turns))
+        if len(turns) > 5:
+            raise TimeoutError
+
+    with pytest.raises(TimeoutError):
+        document.parse(b"[" + b"[]," * 500_000 + b"[]]", go_on)
+    assert len(turns) == 6
+
+
 def test_digits_give_the_number_back():
     chance = np.random.default_rng(3)
     numbers = np.ldexp(chance.uniform(0.5, 1.0, 5000), chance.integers(-1000, 1000, 5000))

@@ -131,7 +131,7 @@ def test_requests_sent_in_one_go_are_answered_in_order(server: RunningServer):
 
 @pytest.mark.parametrize(("version", "header", "stays"), [
     (b"1.1", b"X: y", True), (b"1.1", b"Connection: close", False),
-    (b"1.0", b"X: y", False), (b"1.0", b"Connection: keep-alive", True),
+    (b"1.0", b"X: y", False), (b"1.0", b"Connection: keep-alive", True), (b"1.0", b"Connection: close", False),
 ])  # fmt: skip
 def test_a_connection_stays_as_the_protocol_says(server: RunningServer, version: bytes, header: bytes, stays: bool):
     request = b"GET /v1/models/multi HTTP/%s\r\nHost: a\r\n%s\r\n\r\n" % (version, header)
@@ -140,11 +140,11 @@ def test_a_connection_stays_as_the_protocol_says(server: RunningServer, version:
         answer = b""
         while b"}\n ]\n}\n" not in answer:
             answer += connection.recv(65536)
-        # In HTTP/1.0 it has to be told.
-        assert (b"connection: keep-alive\r\n" in answer) == (stays and version == b"1.0")
         connection.sendall(request if stays else b"")
         rest = connection.recv(65536)
     assert rest.startswith(b"HTTP/1.1 200 OK") if stays else rest == b""
+    # What is the rule of HTTP/1.1 has to be said to an older client.
+    assert (b"connection: keep-alive\r\n" in answer) is (stays and version == b"1.0")
 
 
 @pytest.mark.parametrize(("request_bytes", "status", "words"), [

@@ -4,7 +4,7 @@ import codecs
 import math
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ _TRAILING_TEXT = "The document root must not be followed by other values."
 _NO_DOCUMENT = re.compile(rb"[ \t\r\n]*(?=[\]},:])")
 _OTHER_MESSAGES = {"Invalid encoding in string.": "Invalid escape character in string."}
 _DUMP_BYTES = 256
+_PIECE_BYTES = 64 * 1024
 _SMALLEST_DOUBLE = sys.float_info.min
 # Bytes that are no UTF-8 pass through the parser as the last code points of plane 16, which nobody assigns.
 _HIDDEN = {0xDC00 + byte: 0x10FF00 + byte for byte in range(0x80, 0x100)}
@@ -48,10 +49,29 @@ class _Decoder(rapidjson.Decoder):
 _decode = _Decoder(number_mode=rapidjson.NM_NATIVE | rapidjson.NM_NAN)
 
 
-def parse(body: bytes) -> Any:
+class _Pieces:
+    """A text that is handed to the parser piece by piece.
+
+    In between other threads get their turn, as the parser lets go of Python's lock only where it calls Python.
+    """
+
+    def __init__(self, text: bytes, go_on: Callable[[], None]):
+        self._text, self._go_on, self._at = text, go_on, 0
+
+    def read(self, size: int) -> bytes:
+        self._go_on()
+        start, self._at = self._at, self._at + size
+        return self._text[start : self._at]
+
+
+def parse(body: bytes, go_on: Callable[[], None] = lambda: None) -> Any:
     """Parses a document; whatever follows it is ignored, as is a byte order mark before it.
 
     Objects come as `JsonObject`. Bytes of strings that are no UTF-8 come as Python's `surrogateescape` has them.
+
+    Args:
+        body: The text.
+        go_on: Called for every piece that is read; what it raises ends the reading.
 
     Raises:
         InvalidArgumentError: With RapidJSON's message and the offset in bytes.
@@ -66,8 +86,8 @@ def parse(body: bytes) -> Any:
         text.decode()
     except UnicodeDecodeError:
         hidden = text.decode(errors="surrogateescape").translate(_HIDDEN).encode()
-        return _shown(_parse_first(hidden, mark))
-    return _parse_first(text, mark)
+        return _shown(_parse_first(hidden, mark, go_on))
+    return _parse_first(text, mark, go_on)
 
 
 def dump(value: Any) -> str:
@@ -111,16 +131,19 @@ def _check_nesting(body: bytes) -> None:
         )
 
 
-def _parse_first(text: bytes, mark: int) -> Any:
+def _parse_first(text: bytes, mark: int, go_on: Callable[[], None]) -> Any:
     try:
-        return _decode(text)
+        if len(text) <= _PIECE_BYTES:
+            return _decode(text)
+        pieces: Any = _Pieces(text, go_on)
+        return _decode(pieces, chunk_size=_PIECE_BYTES)
     except rapidjson.JSONDecodeError as error:
         found = _PARSE_ERROR.fullmatch(str(error))
         if found is None:
             raise
         offset, message = int(found[1]), found[2]
     if message == _TRAILING_TEXT:
-        return _decode(text[:offset])
+        return _parse_first(text[:offset], mark, go_on)
     if _NO_DOCUMENT.match(text):
         message = "The document is empty."
     hidden = sum(ord(char) in _SHOWN for char in text[:offset].decode(errors="ignore"))

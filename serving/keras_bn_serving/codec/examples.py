@@ -1,5 +1,6 @@
 """JSON examples, as classify and regress take them, to tf.train.Example."""
 
+from collections.abc import Callable
 from typing import Any
 
 from tensorflow.core.example import example_pb2, feature_pb2
@@ -21,8 +22,12 @@ _KINDS = {"bytes_list": "bytes", "float_list": "float", "int64_list": "int64"}
 _INT64 = range(-(2**63), 2**63)
 
 
-def decode_examples(body: bytes) -> tuple[str, input_pb2.Input]:
+def decode_examples(body: bytes, go_on: Callable[[], None] = lambda: None) -> tuple[str, input_pb2.Input]:
     """Reads the body of a classify or regress request.
+
+    Args:
+        body: The JSON text.
+        go_on: Called now and then; what it raises ends the reading.
 
     Returns:
         The signature's name, empty where none was given, and the examples.
@@ -30,7 +35,7 @@ def decode_examples(body: bytes) -> tuple[str, input_pb2.Input]:
     Raises:
         InvalidArgumentError: If the body is not of that form.
     """
-    document = decode_object(body)
+    document = decode_object(body, go_on)
     signature_name = decode_signature_name(document)
     message = input_pb2.Input()
     target: Any = message.example_list
@@ -45,6 +50,7 @@ def decode_examples(body: bytes) -> tuple[str, input_pb2.Input]:
     if not found[0]:
         raise _malformed(document, "'examples' value is an empty array")
     for value in found[0]:
+        go_on()
         _fill_example(value, target.examples.add())
     return signature_name, message
 

@@ -63,12 +63,12 @@ def decode_predict(
     Args:
         body: The JSON text.
         find_inputs: Gives the inputs of a signature by its name; called once the text has proved to be JSON.
-        go_on: Called for every list that is read; what it raises ends the reading.
+        go_on: Called now and then; what it raises ends the reading.
 
     Raises:
         ServingError: What `find_inputs` raises, or what is wrong with the body.
     """
-    document = decode_object(body)
+    document = decode_object(body, go_on)
     signature_name = decode_signature_name(document)
     specs = find_inputs(signature_name)
     instances, inputs = document.find("instances"), document.find("inputs")
@@ -87,9 +87,9 @@ def decode_predict(
     raise InvalidArgumentError("Missing 'inputs' or 'instances' key")
 
 
-def decode_object(body: bytes) -> JsonObject:
+def decode_object(body: bytes, go_on: Callable[[], None] = lambda: None) -> JsonObject:
     """Parses a request's body, which has to be an object."""
-    document = json_document.parse(body)
+    document = json_document.parse(body, go_on)
     if not isinstance(document, JsonObject):
         raise _malformed(document, "Is not object")
     return document

@@ -114,7 +114,7 @@ class _Protocol(HttpToolsProtocol):
     """One connection, with what uvicorn leaves out.
 
     Headers are bounded, in bytes and in time. An offer of another protocol is passed over: the parser would stop before
-    the body. A client that is done sending still gets its answers.
+    the body. A client that is done sending still gets its answers. HTTP/1.0 may keep its connection.
     """
 
     def __init__(self, *arguments: Any, **options: Any):
@@ -174,7 +174,7 @@ class _Protocol(HttpToolsProtocol):
         if not self.parser.should_upgrade():
             super().on_headers_complete()
             if self.parser.get_http_version() == "1.0" and self.parser.should_keep_alive():
-                # A client of HTTP/1.0 has to be told that it may go on.
+                # An old client that asks for it is told that the connection stays.
                 self.cycle.keep_alive = True
                 self.cycle.default_headers = [*self.cycle.default_headers, (b"connection", b"keep-alive")]
 

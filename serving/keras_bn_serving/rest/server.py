@@ -290,7 +290,7 @@ class RestServer:
             def decode(go_on: GoOn) -> tuple[str, input_pb2.Input]:
                 with self._memory.share() as working:
                     working.hold(_DOCUMENT_COST * len(body), share.held)
-                    return decode_examples(body)
+                    return decode_examples(body, go_on)
 
             _, read = self._background.start(decode, self._timeout_seconds)
             signature_name, message = await read
