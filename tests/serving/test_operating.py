@@ -239,7 +239,7 @@ def test_reading_that_is_given_up_ends_and_does_not_keep_the_server(busy_model: 
         assert connection.getresponse().status in (400, 504)
         connection.close()
         server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(timeout=20) == 0
+        assert server.process.wait(timeout=60) == 0
 
 
 @pytest.mark.slow

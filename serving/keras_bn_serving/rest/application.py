@@ -11,7 +11,8 @@ from keras_bn_serving.engine.memory import Memory, Share
 from keras_bn_serving.errors import ResourceExhaustedError, UnavailableError
 from keras_bn_serving.rest.inflating import Inflater
 from keras_bn_serving.rest.messages import Request, Response
-from keras_bn_serving.rest.server import SMALL_BYTES, RestServer
+from keras_bn_serving.rest.predictions import SMALL_BYTES
+from keras_bn_serving.rest.server import RestServer
 
 # An extension of ASGI's scope: the request's target as it came.
 TARGET = "keras_bn.target"

@@ -5,27 +5,19 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import Any
 from urllib.parse import unquote_to_bytes
 
-import numpy as np
 from google.protobuf import json_format
-from tensorflow_serving.apis import get_model_metadata_pb2, get_model_status_pb2, input_pb2
+from tensorflow_serving.apis import get_model_metadata_pb2, get_model_status_pb2
 
 from keras_bn_serving import request_ids
-from keras_bn_serving.codec.answer import encode_classifications, encode_error, encode_predict, encode_regressions
-from keras_bn_serving.codec.examples import decode_examples
-from keras_bn_serving.codec.tensor import PredictInput, decode_plain, decode_predict
-from keras_bn_serving.codec.tensor_spec import TensorSpec
-from keras_bn_serving.engine.arrivals import Arrivals
-from keras_bn_serving.engine.background import Background, GoOn
-from keras_bn_serving.engine.memory import Memory, Share, size_of
+from keras_bn_serving.codec.answer import encode_error
+from keras_bn_serving.engine.background import Background
+from keras_bn_serving.engine.memory import Memory
 from keras_bn_serving.engine.metrics import Metrics
-from keras_bn_serving.engine.repository import Lease
 from keras_bn_serving.engine.service import ModelSpec, PredictionService
 from keras_bn_serving.errors import (
     NO_MEMORY,
@@ -36,6 +28,7 @@ from keras_bn_serving.errors import (
 from keras_bn_serving.rest import hosts
 from keras_bn_serving.rest.extras import Extras
 from keras_bn_serving.rest.messages import Request, Response, html_error, path_of
+from keras_bn_serving.rest.predictions import Predictions
 
 _log = logging.getLogger(__name__)
 _request_log = logging.getLogger("keras_bn_serving.requests")
@@ -66,16 +59,6 @@ _LOOK = re.compile(
 )
 _PROTOCOL = re.compile("/v1/", re.IGNORECASE)
 _LARGEST_VERSION = 2**63 - 1
-# What grows with a body or an answer keeps other connections waiting: at once only what takes a millisecond or less.
-SMALL_BYTES = 64 * 1024
-_AT_ONCE_BYTES = 1024
-_AT_ONCE_VALUES = 2048
-# Bytes of memory at the worst, measured: for a byte of a body that is a list of numbers, and of any other; for a value
-# of an answer, and for a byte of the array that it stands in.
-_PLAIN_COST = 25
-_DOCUMENT_COST = 40
-_VALUE_COST = 150
-_STRING_COST = 6
 _CORS = (
     ("Access-Control-Allow-Origin", "*"),
     ("Access-Control-Allow-Methods", "POST, GET"),
@@ -136,13 +119,11 @@ class RestServer:
     ):
         self._service = service
         self._metrics = metrics
-        self._memory = memory
         self._options = options
         self._timeout_seconds = timeout_seconds
         self._extras = Extras(service, read_metrics, options.metrics_path, options.page)
-        self._loop = loop
-        self._arrivals = Arrivals(loop)
         self._background = Background(options.num_threads, "rest")
+        self._predictions = Predictions(service, memory, self._background, timeout_seconds, loop)
 
     async def handle(self, request: Request) -> Response:
         """Answers one request, whatever happens."""
@@ -160,7 +141,7 @@ class RestServer:
             self._check_host(request, target)
             response, code = await self._route(request, run, look), Code.OK
         except ServingError as error:
-            response, code = Response(HTTP_STATUS[error.code], await self._encode_error(error.message)), error.code
+            response, code = Response(HTTP_STATUS[error.code], await self._predictions.error(error.message)), error.code
         except _Overflow:
             response, code = Response(HTTPStatus.BAD_REQUEST, b""), Code.INVALID_ARGUMENT
         except (TimeoutError, asyncio.TimeoutError):
@@ -221,7 +202,9 @@ class RestServer:
         # The pattern ignores case, what it is dispatched by does not.
         if run is not None and run[4] in ("predict", "classify", "regress"):
             spec = _model_spec(*run.groups()[:3])
-            return await (self._predict if run[4] == "predict" else self._run)(spec, request, run[4])
+            if run[4] == "predict":
+                return await self._predictions.predict(spec, request)
+            return await self._predictions.examine(spec, request, run[4])
         if look is not None:
             if look[1] is None and self._options.list_models and not any(look.groups()):
                 return self._extras.models()
@@ -231,130 +214,11 @@ class RestServer:
             return self._metadata(spec) if look[4] == "metadata" else self._status(spec)
         raise InvalidArgumentError(f"Malformed request: {request.method} {request.target}")
 
-    async def _predict(self, spec: ModelSpec, request: Request, method: str) -> Response:
-        taken: list[Lease] = []
-        find_inputs = self._taking(spec, taken)
-        reading: Future[PredictInput] | None = None
-
-        def release(_: object = None) -> None:
-            for lease in taken:
-                lease.release()
-
-        body, share = request.body, request.share
-        try:
-            understood = decode_plain(body, find_inputs) if len(body) <= SMALL_BYTES else None
-            if understood is None and len(body) <= _AT_ONCE_BYTES:
-                understood = decode_predict(body, find_inputs)
-            if understood is None:
-                reading, read = self._background.start(
-                    lambda go_on: self._decode(request, find_inputs, go_on), self._timeout_seconds
-                )
-                understood = await read
-            if len(body) > SMALL_BYTES:
-                share.hold(share.held + size_of(understood.inputs))
-            arrival = self._arrivals.expect()
-            task = self._service.predict(
-                taken[0],
-                understood.signature_name,
-                understood.inputs,
-                arrival.finish,
-                start=self._loop.call_soon,
-                limited=True,
-            )
-        except BaseException:
-            release()
-            if reading is not None:
-                # The reading goes on for a while where the request is given up, and may take its lease only then.
-                reading.add_done_callback(release)
-            raise
-        outputs = await arrival.result(self._timeout_seconds, task.cancel)
-        row_format = understood.row_format
-        return await self._write(share, outputs, lambda: encode_predict(outputs, row_format))
-
-    def _decode(self, request: Request, find_inputs: Any, go_on: GoOn) -> PredictInput:
-        body, held = request.body, request.share.held
-        with self._memory.share() as share:
-            share.hold(_PLAIN_COST * len(body), held)
-            plain = decode_plain(body, find_inputs)
-            if plain is not None:
-                return plain
-            share.hold(_DOCUMENT_COST * len(body), held)
-            return decode_predict(body, find_inputs, go_on)
-
-    async def _run(self, spec: ModelSpec, request: Request, method: str) -> Response:
-        body, share = request.body, request.share
-        if len(body) <= _AT_ONCE_BYTES:
-            signature_name, message = decode_examples(body)
-        else:
-
-            def decode(go_on: GoOn) -> tuple[str, input_pb2.Input]:
-                with self._memory.share() as working:
-                    working.hold(_DOCUMENT_COST * len(body), share.held)
-                    return decode_examples(body, go_on)
-
-            _, read = self._background.start(decode, self._timeout_seconds)
-            signature_name, message = await read
-        share.hold(share.held + message.ByteSize())
-        lease = self._service.lease(spec)
-        try:
-            run = self._service.classify if method == "classify" else self._service.regress
-            arrival = self._arrivals.expect()
-            task = run(lease, signature_name, message, arrival.finish, limited=True)
-        except BaseException:
-            lease.release()
-            raise
-        result = await arrival.result(self._timeout_seconds, task.cancel)
-        if method == "regress":
-            return await self._write(share, {"": result}, lambda: encode_regressions(result))
-        arrays = {"labels": result.labels, "scores": result.scores}
-        return await self._write(share, arrays, lambda: encode_classifications(result.labels, result.scores))
-
-    async def _write(
-        self, share: Share, arrays: Mapping[str, np.ndarray | None], encode: Callable[[], bytes]
-    ) -> Response:
-        """Encodes an answer; on the loop only where it has few values."""
-        count = sum(array.size for array in arrays.values() if array is not None)
-        # Of strings it takes a look to know how large they are.
-        if count <= _AT_ONCE_VALUES and not any(
-            array is not None and array.dtype == object for array in arrays.values()
-        ):
-            return Response(HTTPStatus.OK, encode())
-        size = size_of({name: array for name, array in arrays.items() if array is not None})
-        if count <= _AT_ONCE_VALUES and size <= SMALL_BYTES:
-            return Response(HTTPStatus.OK, encode())
-        share.hold(share.held + size)
-
-        def write(go_on: GoOn) -> bytes:
-            with self._memory.share() as working:
-                working.hold(_VALUE_COST * count + _STRING_COST * size, share.held)
-                return encode()
-
-        _, encoded = self._background.start(write, self._timeout_seconds)
-        text = await encoded
-        # The arrays are done with; the text stays until it is sent.
-        share.hold(share.held - size + len(text))
-        return Response(HTTPStatus.OK, text)
-
-    async def _encode_error(self, message: str) -> bytes:
-        """Encodes an error's text, which may quote a value that is as long as a body."""
-        if len(message) <= SMALL_BYTES:
-            return encode_error(message)
-        _, encoded = self._background.start(lambda go_on: encode_error(message))
-        return await encoded
-
     def _count(self, asked: re.Match[str] | None, code: Code, seconds: float) -> None:
         # As TensorFlow Serving has it: whatever name is asked for, and for a look no word for what was called.
         name = _unquote(asked[1] or "") if asked else ""
         api = asked[4] if asked is not None and asked.re is _RUN else ""
         self._metrics.request(name.encode(errors="replace").decode(), api, "REST", code.name, seconds)
-
-    def _taking(self, spec: ModelSpec, taken: list[Lease]) -> Callable[[str], Mapping[str, TensorSpec]]:
-        def find_inputs(signature_name: str) -> Mapping[str, TensorSpec]:
-            if not taken:
-                taken.append(self._service.lease(spec))
-            return self._service.input_specs(taken[0], signature_name)
-
-        return find_inputs
 
     def _status(self, spec: ModelSpec) -> Response:
         answer = get_model_status_pb2.GetModelStatusResponse()
