@@ -23,15 +23,13 @@ def real_points(count: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def networks() -> tuple[keras.Model, keras.Model]:
-    """Generator and discriminator; only the latter normalizes."""
-    relu = keras.layers.LeakyReLU
-    generator = keras.Sequential(
-        [keras.Input((NOISE,)), keras.layers.Dense(64), relu(), keras.layers.Dense(64), relu(), keras.layers.Dense(2)]
-    )
-    layers = [keras.Input((2,)), keras.layers.Dense(64), relu()]
+    """Generator and discriminator, of which the latter normalizes."""
+    relu, dense = keras.layers.LeakyReLU, keras.layers.Dense
+    generator = keras.Sequential([keras.Input((NOISE,)), dense(64), relu(), dense(64), relu(), dense(2)])
+    layers = [keras.Input((2,)), dense(64), relu()]
     for _ in range(2):
-        layers += [keras.layers.Dense(64, use_bias=False), keras_bn.BatchNormalization(momentum=0.9), relu()]
-    return generator, keras.Sequential([*layers, keras.layers.Dense(1)])
+        layers += [dense(64, use_bias=False), keras_bn.BatchNormalization(momentum=0.9), relu()]
+    return generator, keras.Sequential([*layers, dense(1)])
 
 
 def mixed(discriminator: keras.Model, real: tf.Tensor, generated: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -76,7 +74,7 @@ def step(way, generator: keras.Model, discriminator: keras.Model):
 
 def score(way, discriminator: keras.Model, real: np.ndarray, generated: np.ndarray) -> np.ndarray:
     """What generated points score in a step, of which the discriminator keeps nothing."""
-    weights = [weight.copy() for weight in discriminator.get_weights()]
+    weights = discriminator.get_weights()
     scores = way(discriminator, tf.constant(real), tf.constant(generated))[1]
     discriminator.set_weights(weights)
     return np.asarray(scores)
@@ -84,16 +82,14 @@ def score(way, discriminator: keras.Model, real: np.ndarray, generated: np.ndarr
 
 def clusters(points: np.ndarray) -> int:
     """How many of the eight have at least a hundredth of the points within five of their standard deviations."""
-    near = np.linalg.norm(points[:, None] - CENTRES, axis=-1) < 0.5
-    return int((near.mean(0) > 0.01).sum())
+    return int(((np.linalg.norm(points[:, None] - CENTRES, axis=-1) < 0.5).mean(0) > 0.01).sum())
 
 
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="few steps, to see that it runs")
-    steps = 200 if parser.parse_args().quick else 6000
-    rows = []
+    steps, rows = 200 if parser.parse_args().quick else 6000, []
     for way in (mixed, two_calls, real_only):
         keras.utils.set_random_seed(0)
         rng = np.random.default_rng(0)
@@ -112,10 +108,10 @@ def main() -> None:
         moved = np.concatenate([generated[: BATCH // 2], generated[BATCH // 2 : BATCH] + np.float32([2, 0])])
         beside = (score(way, discriminator, real, moved) - trained)[: BATCH // 2]
         inferred = discriminator.predict(generated[:BATCH], verbose=0) - trained
-        changes = [np.abs(change).mean() / trained.std() for change in (beside, inferred)]
-        rows.append((way.__name__, *changes, clusters(generated)))
+        spread = trained.std()
+        rows.append((way.__name__, abs(beside).mean() / spread, abs(inferred).mean() / spread, clusters(generated)))
     print("\nA generated point's score changes, in standard deviations of the scores,")
-    print("             with those beside it   in inference mode   clusters found, of 8")
+    print("              with those beside it   in inference mode   clusters found, of 8")
     for name, beside, inferred, found in rows:
         print(f"  {name:<12} {beside:18.3f} {inferred:19.3f} {found:22}")
 
