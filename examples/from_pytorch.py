@@ -37,7 +37,7 @@ def torch_resnet():
             return torch.relu(self.bn2(self.conv2(y)) + self.down(x))
 
     torch.manual_seed(0)
-    blocks = [Block(before, width, 2) for before, width in ((3, 16), (16, 32), (32, 64))]
+    blocks = Block(3, 16, 2), Block(16, 32, 2), Block(32, 64, 2)
     network = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)).requires_grad_(False)
     for weight in network.parameters():  # As after a training: no gamma is 1, no beta 0.
         weight += 0.1 * torch.randn_like(weight)
@@ -61,8 +61,7 @@ def keras_resnet() -> keras.Model:
         x = keras.layers.ReLU()(
             keras.layers.Add()([y, normalized(x, f"{number}.down.0", f"{number}.down.1", width, 1, 2)])
         )
-    x = keras.layers.GlobalAveragePooling2D()(x)
-    return keras.Model(image, keras.layers.Dense(10, name="5")(x))
+    return keras.Model(image, keras.layers.Dense(10, name="5")(keras.layers.GlobalAveragePooling2D()(x)))
 
 
 def load(model: keras.Model, state: dict[str, np.ndarray]) -> None:
@@ -107,12 +106,12 @@ def main() -> None:
     pictures = np.random.default_rng(1).normal(1, 1, (count, SIZE, SIZE, 3)).astype("float32")
     expected = network(torch.from_numpy(pictures.transpose(0, 3, 1, 2).copy())).numpy()
     folded, report = keras_bn.fold(model, check=pictures[:8])
-    print(report)
+    print(report, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         keras_bn.export(model, f"{folder}/resnet")
         served = ask(f"{folder}/resnet", pictures)
     print("Largest difference to PyTorch, of outputs up to", f"{np.abs(expected).max():.2f}")
-    for name, output in ("Keras", model.predict(pictures)), ("folded", folded.predict(pictures)), ("served", served):
+    for name, output in ("Keras", model(pictures)), ("folded", folded(pictures)), ("served", served):
         print(f"  {name:<8} {np.abs(output - expected).max():.1e}")
 
 

@@ -92,8 +92,7 @@ def main() -> None:
     steps, rows = 200 if parser.parse_args().quick else 6000, []
     for way in (mixed, two_calls, real_only):
         keras.utils.set_random_seed(0)
-        rng = np.random.default_rng(0)
-        generator, discriminator = networks()
+        rng, (generator, discriminator) = np.random.default_rng(0), networks()
         run = step(way, generator, discriminator)
         print(f"\n{way.__name__}: {way.__doc__}", flush=True)
         for number in range(1, steps + 1):
