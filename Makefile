@@ -6,7 +6,8 @@ INSTALLED := $(VENV)/.installed
 OLDEST_TESTS ?= tests
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help install data demo test test-all test-oldest torch mkdocs wheel wheel-check lint docker-check bench experiments docs docs-serve clean
+.PHONY: help install data demo test test-all test-oldest torch mkdocs wheel wheel-check release lint docker-check bench \
+	experiments docs docs-serve clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -52,6 +53,10 @@ wheel: $(INSTALLED)  ## Build sdist and wheel into dist/
 
 wheel-check: wheel  ## Install that wheel for each Python from 3.10 to 3.13 that is here, and use it as the README does
 	$(BIN)/python -m tests.wheel dist --check
+
+release: $(INSTALLED)  ## Build sdist and wheel into dist/, check and install them, and print the release notes
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[release]'
+	$(BIN)/python -m tests.release dist
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -76,6 +76,19 @@ def test_networks_import_only_public_names_of_the_library_and_the_client(path):
     ] == []
 
 
+@pytest.mark.parametrize("path", _modules("examples"), ids=_id)
+def test_examples_import_only_public_names_the_client_and_the_data(path):
+    allowed = {f"keras_bn.{name}" for name in keras_bn.__all__} | {"keras_bn", "models.data"}
+    packages = ("keras_bn", "keras_bn_cli", "keras_bn_serving", "models", "serving", "tests", "benchmarks", "examples")
+    names = [name for name in _imported(path, *packages) if not name.startswith("keras_bn_serving.client.")]
+    assert set(names) <= allowed
+
+
+@pytest.mark.parametrize("path", _modules("examples"), ids=_id)
+def test_examples_can_be_read_at_once(path):
+    assert len(path.read_text().splitlines()) < 120
+
+
 @pytest.mark.parametrize("path", _modules(SERVER), ids=_id)
 def test_server_imports_neither_library_nor_networks_nor_keras(path):
     assert _imported(path, "keras_bn", "keras_bn_cli", "models", "keras", "tf_keras", "serving") == []

