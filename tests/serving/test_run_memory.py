@@ -93,7 +93,8 @@ def test_many_rows_run_in_parts_and_answer_as_at_once(
     assert sum(sizes) == 101
     assert 8 < max(sizes) <= 16
     for key, expected in at_once.items():
-        np.testing.assert_array_equal(in_parts[key], expected)
+        # Products of matrices of another size may be rounded otherwise.
+        np.testing.assert_allclose(in_parts[key].astype(np.float32), expected.astype(np.float32), rtol=1e-5)
 
 
 def test_what_fits_runs_at_once(bounded: Servable, monkeypatch: pytest.MonkeyPatch):
@@ -169,7 +170,7 @@ def test_the_parts_of_a_run_have_one_time_limit(folder: Path):
         slow.run(slow.signature(""), {"x": rows(50_000)}, limited=True)
 
 
-def test_what_a_layer_needs_is_reckoned_while_something_needs_it(folder: Path):
+def test_what_a_layer_needs_is_reckoned_while_something_needs_it(tmp_path: Path):
     """Of ten layers one after another, two are there at a time; of ten beside each other, all."""
 
     def chain(x: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -181,8 +182,8 @@ def test_what_a_layer_needs_is_reckoned_while_something_needs_it(folder: Path):
         return {"y": tf.concat([tf.sin(x * float(index)) for index in range(10)], 1)[:, :1]}
 
     table = [tf.TensorSpec([None, 256], tf.float32, name="x")]
-    saved_models.export(folder.parent / "2", {"chain": (chain, table), "fan": (fan, table)})
-    servable = Servable(folder.parent / "2")
+    saved_models.export(tmp_path / "1", {"chain": (chain, table), "fan": (fan, table)})
+    servable = Servable(tmp_path / "1")
     memory = RunMemory(servable.meta_graph, 10**9)
     need = {name: memory._need(servable.signature(name), {"x": (1024, 256)}) for name in ("chain", "fan")}
     assert need["chain"] is not None
