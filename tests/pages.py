@@ -14,13 +14,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 PORTS = ("8500", "8501")
 SECONDS = 300
+SERVE = "keras-bn serve "
 LANGUAGES = ("python", "sh", "js")
 
 _DOCKER = "needs a Docker daemon; `make docker-check` checks what Docker runs"
@@ -97,16 +98,29 @@ def run(page: str) -> Ran:
         for block in blocks(page, *LANGUAGES):
             if block.reason is not None:
                 continue
-            code = re.sub("|".join(PORTS), lambda port: ports[port[0]], block.code)
+            code = with_ports(block, ports)
             if block.language == "python":
                 _execute(code, f"{page}:{block.line}", ran.names)
             elif block.language == "js":
                 _run(["node", "--input-type=module", "--eval", code])
-            elif block.title.startswith("keras-bn serve "):
+            elif block.title.startswith(SERVE):
                 servers.enter_context(_running(code))
             else:
                 ran.printed[block.title] = _run(["sh", "-e", "-c", code])
     return ran
+
+
+def with_ports(block: Block, ports: Mapping[str, str]) -> str:
+    """The code of a block with other ports; a server gets both, as 8500 is what it takes for gRPC unless told.
+
+    Args:
+        block: of a page.
+        ports: by the port that pages name.
+    """
+    code = re.sub("|".join(PORTS), lambda port: ports[port[0]], block.code)
+    if block.title.startswith(SERVE) and "--port=" not in code:
+        return f"{code.rstrip()} --port={ports['8500']}"
+    return code
 
 
 def environment() -> dict[str, str]:

@@ -96,6 +96,14 @@ def test_the_start_page_finds_what_was_learnt_and_answers_with_it(tmp_path, monk
     assert asked.split()[0] == "cross"
 
 
+def test_servers_of_pages_take_no_port_that_another_may_have():
+    commands = [block for block in BLOCKS if block.title.startswith(pages.SERVE)]
+    assert len(commands) >= 4
+    for block in commands:
+        code = pages.with_ports(block, {"8500": "1", "8501": "2"})
+        assert ("--rest_api_port=2" in code, "--port=1" in code) == (True, True), block
+
+
 def _anchor(heading):
     """As GitHub and Python-Markdown make it."""
     plain = unicodedata.normalize("NFKD", re.sub(r"[`*]", "", heading)).encode("ascii", "ignore").decode()
