@@ -48,7 +48,7 @@ def serving(base_path: Path) -> Iterator[Client]:
     server = subprocess.Popen([sys.executable, "-m", "keras_bn_serving", *flags, "--log_level=error"])
     try:
         with Client(f"http://127.0.0.1:{port}") as client:
-            client.wait_until_ready(NAME)
+            client.wait_until_ready(NAME, timeout=300)
             yield client
     finally:
         server.terminate()
@@ -89,7 +89,7 @@ def main() -> None:
                     # The statistics of the pictures as they come now; no label is needed, and no weight changes.
                     keras_bn.recalibrate(model, pictures, batch_size=500, verbose=0)
                     version = int(keras_bn.export(model, exported.path.parent).path.name)
-                    client.wait_until_ready(NAME, version=version)
+                    client.wait_until_ready(NAME, timeout=300, version=version)
                     print(f"       drift above {THRESHOLD}: version {version} has the statistics of these pictures")
 
 

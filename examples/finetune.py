@@ -71,7 +71,7 @@ def main() -> None:
         x_old, y_old = rgb(images.x_train[old][:count]), images.y_train[old][:count]
         fit(model, x_old, y_old, epochs=4, rate=2e-3)
         keras_bn.recalibrate(base, x_old, order="joint", batch_size=256, verbose=0)
-    epochs, results = 3 if options.quick else 10, {}
+    epochs, results = 10, {}
 
     print("\nFrozen weights, frozen statistics: those of the old pictures", flush=True)
     fit_head(head, base, x_new, y_new, epochs)

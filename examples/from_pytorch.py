@@ -86,7 +86,7 @@ def ask(base_path: str, pictures: np.ndarray) -> np.ndarray:
     command = [sys.executable, "-m", "keras_bn_serving", *flags, "--log_level=error"]
     with subprocess.Popen(command) as server, Client(f"http://127.0.0.1:{port}") as client:
         try:
-            client.wait_until_ready("resnet")
+            client.wait_until_ready("resnet", timeout=300)
             return client.predict("resnet", pictures)
         finally:
             server.terminate()
