@@ -253,6 +253,19 @@ def test_what_a_config_file_makes_ignored_is_warned_of(
     ]
 
 
+@pytest.mark.parametrize(("policy", "served"), [
+    ("specific {}", []), ("specific { versions: 1 }", [1]), ("latest { num_versions: 0 }", [2]),
+    ("", [2]), ("all {}", [2, 1]),
+])  # fmt: skip
+def test_versions_are_those_that_tensorflow_serving_takes_by_a_policy(policy: str, served: list[int]):
+    model = f'name: "a" base_path: "file:///b" model_platform: "tensorflow" model_version_policy {{ {policy} }}'
+    text = f"model_config_list {{ config {{ {model} }} }}"
+    message = text_format.Parse(text, model_server_config_pb2.ModelServerConfig())
+    (config,) = model_configs(message, "here")
+    assert config.policy.aspired([1, 2]) == served
+    assert config.base_path == "/b"
+
+
 @pytest.mark.parametrize("form", ["--{}=1", "--{} 1", "--{}"])
 @pytest.mark.parametrize("name", foreign_flags.WITHOUT_EFFECT)
 def test_flags_of_tensorflow_serving_that_change_no_answer_are_taken_with_a_warning(

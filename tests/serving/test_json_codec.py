@@ -78,6 +78,19 @@ def test_a_quoted_value_ends_before_a_number_that_is_none():
     assert document.dump(math.inf) == ""
 
 
+def test_old_rapidjsons_infinities_and_lone_halves_are_looked_for_outside_strings_and_inside():
+    parsed = document.parse(rb'[18e307, "1.8e308 \\udc00", "\udc00", 1.8e308, -2e308]')
+    assert parsed == [math.inf, "1.8e308 \\udc00", "\udced\udcb0\udc80", math.inf, -math.inf]
+
+
+@pytest.mark.parametrize(("text", "offset"), [
+    (b'["\\udc00", "\\ud800"]', 12), (b'["\\udc00\xff", 1 2]', 14), (b"[1.8e308, 1.8e310]", 10), (b"[1.8e308 2]", 9),
+])  # fmt: skip
+def test_what_old_rapidjson_takes_does_not_move_the_offset_of_an_error(text: bytes, offset: int):
+    with pytest.raises(InvalidArgumentError, match=f" at offset: {offset}$"):
+        document.parse(text)
+
+
 @pytest.mark.parametrize(("mark", "offset"), [(b"", 0), (b"\xef", 1), (b"\xef\xbb", 2), (b"\xef\xbb\xbf", 3)])
 def test_the_beginning_of_a_byte_order_mark_is_passed_over(mark: bytes, offset: int):
     assert read(mark + b'{"inputs": [1, null, 2]}'.replace(b"null, ", b""), x="float")["x"].tolist() == [1, 2]

@@ -31,13 +31,13 @@ def records(*names: str) -> list[dict[str, Any]]:
     return [json.loads(line) for name in names for line in (RECORDED / name).read_text().splitlines()]
 
 
-REST = records("rest.jsonl", "rest_more.jsonl")
+REST = records("rest.jsonl", "rest_more.jsonl", "rest_odd.jsonl")
 BATCHING = records("rest_batching.jsonl")
 # Two strangers' requests of different shapes met in one group: test_batching.py makes them meet.
 OF_TWO_REQUESTS = 133
 GRPC = records("grpc.jsonl")
 GRPC_FIELDS = records("grpc_fields.jsonl")
-GRPC_MORE = records("grpc_more.jsonl")
+GRPC_MORE = records("grpc_more.jsonl", "grpc_odd.jsonl")
 TAGS = sorted({record["tag"] for record in REST})
 REQUESTS = {
     "Predict": predict_pb2.PredictRequest,
@@ -51,10 +51,10 @@ REQUESTS = {
 
 
 def test_no_record_is_left_out():
-    assert len(REST) == 733 + 600
+    assert len(REST) == 733 + 600 + 460
     assert len(GRPC) == 20
     assert len(GRPC_FIELDS) == 25
-    assert len(GRPC_MORE) == 268
+    assert len(GRPC_MORE) == 268 + 198
     assert len(BATCHING) == 7
 
 

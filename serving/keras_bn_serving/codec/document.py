@@ -27,7 +27,20 @@ _PIECE_BYTES = 64 * 1024
 _SMALLEST_DOUBLE = sys.float_info.min
 # Bytes that are no UTF-8 pass through the parser as the last code points of plane 16, which nobody assigns.
 _HIDDEN = {0xDC00 + byte: 0x10FF00 + byte for byte in range(0x80, 0x100)}
-_SHOWN = {hidden: surrogate for surrogate, hidden in _HIDDEN.items()}
+# So do second halves of surrogate pairs that stand alone, which TensorFlow Serving's RapidJSON takes as three bytes.
+_FIRST_LONE = 0x10F800
+_SHOWN: dict[int, int | str] = {hidden: surrogate for surrogate, hidden in _HIDDEN.items()} | {
+    _FIRST_LONE + half: chr(0xDC00 + half).encode(errors="surrogatepass").decode(errors="surrogateescape")
+    for half in range(0x400)
+}
+# How much longer than what it stands for a hidden character is: a byte, or an escape of six.
+_GROWTH = {hidden: -2 if hidden < 0x10FF00 else 3 for hidden in _SHOWN}
+_ESCAPE = re.compile(
+    rb"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\u([dD][c-fC-F][0-9a-fA-F]{2})|\\.", re.DOTALL
+)
+_STRING_OR_NUMBER = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|-?[0-9][0-9.eE+-]*', re.DOTALL)
+_WITH_EXPONENT = re.compile(rb"-?([0-9]{1,308})(?:\.([0-9]+))?[eE]\+?0*([0-9]{1,3})")
+_MOST_DIGITS = 17
 # The backslash first: the others bring some.
 _FREQUENT_ESCAPES = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t", "\b": "\\b", "\f": "\\f"}
 _CONTROL = re.compile("[\x00-\x1f]")
@@ -142,14 +155,48 @@ def _parse_first(text: bytes, mark: int, go_on: Callable[[], None]) -> Any:
         if found is None:
             raise
         offset, message = int(found[1]), found[2]
+    older = _OLDER.get(message)
+    if older is not None and (understood := older(text)) != text:
+        value = _parse_first(understood, mark, go_on)
+        return _shown(value) if message == _LONE_HALF else value
     if message == _TRAILING_TEXT:
         return _parse_first(text[:offset], mark, go_on)
     if _NO_DOCUMENT.match(text):
         message = "The document is empty."
-    hidden = sum(ord(char) in _SHOWN for char in text[:offset].decode(errors="ignore"))
-    raise InvalidArgumentError(
-        f"JSON Parse error: {_OTHER_MESSAGES.get(message, message)} at offset: {offset - 3 * hidden + mark}"
-    )
+    offset -= sum(_GROWTH.get(ord(char), 0) for char in text[:offset].decode(errors="ignore"))
+    raise InvalidArgumentError(f"JSON Parse error: {_OTHER_MESSAGES.get(message, message)} at offset: {offset + mark}")
+
+
+def _hide_lone_halves(text: bytes) -> bytes:
+    def hide(found: re.Match[bytes]) -> bytes:
+        return chr(_FIRST_LONE + int(found[1], 16) - 0xDC00).encode() if found[1] else found[0]
+
+    return _ESCAPE.sub(hide, text)
+
+
+def _write_infinities(text: bytes) -> bytes:
+    """Writes numbers of 1.8e308 and more as infinities, of the same length, where RapidJSON 1.1 makes such of them."""
+
+    def write(found: re.Match[bytes]) -> bytes:
+        number = _WITH_EXPONENT.fullmatch(found[0])
+        if number is None or math.isfinite(float(found[0])):
+            return found[0]
+        whole, fraction = number[1], number[2] or b""
+        # The first digit before the point is free, and so are zeros behind it that nothing stands before.
+        free = len(fraction) - len(fraction.lstrip(b"0")) if whole == b"0" else 1 - len(whole)
+        if int(number[3]) > 308 + min(len(fraction), max(0, _MOST_DIGITS + free)):
+            return found[0]
+        return (b"-Inf" if found[0].startswith(b"-") else b"Inf").ljust(len(found[0]))
+
+    return _STRING_OR_NUMBER.sub(write, text)
+
+
+_LONE_HALF = "The surrogate pair in string is invalid."
+# What RapidJSON refuses now and took in the version that TensorFlow Serving has, by message, and how it can be taken.
+_OLDER: dict[str, Callable[[bytes], bytes]] = {
+    _LONE_HALF: _hide_lone_halves,
+    "Number too big to be stored in double.": _write_infinities,
+}
 
 
 def _shown(value: Any) -> Any:

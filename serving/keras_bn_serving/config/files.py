@@ -67,7 +67,7 @@ def model_configs(
         policy = VersionPolicy(
             latest=choice.latest.num_versions or 1,
             all=kind == "all",
-            specific=tuple(choice.specific.versions) if kind == "specific" else (),
+            specific=tuple(choice.specific.versions) if kind == "specific" else None,
         )
         configs.append(ModelConfig(one.name, one.base_path, policy, dict(one.version_labels)))
     return configs

@@ -21,19 +21,19 @@ class VersionPolicy:
     Attributes:
         latest: How many of the newest, where neither `all` nor `specific` is set.
         all: Every one.
-        specific: These.
+        specific: These, where it is not `None`.
     """
 
     latest: int = 1
     all: bool = False
-    specific: tuple[int, ...] = ()
+    specific: tuple[int, ...] | None = None
 
     def aspired(self, versions: Iterable[int]) -> list[int]:
         """Returns the versions to be loaded, newest first."""
         newest_first = sorted(versions, reverse=True)
         if self.all:
             return newest_first
-        if self.specific:
+        if self.specific is not None:
             return [version for version in newest_first if version in self.specific]
         return newest_first[: self.latest]
 
@@ -44,7 +44,7 @@ class ModelConfig:
 
     Attributes:
         name: The name in requests.
-        base_path: The folder whose numbered folders are the versions.
+        base_path: The folder whose numbered folders are the versions; may be given as a `file://` URL.
         policy: Which versions to load.
         labels: Names for versions.
     """
@@ -57,6 +57,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if not self.name:
             raise InvalidArgumentError("`name` of a model must not be empty. Received: name=''.")
+        object.__setattr__(self, "base_path", self.base_path.removeprefix("file://"))
 
     def find_versions(self) -> dict[int, str]:
         """Returns the folders of the versions that exist now, by version.

@@ -141,7 +141,7 @@ def read_numbers(outputs: Mapping[str, np.ndarray], count: int) -> np.ndarray:
 
 
 def _shown(definition: meta_graph_pb2.SignatureDef) -> str:
-    return text_format.MessageToString(definition)
+    return text_format.MessageToString(definition, as_utf8=False)
 
 
 def _shape(array: np.ndarray) -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 import socket
 from http import HTTPStatus
 from typing import Any
@@ -12,6 +13,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from keras_bn_serving.codec.answer import encode_error
 from keras_bn_serving.rest.application import TARGET, Application
+from keras_bn_serving.rest.messages import Response, html_error
 
 _log = logging.getLogger(__name__)
 _BACKLOG = 1024
@@ -19,6 +21,8 @@ _MOST_CONNECTIONS = 4096
 _IDLE_SECONDS = 300
 _HEADER_SECONDS = 30.0
 _HEADER_BYTES = 64 * 1024
+_BARE_URL = re.compile(rb"^[a-zA-Z][a-zA-Z0-9+.-]*://[^/?#]+(?![^?#])")
+_REQUEST_LINE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+ \S+ HTTP/1\.[01]\r\n")
 
 
 class HttpServer:
@@ -147,6 +151,8 @@ class _Protocol(HttpToolsProtocol):
         except httptools.HttpParserError as error:
             if isinstance(error.__context__, _TooLarge):
                 self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, str(error.__context__))
+            elif isinstance(error, httptools.HttpParserInvalidMethodError) and _REQUEST_LINE.match(data):
+                self._refuse(HTTPStatus.NOT_IMPLEMENTED)
             else:
                 self._refuse(HTTPStatus.BAD_REQUEST, f"Not an HTTP request: {error}")
         self._await_headers_in_time()
@@ -171,6 +177,8 @@ class _Protocol(HttpToolsProtocol):
         self.expect_100_continue = self.expect_100_continue and self.parser.get_http_version() != "1.0"
         # ASGI's path and query leave out what stands behind a number sign, and whether a question mark was there.
         self.scope["extensions"] = {TARGET: {"target": self.url}}
+        # uvicorn wants a path, which a whole URL need not have.
+        self.url = _BARE_URL.sub(rb"\g<0>/", self.url)
         if not self.parser.should_upgrade():
             super().on_headers_complete()
             if self.parser.get_http_version() == "1.0" and self.parser.should_keep_alive():
@@ -207,14 +215,17 @@ class _Protocol(HttpToolsProtocol):
         if self._header_bytes > _HEADER_BYTES:
             raise _TooLarge(f"Request line and headers may take {_HEADER_BYTES} bytes.")
 
-    def _refuse(self, status: HTTPStatus, reason: str) -> None:
-        """Answers what cannot be read, and closes the connection. An answer under way is then the last one."""
+    def _refuse(self, status: HTTPStatus, reason: str = "") -> None:
+        """Answers what cannot be read, in words or with a page, and closes.
+
+        An answer under way is then the last one.
+        """
         if self.cycle is not None and not self.cycle.response_complete and not self.cycle.more_body:
             self.cycle.keep_alive = False
             return
-        body = encode_error(reason)
-        head = f"HTTP/1.1 {status} {status.phrase}\r\ncontent-type: application/json\r\nconnection: close\r\n"
-        self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+        answer = Response(status, encode_error(reason)) if reason else html_error(status)
+        head = f"HTTP/1.1 {status} {status.phrase}\r\ncontent-type: {answer.content_type}\r\nconnection: close\r\n"
+        self.transport.write(f"{head}content-length: {len(answer.body)}\r\n\r\n".encode() + answer.body)
         self.transport.close()
 
     def _await_headers_in_time(self) -> None:

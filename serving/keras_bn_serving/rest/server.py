@@ -199,18 +199,18 @@ class RestServer:
             # A browser that asks before it sends: whether the answer lets it is said by other headers.
             known = re.search(rb"https?://", request.headers.get(b"origin", b""))
             return Response(HTTPStatus.OK if known else HTTPStatus.BAD_REQUEST, b"", "text/html; charset=ISO-8859-1")
+        found = run or look
+        spec = _model_spec(*found.groups()[:3]) if found is not None else None
         # The pattern ignores case, what it is dispatched by does not.
-        if run is not None and run[4] in ("predict", "classify", "regress"):
-            spec = _model_spec(*run.groups()[:3])
+        if run is not None and spec is not None and run[4] in ("predict", "classify", "regress"):
             if run[4] == "predict":
                 return await self._predictions.predict(spec, request)
             return await self._predictions.examine(spec, request, run[4])
-        if look is not None:
+        if look is not None and spec is not None:
             if look[1] is None and self._options.list_models and not any(look.groups()):
                 return self._extras.models()
             if look[1] is None:
                 raise InvalidArgumentError("Missing model name in request.")
-            spec = _model_spec(*look.groups()[:3])
             return self._metadata(spec) if look[4] == "metadata" else self._status(spec)
         raise InvalidArgumentError(f"Malformed request: {request.method} {request.target}")
 
@@ -243,11 +243,11 @@ class RestServer:
         return Response(HTTPStatus.OK, text.encode())
 
 
-def _model_spec(name: str, version: str | None, label: str | None) -> ModelSpec:
+def _model_spec(name: str | None, version: str | None, label: str | None) -> ModelSpec:
     if version is not None and int(version) > _LARGEST_VERSION:
         raise _Overflow
     return ModelSpec(
-        _unquote(name), None if version is None else int(version), None if label is None else _unquote(label)
+        _unquote(name or ""), None if version is None else int(version), None if label is None else _unquote(label)
     )
 
 
