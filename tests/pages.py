@@ -33,6 +33,7 @@ NOT_RUN = {
     "pip install": _INSTALLED,
     "python -m pip install": _INSTALLED,
     "python -m venv": _INSTALLED,
+    "python -m examples.": "takes minutes; tests/test_examples.py runs each with --quick",
     "make demo": "takes minutes; tests/models/test_demo.py runs the demo on a part of the data",
     "docker ": _DOCKER,
     "kubectl ": _CLUSTER,
