@@ -58,7 +58,7 @@ def test_what_is_not_run_is_there(start):
     assert [block for block in BLOCKS if block.title.startswith(start)]
 
 
-@pytest.mark.parametrize("reason", {*pages.NOT_RUN.values(), *pages.LEFT.values()})
+@pytest.mark.parametrize("reason", sorted({*pages.NOT_RUN.values(), *pages.LEFT.values()}))
 def test_what_is_not_run_is_done_elsewhere(reason):
     for path in re.findall(r"tests/[\w/]+\.py", reason):
         assert (ROOT / path).exists()
