@@ -293,14 +293,17 @@ def inverse_root(matrices: Any, power: float, ridge: float) -> tf.Tensor:
         ridge: Relative to l.
 
     Returns:
-        As `matrices`; the identity for a matrix that is zero.
+        As `matrices`; the identity for a matrix that is zero, NaN for one that is not finite (the training has
+        diverged), which has no eigenvalues.
     """
     a = tf.convert_to_tensor(matrices)
-    values, vectors = tf.linalg.eigh(tf.cast(a, tf.float64))
+    finite = tf.reduce_all(tf.math.is_finite(a), axis=[-2, -1], keepdims=True)
+    values, vectors = tf.linalg.eigh(tf.cast(tf.where(finite, a, tf.zeros_like(a)), tf.float64))
     largest = values[..., -1:]
     # Rounding makes eigenvalues that are 0 a little less.
     values = tf.where(largest > 0, tf.maximum(values, 0.0) + ridge * largest, tf.ones_like(values))
-    return tf.cast(tf.matmul(vectors * tf.pow(values, power)[..., tf.newaxis, :], vectors, transpose_b=True), a.dtype)
+    roots = tf.matmul(vectors * tf.pow(values, power)[..., tf.newaxis, :], vectors, transpose_b=True)
+    return tf.where(finite, tf.cast(roots, a.dtype), math.nan)
 
 
 def _preconditioned(blocks: tf.Tensor, roots: Sequence[Any]) -> tf.Tensor:

@@ -144,6 +144,15 @@ def test_shampoo_stands_still_where_the_gradient_is_zero_and_goes_on_afterwards(
     assert np.isfinite(stepped(DistributedShampoo(0.1, grafting=None), start, gradients, graph=True)).all()
 
 
+def test_shampoo_goes_on_as_any_optimizer_when_the_training_diverges():
+    variable = keras.Variable(np.ones((3, 2), "float32"))
+    optimizer = DistributedShampoo(1.0, preconditioner_interval=1, first_preconditioned_step=0)
+    optimizer.build([variable])
+    for gradient in (np.ones((3, 2)), np.full((3, 2), 1e30), np.ones((3, 2))):
+        optimizer.apply([tf.constant(gradient, tf.float32)], [variable])
+    assert np.isnan(variable.numpy()).all()
+
+
 @pytest.mark.parametrize(
     "optimizer",
     [Yogi(0.02, beta_2=0.99), DistributedShampoo(0.03, grafting="adagrad", block_size=5, preconditioner_interval=2)],
