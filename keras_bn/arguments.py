@@ -79,6 +79,8 @@ def names(name, value):
 def path(name, value):
     if not isinstance(value, str | os.PathLike) or not isinstance(os.fspath(value), str) or not os.fspath(value):
         raise TypeError(f"`{name}` must be a path, as a string or `pathlib.Path`. Received: {name}={value!r}.")
+    if "\0" in os.fspath(value):
+        raise ValueError(f"`{name}` must be a path, which has no zero bytes. Received: {name}={value!r}.")
     return os.fspath(value)
 
 
@@ -163,6 +165,9 @@ def clipping(clipping):
             raise TypeError(
                 f"`{name}` in `renorm_clipping` must be a number or a LearningRateSchedule. Received: {name}={limit!r}."
             )
+        if math.isnan(limit) or (name == "rmax" and limit <= 0):
+            allowed = "positive" if name == "rmax" else "a number"
+            raise ValueError(f"`{name}` in `renorm_clipping` must be {allowed}. Received: {name}={limit!r}.")
     if "rmax" in fixed and "rmin" in fixed and fixed["rmax"] < fixed["rmin"]:
         raise ValueError(
             "In `renorm_clipping`, rmax should be greater than rmin. "

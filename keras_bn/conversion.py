@@ -258,6 +258,11 @@ def _load(layer: Any, gamma: Any, beta: Any, mean: Any, variance: Any, epsilon: 
                 f"`layer` must have as many channels as the other. Received: layer={layer.name!r} with {size}, "
                 f"and {value.size} values of {name}."
             )
+        if value is not None and not (np.all(np.isfinite(value)) and (name != "variance" or value.min(initial=0) >= 0)):
+            raise ValueError(
+                f"The weights to take over must be finite, and variances not negative. Received: a {name} that is not, "
+                f"for layer={layer.name!r}."
+            )
     for name, wanted, value in (("scale", layer.scale, gamma), ("center", layer.center, beta)):
         if value is not None and not wanted:
             raise ValueError(f"`layer` must be made with {name}=True. Received: layer={layer.name!r} without.")

@@ -23,9 +23,16 @@ def as_arrays(argument: str, examples: Any, model: keras.Model | None = None, le
 
     Raises:
         TypeError: for what is no array of numbers, booleans or strings.
-        ValueError: when there are fewer examples, not as many for each input, or for an input of whole numbers others.
+        ValueError: when there are fewer examples, not as many for each input, for an input of whole numbers others, or
+            a list of another number of arrays than the model has inputs.
     """
     arrays = _arrays_in(argument, examples)
+    takes = _inputs(model)
+    if takes and isinstance(arrays, list | tuple) and len(keras.tree.flatten(arrays)) != len(takes):
+        raise ValueError(
+            f"`{argument}` must be an array for each of the {len(takes)} inputs of the model; batches of one input are "
+            f"put together by `np.concatenate`. Received: {len(keras.tree.flatten(arrays))} arrays."
+        )
     there = [leaf for leaf in keras.tree.flatten(arrays) if leaf is not None]
     rows = [int(leaf.shape[0]) if len(leaf.shape) else None for leaf in there]
     if not there or None in rows or len(set(rows)) > 1 or min(row or 0 for row in rows) < least:

@@ -53,7 +53,7 @@ def check_finite(model: keras.Model) -> None:
     """Refuses weights and statistics of which nothing can be proved: a NaN in both outputs passes every comparison.
 
     Raises:
-        ValueError: when one of them is NaN or infinite.
+        ValueError: when one of them is NaN or infinite, or a moving variance is negative.
     """
     for variable in model.variables:
         value = keras.ops.convert_to_numpy(variable)
@@ -61,6 +61,12 @@ def check_finite(model: keras.Model) -> None:
             raise ValueError(
                 "`model` must have finite weights and statistics; `keras_bn.health` says which do not, and "
                 f"`keras_bn.recalibrate` mends statistics. Received: {variable.path!r} with a value that is not finite."
+            )
+    for layer in batch_norms_below(model):
+        if layer.built and np.min(keras.ops.convert_to_numpy(layer.moving_variance), initial=0) < 0:
+            raise ValueError(
+                "`model` must have variances that are not negative; `keras_bn.recalibrate` mends statistics. "
+                f"Received: {layer.moving_variance.path!r} with a negative value."
             )
 
 

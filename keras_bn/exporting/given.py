@@ -40,6 +40,12 @@ def class_names(labels: Any) -> list[str] | None:
     blank = [number for number, label in enumerate(labels) if not label.strip()]
     if blank:
         raise ValueError(f"{allowed} Received: {labels[blank[0]]!r} for class {blank[0]}, counted from 0.")
+    broken = [number for number, label in enumerate(labels) if label.encode(errors="ignore").decode() != label]
+    if broken:
+        raise ValueError(
+            "`labels` must be text, which half of a surrogate pair is not. "
+            f"Received: {labels[broken[0]]!r} for class {broken[0]}, counted from 0."
+        )
     twice = [label for label, times in collections.Counter(labels).items() if times > 1]
     if twice:  # Refused it is not: ImageNet has two classes that are called "crane".
         warn(

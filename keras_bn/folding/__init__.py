@@ -79,10 +79,11 @@ def fold_proved_on(model: keras.Model, check: Any, argument: str, tolerance: flo
     batches, allowed = proof_batches(model, check, argument), Tolerance(model, tolerance)
     errors = errors_between(model, new, batches, argument)
     if not allowed.allows(errors.relative, batches):
-        random = f" It was tried on random inputs; give real ones, as `{argument}`."
+        random = f" It was tried on random inputs; give real ones, as `{argument}`." if check is None else ""
+        export = " `fold=False` exports the normalizations as they are." if argument == "warmup" else ""
         raise ValueError(
             "`tolerance` must be above the error of the folded model, or the model is not fit to be folded."
-            f"{random if check is None else ''} "
+            f"{random}{export} "
             f"Received: tolerance={allowed.value:g}, relative error {errors.relative:.3g}, "
             f"absolute error {errors.absolute:.3g}."
         )

@@ -52,6 +52,16 @@ _BAD = [
         "In `renorm_clipping`, rmax should be greater than rmin. Received: rmax=0.5, rmin=0.9.",
     ),
     (
+        {"renorm": True, "renorm_clipping": {"rmax": -1}},
+        ValueError,
+        "`rmax` in `renorm_clipping` must be positive. Received: rmax=-1.",
+    ),
+    (
+        {"renorm": True, "renorm_clipping": {"dmax": float("nan")}},
+        ValueError,
+        "`dmax` in `renorm_clipping` must be a number. Received: dmax=nan.",
+    ),
+    (
         {"renorm": True, "renorm_clipping": {"dmax": -1}},
         ValueError,
         "In `renorm_clipping`, dmax should be non-negative. Received: dmax=-1.",

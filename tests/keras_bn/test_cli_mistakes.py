@@ -107,7 +107,9 @@ def mistaken(draw):
     """A command line with one mistake or two, of which each alone is enough."""
     command = draw.choice([*COMMANDS, *WRONG_FLAGS, "recalbrate"])
     if command in WRONG_FLAGS:
-        return [command, *draw.choice(WRONG_FLAGS[command])]
+        # A server waits for what is not there yet.
+        now = ["--wait_for_models=false"] if command == "serve" else []
+        return [command, *now, *draw.choice(WRONG_FLAGS[command])]
     if command not in COMMANDS:
         return [command, "model.keras"]
     kinds = draw.sample(["model", "data", "output", "option", "unknown", "stray"], draw.choice([1, 1, 2]))

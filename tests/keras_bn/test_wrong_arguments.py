@@ -262,3 +262,49 @@ def test_labels_that_are_blank_are_refused_and_those_of_one_name_warned_of(tmp_p
             keras_bn.export(model, tmp_path, labels=["a", blank])
     with pytest.warns(UserWarning, match=r"Received: 'crane' for classes \[0, 1\]"):
         keras_bn.export(model, tmp_path, labels=["crane", "crane"])
+
+
+@pytest.mark.parametrize("several", [lambda x: [x, 100 * x], lambda x: (x, x[:, 0]), lambda x: [x, x, x]])
+def test_a_list_of_batches_is_not_taken_for_the_inputs_of_a_model_of_one(several, tmp_path):
+    model = keras.Sequential([keras.Input((3,)), keras_bn.BatchNormalization()])
+    x = np.random.default_rng(0).normal(size=(8, 3)).astype("float32")
+    allowed = "must be an array for each of the 1 inputs of the model; .* Received: [23] arrays."
+    with pytest.raises(ValueError, match=f"`inputs` {allowed}"):
+        keras_bn.drift(model, several(x))
+    with pytest.raises(ValueError, match=f"`check` {allowed}"):
+        keras_bn.fold(model, check=several(x))
+
+
+def test_a_negative_variance_is_named_by_what_cannot_compute_with_it(tmp_path):
+    model = keras.Sequential([keras.Input((2,)), keras_bn.BatchNormalization(name="norm")])
+    model.layers[0].moving_variance.assign([-1.0, 1.0])
+    for use in (lambda: keras_bn.fold(model), lambda: keras_bn.export(model, tmp_path)):
+        with pytest.raises(ValueError, match=r"`model` must have variances .*norm/moving_variance' with a negative"):
+            use()
+
+
+def test_an_export_that_folding_makes_too_inexact_names_the_way_out(tmp_path):
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4), keras_bn.BatchNormalization()])
+    x = np.random.default_rng(0).normal(size=(8, 3)).astype("float32")
+    with pytest.raises(ValueError, match=r"`tolerance` must be above .* `fold=False` exports the normalizations as"):
+        keras_bn.export(model, tmp_path, warmup=x, tolerance=0.0)
+
+
+def test_paths_and_labels_that_no_file_can_have_are_refused(tmp_path):
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, "softmax"), keras_bn.BatchNormalization()])
+    with pytest.raises(ValueError, match="`model_base_path` must be a path, which has no zero bytes"):
+        keras_bn.export(model, f"{tmp_path}/a\0b")
+    with pytest.raises(ValueError, match=r"`labels` must be text, which half of a surrogate pair is not. .* class 1"):
+        keras_bn.export(model, tmp_path, labels=["a", "\ud800"])
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"), [("running_var", [1.0, -1.0]), ("running_mean", [0.0, np.nan]), ("weight", [np.inf, 1.0])]
+)
+def test_weights_of_other_layers_are_finite_and_variances_not_negative(entry, value):
+    layer = keras_bn.BatchNormalization(epsilon=1e-5)
+    layer.build((None, 2))
+    entries = {"weight": np.ones(2), "bias": np.zeros(2), "running_mean": np.zeros(2), "running_var": np.ones(2)}
+    with pytest.raises(ValueError, match="weights to take over must be finite, and variances not negative"):
+        keras_bn.load_torch_weights(layer, {**entries, entry: np.array(value)})
+    assert layer.moving_variance.numpy().tolist() == [1, 1]

@@ -21,9 +21,15 @@ def operation(
         batch_size: Examples in a request.
 
     Raises:
+        TypeError: What is given has no examples.
         ValueError: There is no example, or not as many for each input, or one is not finite where it is measured.
     """
     arrays = inputs if isinstance(inputs, Mapping) else {"": inputs}
+    if not all(hasattr(array, "__len__") for array in arrays.values()):
+        raise TypeError(
+            "`inputs` must be arrays or lists of examples, or a dictionary of such by input name. "
+            f"Received: {inputs!r} of type {type(inputs).__name__}."
+        )
     lengths = {len(array) for array in arrays.values()}
     if len(lengths) != 1 or 0 in lengths or batch_size < 1:
         raise ValueError(
