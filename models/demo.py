@@ -164,7 +164,7 @@ def serving(model_name: str, model_base_path: Path, log: Path) -> Iterator[str]:
         DemoError: The server ended before it was ready.
     """
     command = [sys.executable, "-m", "keras_bn_serving", "--rest_api_port=auto", f"--model_name={model_name}"]
-    command.append(f"--model_base_path={model_base_path.resolve()}")
+    command += [f"--model_base_path={model_base_path.resolve()}", "--wait_for_models=false"]
     with log.open("w") as output:
         server = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
     try:
