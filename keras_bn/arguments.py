@@ -165,14 +165,15 @@ def clipping(clipping):
             raise TypeError(
                 f"`{name}` in `renorm_clipping` must be a number or a LearningRateSchedule. Received: {name}={limit!r}."
             )
-        if math.isnan(limit) or (name == "rmax" and limit <= 0):
-            allowed = "positive" if name == "rmax" else "a number"
-            raise ValueError(f"`{name}` in `renorm_clipping` must be {allowed}. Received: {name}={limit!r}.")
+        if math.isnan(limit):
+            raise ValueError(f"`{name}` in `renorm_clipping` must be a number. Received: {name}={limit!r}.")
     if "rmax" in fixed and "rmin" in fixed and fixed["rmax"] < fixed["rmin"]:
         raise ValueError(
             "In `renorm_clipping`, rmax should be greater than rmin. "
             f"Received: rmax={fixed['rmax']}, rmin={fixed['rmin']}."
         )
+    if fixed.get("rmax", 1) <= 0:
+        raise ValueError(f"`rmax` in `renorm_clipping` must be positive. Received: rmax={fixed['rmax']!r}.")
     if fixed.get("dmax", 0) < 0:
         raise ValueError(f"In `renorm_clipping`, dmax should be non-negative. Received: dmax={fixed['dmax']}.")
     return limits
