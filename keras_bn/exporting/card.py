@@ -50,16 +50,11 @@ def describe(
         "statistics": None if recalibration is None else recalibration.to_dict(),
         "folding": None if folding is None else folding.to_dict(),
         "files": {
-            path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sum_of(path)}
+            path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)}
             for path in sorted([folder / "saved_model.pb", *folder.glob("variables/*")])
         },
     }
 
 
-def sum_of(path: Path) -> str:
-    """The SHA-256 sum of a file."""
-    result = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(2**20):
-            result.update(part)
-    return result.hexdigest()
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
