@@ -51,7 +51,7 @@ def application(name, shape):
 
 def backbone(name, shape):
     keras_hub = pytest.importorskip("keras_hub")
-    stages = {"stackwise_num_filters": [8, 16, 16, 16], "stackwise_num_blocks": [1, 1, 1, 1]}
+    stages = {"stackwise_num_filters": [64, 64, 64, 64], "stackwise_num_blocks": [1, 1, 1, 1]}
     settings = {
         "ResNetBackbone": {
             **stages,
@@ -67,11 +67,11 @@ def backbone(name, shape):
             "stackwise_depth": [1, 2],
             "stackwise_strides": [1, 2],
             "stackwise_num_filters": [16, 32],
-            "block_type": "dark",
+            "block_type": "dark_block",
         },
         "XceptionBackbone": {
             "stackwise_conv_filters": [[8, 16], [16, 16], [16, 16]],
-            "stackwise_pooling": [False, True, True],
+            "stackwise_pooling": [True, True, False],
         },
         "DenseNetBackbone": {"stackwise_num_repeats": [1, 2, 1], "growth_rate": 8},
     }[name]
