@@ -55,7 +55,7 @@ def backbone(name, shape):
     settings = {
         "ResNetBackbone": {
             **stages,
-            "input_conv_filters": [8],
+            "input_conv_filters": [64],
             "input_conv_kernel_sizes": [7],
             "stackwise_num_strides": [1, 2, 2, 2],
             "block_type": "basic_block",
@@ -68,10 +68,12 @@ def backbone(name, shape):
             "stackwise_strides": [1, 2],
             "stackwise_num_filters": [16, 32],
             "block_type": "dark_block",
+            "stage_type": "csp",
+            "block_ratio": [0.5],
         },
         "XceptionBackbone": {
-            "stackwise_conv_filters": [[8, 16], [16, 16], [16, 16]],
-            "stackwise_pooling": [True, True, False],
+            "stackwise_conv_filters": [[8, 16], [16, 32], [32, 32]],
+            "stackwise_pooling": [False, True, False],
         },
         "DenseNetBackbone": {"stackwise_num_repeats": [1, 2, 1], "growth_rate": 8},
     }[name]
