@@ -121,7 +121,7 @@ def made(tmp_path_factory):
             lambda model, measured: keras_bn.apply_statistics(model, measured),
             {
                 "model": (model, set()),
-                "measured": (keras_bn.measure(model, _X, verbose=0), {"empty dictionary"}),
+                "measured": (keras_bn.measure(model, _X, verbose=0), set()),
             },
         ),
         "load_torch_weights": (
