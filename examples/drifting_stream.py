@@ -79,7 +79,7 @@ def main() -> None:
                 chunk = slice(hour * each, (hour + 1) * each)
                 pictures, labels = seen(images.x_test[chunk], hour), images.y_test[chunk]
                 farthest = max(client.drift(NAME, pictures, batch_size=100), key=lambda row: row["kl"])
-                answers = client.predict(NAME, pictures)
+                answers = np.asarray(client.predict(NAME, pictures))  # One output, so no dictionary of them.
                 accuracy = np.mean(answers.argmax(1) == labels)  # Which the one who watches does not know.
                 print(
                     f"{hour:4}   {version:7}   {farthest['kl']:8.3f}  {farthest['layer']:<16} {accuracy:9.3f}",

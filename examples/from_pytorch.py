@@ -87,7 +87,7 @@ def ask(base_path: str, pictures: np.ndarray) -> np.ndarray:
     with subprocess.Popen(command) as server, Client(f"http://127.0.0.1:{port}") as client:
         try:
             client.wait_until_ready("resnet", timeout=300)
-            return client.predict("resnet", pictures)
+            return np.asarray(client.predict("resnet", pictures))  # One output, so no dictionary of them.
         finally:
             server.terminate()
 

@@ -104,7 +104,7 @@ def main() -> None:
         generated, real = generator.predict(noise, verbose=0), real_points(BATCH, rng)
         trained = score(way, discriminator, real, generated[:BATCH])
         # The first half of the batch stays, the others go two to the right.
-        moved = np.concatenate([generated[: BATCH // 2], generated[BATCH // 2 : BATCH] + np.float32([2, 0])])
+        moved = np.concatenate([generated[: BATCH // 2], generated[BATCH // 2 : BATCH] + np.array([2, 0], "float32")])
         beside = (score(way, discriminator, real, moved) - trained)[: BATCH // 2]
         inferred = discriminator.predict(generated[:BATCH], verbose=0) - trained
         spread = trained.std()

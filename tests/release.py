@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests import wheel
@@ -36,6 +37,14 @@ def notes(changelog: str, version: str) -> str:
     return text
 
 
+def place(packages: Sequence[Path], folder: Path) -> None:
+    """Leaves these files alone in `folder`, which is made anew: a copy of a temporary folder is its owner's to read."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for package in packages:
+        shutil.copy2(package, folder)
+
+
 def main() -> None:
     """The command. Ends at the first thing that is wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -61,8 +70,7 @@ def main() -> None:
             here = [".".join(map(str, sys.version_info[:2]))]
             wheel.check_all(package, here if package.suffix == ".gz" else options.pythons)
         # Only what went through all of it is left to be uploaded.
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(made, folder)
+        place(packages, folder)
     print("\n".join(["", *(str(folder / package.name) for package in packages), "", f"# keras_bn {number}", "", text]))
 
 

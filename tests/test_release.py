@@ -5,6 +5,8 @@ import re
 import subprocess
 import sys
 import tarfile
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -54,6 +56,17 @@ def test_release_ends_before_it_builds_where_the_changelog_is_silent(monkeypatch
         release.main()
     assert ended.value.code == 1
     assert "CHANGELOG.md must have a section `## 99.0.0`" in capsys.readouterr().err
+
+
+def test_others_may_read_what_a_release_leaves(tmp_path):
+    built, folder = Path(tempfile.mkdtemp(dir=tmp_path)), tmp_path / "dist"
+    (built / "new.whl").write_text("new")
+    folder.mkdir()
+    (folder / "old.whl").write_text("old")
+    (tmp_path / "plain").mkdir()
+    release.place([built / "new.whl"], folder)
+    assert [path.name for path in folder.iterdir()] == ["new.whl"]
+    assert folder.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 @pytest.fixture(scope="module")
