@@ -219,13 +219,19 @@ def export(
 
 
 @main.command(short_help="What an exported version offers.")
-@click.argument("version", type=click.Path(exists=True, path_type=Path, file_okay=False))
+@click.argument("version", type=FILE_OR_VERSION)
 @json_option
 def inspect(version: Path, as_json: bool) -> None:
     """Shows what an exported version offers: its signatures, its accuracy, what was folded.
 
     VERSION is the numbered folder that export wrote.
     """
+    if version.is_file():
+        raise click.BadParameter(
+            "It must be the folder of an exported version; keras-bn health tells of a model file. "
+            f"Received: {version}.",
+            param_hint="'VERSION'",
+        )
     print_card(version, as_json)
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from keras_bn_cli.shell import check_free, library, tell, warnings_in_a_line
 
 CARD = "assets.extra/keras_bn.json"
+WARMUP = "assets.extra/tf_serving_warmup_requests"
 MODEL_SUFFIXES = (".keras", ".h5", ".hdf5")
 
 
@@ -216,6 +217,7 @@ def card_of(version: Path) -> Any:
     # Versions of an earlier export say nothing of their files, but for the one that all have.
     for name, written in {"saved_model.pb": {}, **content.get("files", {})}.items():
         _check_file(version / name, written)
+    _check_records(version / WARMUP)
     return content
 
 
@@ -230,6 +232,24 @@ def _check_file(path: Path, written: Mapping[str, Any]) -> None:
     wanted = written.get("sha256")
     if wanted is not None and hashlib.sha256(path.read_bytes()).hexdigest() != wanted:
         raise ValueError(f"{path} is broken; {advice} Its SHA-256 sum is not the one it was written with.")
+
+
+def _check_records(path: Path) -> None:
+    """That warm-up requests, which anybody may have written, end where a record ends."""
+    if not path.is_file():
+        return
+    size, end = path.stat().st_size, 0
+    with path.open("rb") as file:
+        while end < size:
+            file.seek(end)
+            # In front of a record its length and a sum of that, behind it a sum.
+            length = int.from_bytes(file.read(8), "little")
+            if end + 12 + length + 4 > size:
+                raise ValueError(
+                    f"{path} is broken, no server warms up with it; export the version anew or remove the file. "
+                    f"It has {size:,} bytes and ends within the record at {end:,}."
+                )
+            end += 12 + length + 4
 
 
 def _custom_objects(modules: Sequence[str]) -> dict[str, Any]:

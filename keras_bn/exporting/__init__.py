@@ -107,7 +107,9 @@ def export(
         version: integer from 0, or None for one more than the highest there (1 in an empty folder).
         fold: whether normalizations are absorbed into other weights, see `keras_bn.fold`.
         labels: names of the classes, none of them blank; adds `top_labels` and `top_scores`, of the likeliest five, to
-            the outputs. Names that come twice are taken with a warning.
+            the outputs. Names that come twice are taken with a warning. Of several sigmoids they are the five largest,
+            above 0.5 or not. A single sigmoid takes one name, which is then every row's `top_labels`; for two, end the
+            model in a column for each, `Concatenate()([1 - p, p])`.
         preprocess: makes the model's input of a batch of pictures, float32 in [0, 255] of shape (batch, height, width,
             channels): such as `keras.applications.resnet50.preprocess_input`, other TensorFlow operations, or a Keras
             layer. With it, pixels are posted as they are, uint8. What is served is compared with this function and the

@@ -82,11 +82,14 @@ class Serving:
 
         def predict(tensors: Tensors) -> dict[str, tf.Tensor]:
             outputs = self.predict(tensors)
-            if len(outputs) != 1 or (scores := next(iter(outputs.values()))).shape[1:] != (len(labels),):
+            scores, shapes = next(iter(outputs.values())), [tuple(value.shape) for value in outputs.values()]
+            if len(shapes) != 1 or shapes[0][1:] != (len(labels),):
+                advice = ""
+                if len(labels) == 2 and shapes in ([(None,)], [(None, 1)]):
+                    advice = "; end a model of one sigmoid p in a column for each, `Concatenate()([1 - p, p])`"
                 raise ValueError(
-                    "`labels` must be one for each class of a model with one output of shape (batch, classes). "
-                    f"Received: {len(labels)} labels for outputs of shapes "
-                    f"{[tuple(value.shape) for value in outputs.values()]}."
+                    "`labels` must be one for each class of a model with one output of shape (batch, classes)"
+                    f"{advice}. Received: {len(labels)} labels for outputs of shapes {shapes}."
                 )
             top = tf.math.top_k(scores, min(TOP, len(labels)))
             return {

@@ -80,6 +80,28 @@ def test_a_version_whose_card_says_nothing_of_its_files_is_inspected_as_before(e
     assert said.count("\n") == 1
 
 
+@pytest.mark.parametrize("left", [1, 11, 12, -1])
+def test_warm_up_requests_that_end_within_a_record_are_named(left, exported, tmp_path):
+    version = shutil.copytree(exported[0], tmp_path / "1")
+    file = version / "assets.extra/tf_serving_warmup_requests"
+    with tf.io.TFRecordWriter(str(file)) as writer:
+        for _ in range(2):
+            writer.write(b"a request")
+    run("inspect", version, code=0)
+    whole = file.read_bytes()
+    start = len(whole) // 2
+    file.write_bytes(whole[: start + left] if left > 0 else whole[:left])
+    said = run("inspect", version)
+    assert said.startswith(f"Error: {file} is broken, no server warms up with it; export the version anew or remove")
+    assert said.endswith(f"ends within the record at {start}.\n")
+    assert said.count("\n") == 1
+
+
+def test_a_model_file_is_no_version_and_the_command_for_it_is_named(exported):
+    said = run("inspect", exported[1], code=2)
+    assert "must be the folder of an exported version; keras-bn health tells of a model file" in said
+
+
 def test_errors_of_tensorflow_are_the_line_that_says_it(exported, monkeypatch):
     def fails(*_, **__):
         tf.debugging.assert_equal(1, 2, message="one and two differ")

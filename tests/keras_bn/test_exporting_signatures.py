@@ -73,6 +73,35 @@ def test_labels_name_the_likeliest_classes_in_order(tmp_path, model):
     np.testing.assert_array_equal(answer["top_scores"], -np.sort(-answer["probabilities"], axis=1))
 
 
+def sigmoid_model(units):
+    layers = [keras.layers.Dense(4), keras_bn.BatchNormalization(), keras.layers.Dense(units, activation="sigmoid")]
+    return keras.Sequential([keras.Input((8,), name="x"), *layers])
+
+
+def rows():
+    return np.random.default_rng(3).normal(size=(6, 8)).astype("float32")
+
+
+def test_a_single_sigmoid_takes_one_label_which_every_row_gets(tmp_path):
+    answer = ask(keras_bn.export(sigmoid_model(1), tmp_path, labels=["ripe"]).path, x=rows())
+    assert answer["probabilities"].min() < 0.5
+    assert answer["top_labels"].astype(str).tolist() == [["ripe"]] * 6
+    np.testing.assert_array_equal(answer["top_scores"], answer["probabilities"])
+
+
+def test_two_labels_of_a_single_sigmoid_are_refused_with_the_way_out(tmp_path):
+    model = sigmoid_model(1)
+    text = r"in a column for each, `Concatenate\(\)\(\[1 - p, p\]\)`\. Received: 2 labels for .*\(None, 1\)"
+    with pytest.raises(ValueError, match=text):
+        keras_bn.export(model, tmp_path, labels=["unripe", "ripe"])
+    p = model.outputs[0]
+    both = keras.Model(model.inputs, keras.layers.Concatenate(name="probabilities")([1 - p, p]))
+    answer = ask(keras_bn.export(both, tmp_path, labels=["unripe", "ripe"]).path, x=rows())
+    ripe = model.predict(rows(), verbose=0)[:, 0] > 0.5
+    assert 0 < ripe.sum() < 6
+    assert (answer["top_labels"].astype(str)[:, 0] == "ripe").tolist() == ripe.tolist()
+
+
 def test_as_many_labels_as_classes_are_needed(tmp_path, model):
     with pytest.raises(ValueError, match=r"`labels` must be one for each class.*Received: 2 labels for .*\(None, 3\)"):
         keras_bn.export(model, tmp_path, labels=["a", "b"])

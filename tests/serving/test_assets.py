@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras_bn_serving.engine.assets import WARMUP_FILE, read_card, read_examples
+from keras_bn_serving.engine.loading import Loader
 from keras_bn_serving.engine.servable import Servable
-from keras_bn_serving.errors import DataLossError
+from keras_bn_serving.errors import Code, DataLossError, ServingError
 from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
 
 from tests.serving import saved_models
@@ -80,6 +81,33 @@ def test_requests_that_cannot_be_read_are_said_to_be_so(version: Servable):
     (Path(version.path) / WARMUP_FILE).write_bytes(b"no record, but long enough to be one")
     with pytest.raises(DataLossError, match=r"Cannot read .*tf_serving_warmup_requests"):
         read_examples(version.path, version.signatures)
+
+
+@pytest.mark.parametrize("whole", [0, 2], ids=["alone", "after whole ones"])
+@pytest.mark.parametrize("left", [1, 8, 11, 12, 30, -1])
+def test_a_version_whose_warm_up_file_ends_within_a_record_does_not_load(whole: int, left: int, version: Servable):
+    write(version, *[("one", {"x": rows(2)})] * (whole + 1))
+    file = Path(version.path) / WARMUP_FILE
+    content = file.read_bytes()
+    size = len(content) // (whole + 1)
+    file.write_bytes(content[: whole * size + (left if left > 0 else size + left)])
+    outcomes: list[str] = []
+    load = Loader(on_warm_up=lambda name, status, seconds: outcomes.append(status))
+    text = rf"Cannot read record {whole + 1} of .*tf_serving_warmup_requests: .*truncated record at {whole * size}\b"
+    with pytest.raises(ServingError, match=text) as raised:
+        load("m", 1, version.path)
+    assert raised.value.code == Code.DATA_LOSS
+    assert outcomes == ["DATA_LOSS"]
+    with pytest.raises(DataLossError, match=rf"Cannot read .*truncated record at {whole * size}\b"):
+        read_examples(version.path, version.signatures)
+
+
+@pytest.mark.parametrize("whole", [0, 2])
+def test_a_warm_up_file_of_whole_records_or_none_is_read_to_its_end(whole: int, version: Servable):
+    write(version, *[("one", {"x": rows(2)})] * whole)
+    outcomes: list[str] = []
+    Loader(on_warm_up=lambda name, status, seconds: outcomes.append(status))("m", 1, version.path).close()
+    assert outcomes == ["OK"]
 
 
 def test_a_card_is_read_where_there_is_one(tmp_path: Path):

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,8 @@ _CARD_FILE = os.path.join("assets.extra", "keras_bn.json")
 _MOST_ROWS = 12
 _MOST_BYTES = 2**20
 _MOST_FILE_BYTES = 2**26
+# Its length and two sums.
+_AROUND_RECORD = 8 + 4 + 4
 
 
 def read_card(path: str) -> dict[str, Any] | None:
@@ -60,7 +62,7 @@ def read_examples(path: str, signatures: Mapping[str, Signature]) -> dict[str, d
     if not os.path.exists(file) or os.path.getsize(file) > _MOST_FILE_BYTES:
         return found
     try:
-        for record in tf.compat.v1.io.tf_record_iterator(file):
+        for record in read_records(file):
             request = prediction_log_pb2.PredictionLog.FromString(record).predict_log.request
             name = request.model_spec.signature_name or "serving_default"
             if name not in signatures:
@@ -71,6 +73,25 @@ def read_examples(path: str, signatures: Mapping[str, Signature]) -> dict[str, d
     except (tf.errors.OpError, DecodeError, InvalidArgumentError) as error:
         raise DataLossError(f"Cannot read {file}: {error}") from error
     return found
+
+
+def read_records(file: str) -> Iterator[bytes]:
+    """The records of a file of TFRecords.
+
+    TensorFlow's reader takes a file that ends within the twelve bytes in front of a record for one that ends before
+    them; here nothing may be left.
+
+    Raises:
+        tf.errors.DataLossError: If a record is broken, or not whole.
+    """
+    end = 0
+    for record in tf.compat.v1.io.tf_record_iterator(file):
+        yield record
+        end += _AROUND_RECORD + len(record)
+    left = os.path.getsize(file) - end
+    if left:
+        message = f"truncated record at {end}: {left} bytes are left, fewer than are in front of a record"
+        raise tf.errors.DataLossError(None, None, message)
 
 
 def _rows(request: Any, signature: Signature) -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ from tensorflow_serving.apis import prediction_log_pb2
 
 from keras_bn_serving.codec.tensor_proto import to_array
 from keras_bn_serving.engine import examples
-from keras_bn_serving.engine.assets import WARMUP_FILE
+from keras_bn_serving.engine.assets import WARMUP_FILE, read_records
 from keras_bn_serving.engine.grouping import BatchingOptions, run_one
 from keras_bn_serving.engine.servable import LoadOptions, Servable
 from keras_bn_serving.engine.signatures import check_names, check_types
@@ -84,7 +84,7 @@ class Loader:
 def _run_all(servable: Servable, file: str, iterations: int, batching: BatchingOptions | None) -> None:
     count = 0
     try:
-        for count, record in enumerate(tf.compat.v1.io.tf_record_iterator(file), start=1):
+        for count, record in enumerate(read_records(file), start=1):
             if count > _MOST_RECORDS:
                 raise InvalidArgumentError(f"Number of warmup records exceeds the maximum ({_MOST_RECORDS}) in {file}")
             log = prediction_log_pb2.PredictionLog.FromString(record)
