@@ -1,5 +1,6 @@
 """What loads a server and how it answers then: wrk over REST, h2load over gRPC, as Debian ships them."""
 
+import contextlib
 import re
 import shutil
 import subprocess
@@ -107,5 +108,9 @@ def _ticks(process: int) -> int:
     """Processor time that a process and those that it started have used."""
     root = Path(f"/proc/{process}")
     own = sum(map(int, (root / "stat").read_text().rpartition(")")[2].split()[11:13]))
-    children = (child for task in (root / "task").iterdir() for child in (task / "children").read_text().split())
-    return own + sum(_ticks(int(child)) for child in children)
+    children = []
+    for task in (root / "task").iterdir():
+        # Threads come and go while they are counted.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            children += map(int, (task / "children").read_text().split())
+    return own + sum(map(_ticks, children))

@@ -73,8 +73,10 @@ def machine() -> dict[str, str]:
     processor = platform.processor() or platform.machine()
     information = Path("/proc/cpuinfo")
     if information.exists():
-        names = [line.split(":")[1].strip() for line in information.read_text().splitlines() if "model name" in line]
-        processor = names[0] if names else processor
+        text = information.read_text()
+        names = [line.split(":")[1].strip() for line in text.splitlines() if "model name" in line]
+        # One name may stand for generations that differ in this, which is a factor for oneDNN.
+        processor = f"{names[0] if names else processor} {'with' if ' avx512f ' in text else 'without'} AVX-512"
     return {"processor": processor, "cores": str(os.cpu_count()), "python": platform.python_version(), **versions}
 
 

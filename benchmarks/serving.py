@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -215,7 +216,7 @@ def _running(name: str, folder: Path) -> Iterator[load.Server]:
         if name == OURS
         else [sys.executable, "-m", "benchmarks.serving_peers", "serve", str(folder), PEERS[name]]
     )  # fmt: skip
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
     try:
         text = ""
         for line in process.stdout or ():
@@ -232,6 +233,9 @@ def _running(name: str, folder: Path) -> Iterator[load.Server]:
     finally:
         process.terminate()
         process.wait()
+        # LitServe's own processes outlive the one that was told.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 @contextlib.contextmanager

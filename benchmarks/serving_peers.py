@@ -129,10 +129,16 @@ def _mlserver(folder: Path, kind: str) -> None:
     from benchmarks.serving_mlserver import Network
 
     ports = {f"{name}_port": measuring.free_port() for name in ("http", "grpc", "metrics")}
-    settings = Settings(host="127.0.0.1", debug=False, **ports)
+    # In this process: its workers end with uvloop 0.22 and later, which make no event loop unasked.
+    settings = Settings(host="127.0.0.1", debug=False, parallel_workers=0, metrics_dir=str(folder), **ports)
     model = ModelSettings(name=NAME, implementation=Network, parameters=ModelParameters(uri=str(folder)))
+
+    async def run() -> None:
+        # Its constructor starts tasks already.
+        await MLServer(settings).start([model])
+
     _say(f"http://127.0.0.1:{ports['http_port']}/v2/models/{NAME}/infer")
-    asyncio.run(MLServer(settings).start([model]))
+    asyncio.run(run())
 
 
 def _say(url: str) -> None:

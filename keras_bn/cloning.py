@@ -1,12 +1,14 @@
 """A copy of a Keras model in which batch normalizations are other ones, with weights, compilation and optimizer."""
 
+import contextlib
 import inspect
-import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 
+from keras_bn.configuration import own_objects_known
+from keras_bn.examples import reason
 from keras_bn.model import compile_arguments, graph_of, layers_below, new_input_layers, nodes_of, optimized_variables
 from keras_bn.state import copy_state
 
@@ -79,18 +81,15 @@ def _copy_graph(model: Any, copy: Callable[[Any], list[Any]]) -> keras.Model:
 
 
 def _copy_leaf(layer: keras.Layer, old_class: Any, rewrite: Rewrite) -> list[keras.Layer]:
-    config = keras.saving.serialize_keras_object(layer)
-    config.pop("compile_config", None)
     is_norm = type(layer) is old_class
-    following = _rewrite_all(config, rewrite, is_norm) if is_norm or _norms_below(layer, old_class) else []
-    try:
-        # Not `safe_mode`: nothing here comes from elsewhere, and the model's own functions are wanted.
-        made: Any = keras.saving.deserialize_keras_object(config, custom_objects=_custom(layer), safe_mode=False)
-    except (TypeError, NotImplementedError) as error:
-        raise ValueError(
-            "`model` must have layers that can be made from their configuration (`get_config`). "
-            f"Received: layer {layer.name!r} of type {type(layer).__name__}, which cannot: {error}"
-        ) from error
+    with own_objects_known(layer) as custom:
+        with _from_configuration(layer):
+            config = keras.saving.serialize_keras_object(layer)
+        config.pop("compile_config", None)
+        following = _rewrite_all(config, rewrite, is_norm) if is_norm or _norms_below(layer, old_class) else []
+        with _from_configuration(layer):
+            # Not `safe_mode`: nothing here comes from elsewhere, and the model's own functions are wanted.
+            made: Any = keras.saving.deserialize_keras_object(config, custom_objects=custom, safe_mode=False)
     left = [norm.name for norm in _norms_below(made, old_class)]
     if left:
         raise ValueError(
@@ -98,6 +97,22 @@ def _copy_leaf(layer: keras.Layer, old_class: Any, rewrite: Rewrite) -> list[ker
             f"changed there. Received: {layer.name!r} of type {type(layer).__name__}, which makes {left}."
         )
     return [made, *following]
+
+
+@contextlib.contextmanager
+def _from_configuration(layer: keras.Layer) -> Iterator[None]:
+    try:
+        yield
+    except (TypeError, NotImplementedError) as error:
+        cause: Exception = error
+        while isinstance(cause.__context__, Exception):  # Keras puts whole configurations around what was wrong.
+            cause = cause.__context__
+        raise ValueError(
+            "`model` must have layers that can be made from their configuration; `get_config` has to return what the "
+            "constructor takes, and functions and classes in it be registered with "
+            "`keras.saving.register_keras_serializable`. "
+            f"Received: layer {layer.name!r} of type {type(layer).__name__}, which cannot: {reason(cause)}"
+        ) from error
 
 
 def _norms_below(layer: keras.Layer, old_class: Any) -> list[keras.Layer]:
@@ -115,32 +130,6 @@ def _rewrite_all(config: Any, rewrite: Rewrite, alone: bool) -> list[keras.Layer
         for value in config:
             following += _rewrite_all(value, rewrite, False)
     return following
-
-
-def _custom(layer: keras.Layer) -> dict[str, Any]:
-    """Classes and functions that are not Keras's, by the names under which a configuration has them."""
-    custom: dict[str, Any] = {}
-
-    def add(value: Any) -> None:
-        known = value if isinstance(value, type | types.FunctionType) else type(value)
-        if known.__module__.split(".")[0] in ("keras", "builtins", "tensorflow", "numpy"):
-            return
-        name = keras.saving.get_registered_name(known)
-        if name == "<lambda>":  # A configuration has its code.
-            return
-        if custom.setdefault(name, known) is not known:
-            raise ValueError(
-                "`model` must not have two classes or functions of one name in one layer, unless they are registered "
-                f"with `keras.saving.register_keras_serializable`. Received: {name!r} twice in layer {layer.name!r}."
-            )
-
-    for one in layers_below(layer):
-        add(one)
-        for value in vars(one).values():
-            for part in value if isinstance(value, list | tuple) else [value]:
-                if not isinstance(part, keras.Layer | keras.Variable):
-                    add(part)
-    return custom
 
 
 def _compile(model: Any, new: Any, variables: dict[int, Any]) -> None:

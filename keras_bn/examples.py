@@ -67,6 +67,31 @@ def check_kind(argument: str, name: str, values: Any, dtype: tf.DType) -> None:
         )
 
 
+def check_shapes(argument: str, examples: Any, model: keras.Model | None) -> None:
+    """Refuses a batch that a model cannot take, going by shapes alone, as far as the model tells them.
+
+    Args:
+        argument: what a person calls the batch.
+        examples: arrays, tensors, or what describes tensors.
+        model: what takes them.
+
+    Raises:
+        ValueError: naming the input, with both shapes.
+    """
+    for leaf, tensor in _beside_inputs(examples, model):
+        shape = getattr(leaf, "shape", None)
+        if shape is None or tf.TensorShape(shape).rank is None:
+            continue
+        sizes, needed = list(shape), list(tensor.shape)
+        if not _fits(sizes, needed):
+            unbatched = _fits([None, *sizes], needed)
+            raise ValueError(
+                f"`{argument}` must have batches of shape {tuple(needed)} for input {tensor.name!r}"
+                f"{'; what is not in batches gets into them by `.batch(...)`' if unbatched else ''}. "
+                f"Received: {tuple(sizes)}."
+            )
+
+
 @contextlib.contextmanager
 def computing_with(argument: str, model: Any) -> Iterator[None]:
     """Around the calls of a model for what a person gave: what it cannot compute with is said of that argument.
@@ -142,3 +167,14 @@ def _beside_inputs(arrays: Any, model: keras.Model | None) -> list[tuple[Any, An
         leaves = keras.tree.flatten(arrays)
         pairs = list(zip(leaves, inputs, strict=True)) if len(leaves) == len(inputs) else []
     return [(leaf, tensor) for leaf, tensor in pairs if leaf is not None and hasattr(leaf, "dtype")]
+
+
+def _fits(sizes: list[int | None], needed: list[int | None]) -> bool:
+    """As Keras has it, for which a last axis of size 1 may be there or not."""
+    if len(sizes) == len(needed) - 1 and needed[-1] == 1:
+        sizes = [*sizes, 1]
+    elif len(sizes) == len(needed) + 1 and sizes[-1] == 1:
+        sizes = sizes[:-1]
+    if len(sizes) != len(needed):
+        return False
+    return all(None in two or two[0] == two[1] for two in zip(sizes[1:], needed[1:], strict=True))

@@ -101,7 +101,7 @@ LIBRARY_FLOORS = [
     {"arguments", "updates"},
     {"layer"},
     {"model", "modes"},
-    {"examples", "inference", "state"},
+    {"configuration", "examples", "inference", "state"},
     {"drift", "cloning"},
     {"population"},
     {"health", "folding", "conversion"},

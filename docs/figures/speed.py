@@ -185,11 +185,22 @@ def _answers_by_question() -> dict[tuple[Any, ...], dict[str, dict[str, Any]]]:
 
 
 def _machine() -> str:
-    machine = json.loads((measuring.RESULTS / "layer.json").read_text())["machine"]
+    machine = _measured_on("layer")
+    return f"{_described(machine)}, PyTorch {machine['torch']}. Medians; contestants ran in turn, in one run."
+
+
+def _server_machine() -> str:
+    return f"{_described(_measured_on('serving'))}. Medians; servers were loaded in turn, in one run."
+
+
+def _measured_on(name: str) -> dict[str, str]:
+    return json.loads((measuring.RESULTS / f"{name}.json").read_text())["machine"]
+
+
+def _described(machine: dict[str, str]) -> str:
     return (
         f"One {machine['processor']}, {machine['cores']} cores; Python {machine['python']}, TensorFlow "
-        f"{machine['tensorflow']}, Keras {machine['keras']}, PyTorch {machine['torch']}. "
-        "Medians; contestants ran in turn, in one run."
+        f"{machine['tensorflow']}, Keras {machine['keras']}"
     )
 
 
@@ -199,6 +210,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "more": _more,
     "networks": _networks,
     "losses": _losses,
+    "server machine": _server_machine,
     "server": _server,
 }
 

@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 
 import tensorflow as tf
 
+from keras_bn.folding.proof import leaves_nothing
+
 Specs = Mapping[str, tf.TensorSpec]
 _LARGEST_LEAST = 4096
 
@@ -71,7 +73,7 @@ def least_sizes(trace: Callable[[Specs], tf.Graph], specs: Specs) -> dict[str, l
             graph = trace({name: tf.TensorSpec(shapes[name], spec.dtype, name) for name, spec in specs.items()})
         except Exception as error:  # Of any kind: a model's author may have checked sizes too.
             return "negative" in str(error).lower()
-        return any(0 in list(t.shape) for op in graph.get_operations() for t in op.outputs if t.shape.rank)
+        return leaves_nothing(graph)
 
     together = 1
     while free and too_small(dict.fromkeys(free, together)):

@@ -1,5 +1,6 @@
 """Folds a graph normalization by normalization, and keeps the weights beside it."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,6 +8,7 @@ import keras
 import numpy as np
 from keras.layers import BatchNormalization
 
+from keras_bn.configuration import own_objects_known
 from keras_bn.folding.absorbing import (
     absorb_after,
     absorb_before,
@@ -69,16 +71,18 @@ class Folder:
             if is_plain_batch_norm(op):
                 return self._multiply_add(op, name)
             if op in self._weights:
-                config = {**op.get_config(), "name": name, "use_bias": True}
-                if op in self._activations:
-                    config["activation"] = self._activations[op]
-                made[op] = type(op).from_config(config)
+                with own_objects_known(op):
+                    config = {**op.get_config(), "name": name, "use_bias": True}
+                    if op in self._activations:
+                        config["activation"] = self._activations[op]
+                    made[op] = type(op).from_config(config)
                 return [made[op]]
             has_variables = isinstance(op, keras.Layer) and bool(op.variables)
             if not has_variables and name == op.name:
                 return [op]
             try:
-                made[op] = type(op).from_config({**op.get_config(), "name": name})
+                with own_objects_known(op) if isinstance(op, keras.Layer) else contextlib.nullcontext():
+                    made[op] = type(op).from_config({**op.get_config(), "name": name})
             except (TypeError, ValueError, NotImplementedError) as error:
                 if name != op.name:
                     raise ValueError(

@@ -242,16 +242,25 @@ def proof_batches(model: keras.Model, check: Any = None, argument: str = "check"
         return [as_arrays(argument, check, model)]
 
     structure = input_structure(model)
+    is_free = any(None in list(leaf.shape)[1:] for leaf in keras.tree.flatten(structure))
+    asked: dict[Any, bool] = {}
 
     def run(inputs: Any) -> Any:
         with variables_restored(model), inference_mode(model):
-            # Of fewer values than its kernel has, TensorFlow's convolution returns whatever is in memory; Keras's
-            # arithmetic of shapes refuses it.
-            model.compute_output_spec(keras.tree.map_structure(_symbolic, inputs, structure))
+            # Of fewer values than its kernel has, TensorFlow's convolution returns whatever is in memory.
+            shapes = tuple(tuple(leaf.shape) for leaf in keras.tree.flatten(inputs))
+            if is_free and shapes not in asked:
+                specs = keras.tree.map_structure(tf.TensorSpec.from_tensor, inputs)
+                call = tf.function(lambda x: model(x, training=False), autograph=False)
+                asked[shapes] = leaves_nothing(call.get_concrete_function(specs).graph)
+            if asked.get(shapes):
+                raise ValueError(f"inputs of {' and '.join(map(str, shapes))} leave a layer no values")
             return model(inputs, training=False)
 
     return accepted_inputs(run, structure, argument)
 
 
-def _symbolic(tensor: Any, like: Any) -> keras.KerasTensor:
-    return keras.KerasTensor(tensor.shape, like.dtype, name=like.name)
+def leaves_nothing(graph: tf.Graph) -> bool:
+    """Whether some operation of a graph that was traced for fixed sizes computes a tensor without values."""
+    computed = (tensor for operation in graph.get_operations() if operation.inputs for tensor in operation.outputs)
+    return any(tensor.dtype.is_floating and tensor.shape.rank and 0 in list(tensor.shape) for tensor in computed)

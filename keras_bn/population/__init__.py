@@ -62,7 +62,8 @@ def recalibrate(
         data: an array, a list or dictionary of arrays for several inputs, or a tuple of such inputs, targets and
             weights or shorter; a `tf.data.Dataset`, also as a strategy distributes it, `keras.utils.PyDataset`,
             generator or iterable of batches, each the inputs or a tuple `(inputs, targets, sample_weight)` or shorter.
-            A list of arrays is batches where the model has one input. A sample of weight 2 counts as two, one of weight
+            A list of arrays is batches where the model has one input; lists of numbers are no arrays. Targets are not
+            looked at, but beside arrays there have to be as many. A sample of weight 2 counts as two, one of weight
             0 not at all, and masks are obeyed; for the unbiased variances of `"algorithm2"` floats are reliabilities,
             as the `mask` of the layer.
         steps: number of batches, or None for all.
@@ -181,8 +182,8 @@ def apply_statistics(model: keras.Model, *measured: Mapping[str, Moments]) -> No
 
     Raises:
         TypeError: when `model` is no Keras model, or something measured is not a mapping of `keras_bn.Moments`.
-        ValueError: when the model has no layer of such a name with as many channels, nothing was counted, or what is
-            given are no moments.
+        ValueError: when the model has no layer of such a name with as many channels, nothing was measured or counted,
+            or what is given are no moments.
     """
     check_model(model, built=True)
     norms = required_batch_norms(model)
@@ -194,6 +195,11 @@ def apply_statistics(model: keras.Model, *measured: Mapping[str, Moments]) -> No
             raise TypeError(
                 "`measured` must be mappings of names of layers to `keras_bn.Moments`, as `keras_bn.measure` returns. "
                 f"Received: {part!r}."
+            )
+        if not part:
+            raise ValueError(
+                "`measured` must hold the moments of a normalization at least, as what `keras_bn.measure` returns. "
+                "Received: an empty mapping."
             )
         for name, moments in part.items():
             together[name] = together[name] + moments if name in together else moments

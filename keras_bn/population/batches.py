@@ -1,7 +1,8 @@
 """Whatever a person calls data, as batches of a model's inputs that can be gone through again."""
 
 import itertools
-from collections.abc import Iterable, Iterator
+import numbers
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -9,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bn import arguments
-from keras_bn.examples import as_arrays
+from keras_bn.examples import as_arrays, check_shapes
 from keras_bn.model import check_one_argument, graph_of
 
 Batch = tuple[Any, Any]
@@ -32,6 +33,7 @@ class Batches:
         if steps is not None:
             steps = arguments.whole_number("steps", steps, alternative=", or None for all batches")
         batch_size = arguments.whole_number("batch_size", batch_size)
+        _refuse_numbers(data)
         if isinstance(data, str | bytes) or not (
             _is_arrays(data) or isinstance(data, Iterable | keras.utils.PyDataset)
         ):
@@ -77,6 +79,24 @@ class Batches:
         self.length = length if self._steps is None or length is None else min(self._steps, length)
         return self
 
+    def check_shapes(self) -> None:
+        """Holds the shape of the first batch against the inputs of the model of `settled`, where it tells them.
+
+        The batches of a `tf.data.Dataset` are not read, which may take long and draws from its random numbers: their
+        shapes are known. That of a generator is kept, so none is lost.
+
+        Raises:
+            ValueError: when the model cannot take it, or there is none.
+        """
+        if isinstance(self._data, tf.data.Dataset | tf.distribute.DistributedDataset):
+            x, _, _ = _unpacked(self._data.element_spec)
+        else:
+            first = next(iter(self), None)
+            if first is None:
+                raise ValueError("`data` must hold at least one batch. Received: no batch.")
+            x, _ = first
+        check_shapes("data", x, self._model)
+
     def __iter__(self) -> Iterator[Batch]:
         if self._source is None:
             for batch in _take(self._raw(), self._steps):
@@ -89,14 +109,12 @@ class Batches:
         self.length = len(self._kept)
 
     def _ready(self, batch: Any) -> Batch:
-        x, _, weight = keras.utils.unpack_x_y_sample_weight(batch)
+        x, _, weight = _unpacked(batch)
         return keras.tree.map_structure(_as_tensor, as_arrays("data", x, self._model, least=0)), weight
 
     def _raw(self) -> Iterator[Any]:
         if self._arrays:
-            x, _, weight = keras.utils.unpack_x_y_sample_weight(
-                self._data if isinstance(self._data, tuple) else (self._data,)
-            )
+            x, _, weight = _unpacked(self._data if isinstance(self._data, tuple) else (self._data,))
             for start in range(0, _rows(x), self._batch_size):
                 part = slice(start, start + self._batch_size)
                 yield (
@@ -118,7 +136,8 @@ class Batches:
 
     def _known_length(self) -> int | None:
         if self._arrays:
-            x = self._data[0] if isinstance(self._data, tuple) else self._data
+            x, *others = self._data if isinstance(self._data, tuple) else (self._data,)
+            _check_beside(_rows(x), others)
             return -(-_rows(x) // self._batch_size)
         if isinstance(self._data, tf.data.Dataset):
             known = int(self._data.cardinality())
@@ -126,6 +145,43 @@ class Batches:
         if isinstance(self._data, keras.utils.PyDataset):
             return self._data.num_batches
         return len(self._data) if hasattr(self._data, "__len__") else None
+
+
+def _refuse_numbers(data: Any) -> None:
+    """Lists of numbers, which could be one array or batches; as `fit` does, but in words."""
+    for part in data if isinstance(data, tuple) else [data]:
+        leaf = part
+        while isinstance(leaf, list) and leaf:
+            leaf = leaf[0]
+        if isinstance(part, list) and isinstance(leaf, numbers.Number):
+            raise TypeError(
+                "`data` must hold arrays, not lists of numbers; `np.asarray(...)` makes an array of one. "
+                f"Received: a list of {len(part)} that begins with {leaf!r}."
+            )
+
+
+def _unpacked(batch: Any) -> tuple[Any, Any, Any]:
+    """Inputs, targets and weights, None where there are none."""
+    _refuse_numbers(batch if isinstance(batch, list) else None)
+    if isinstance(batch, list | tuple) and not 0 < len(batch) < 4:
+        kinds = ", ".join(type(part).__name__ for part in batch) or "nothing"
+        raise ValueError(
+            "`data` must have batches of inputs, `(inputs,)`, `(inputs, targets)` or `(inputs, targets, "
+            "sample_weight)`; several inputs are a list or dictionary in the first place. "
+            f"Received: a batch of {len(batch)} parts ({kinds})."
+        )
+    return keras.utils.unpack_x_y_sample_weight(batch)
+
+
+def _check_beside(rows: int, others: Sequence[Any]) -> None:
+    """Targets and weights that stand beside arrays; what stands in batches of others is nobody's business here."""
+    for what, values in zip(("targets", "sample weights"), others, strict=False):
+        for leaf in keras.tree.flatten(values):
+            if leaf is not None and (not len(leaf.shape) or int(leaf.shape[0]) != rows):
+                raise ValueError(
+                    f"`data` must have as many {what} as inputs, along the first axis. "
+                    f"Received: {rows} inputs, and {what} of shape {tuple(leaf.shape)}."
+                )
 
 
 def _parts(batch: Any) -> Iterator[Any]:

@@ -27,7 +27,8 @@ class Recalibrate(keras.callbacks.Callback):
     `EarlyStopping(restore_best_weights=True)`; before a validation when `SwapEMAWeights` has put its averages in.
 
     Args:
-        data: as for `recalibrate`.
+        data: as for `recalibrate`; whether the model takes its shape is seen when the training begins, where the model
+            tells its inputs (functional, sequential).
         steps: likewise.
         when: `"end"` for the end of training, or `"epoch"` also for each validation, the end of each epoch, and
             whenever a callback saves the model; measured again only if weights have changed since.
@@ -79,6 +80,7 @@ class Recalibrate(keras.callbacks.Callback):
             chosen(model, self._options["layers"])
 
     def on_train_begin(self, logs: Any = None) -> None:
+        self._batches.check_shapes()
         self._fitting = True
         # Nothing leads from a callback to the list it is in.
         for candidate in gc.get_objects():

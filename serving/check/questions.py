@@ -281,17 +281,15 @@ def _equal(one: Answer, other: Answer) -> bool:
 
 
 def _comparable(content: Any) -> Any:
-    """Contents without what may be worded differently: the nodes that an error of TensorFlow's own names, and a refused
-    shape, which the embedded server tells in words of its own before anything runs.
+    """Contents without what may be worded differently: the nodes that an error of TensorFlow's own names, and what is
+    said of a refused shape, which the embedded server tells in words of its own before anything runs.
     """
     if not isinstance(content, dict) or not isinstance(content.get("error"), str):
         return content
     text = re.sub(r"\s*\[\[.*|\n\s*", " ", content["error"]).strip()
-    ours = re.match(r"Input `.*` must have the shape (?P<expected>\S+)\. Received: shape (?P<received>\S+)\.", text)
-    theirs = re.match(
-        r"Shape of tensor \S+ (?P<received>\S+) is not compatible with .* shape (?P<expected>\S+)\.", text
-    )
-    refused = ours or theirs
+    refused = re.match(r"Input `.*` must have the shape \S+\. Received: shape (?P<shape>\S+)\.", text)
+    refused = refused or re.match(r"`.*` has no entries, and .* Received: shape (?P<shape>\S+)\.", text)
+    refused = refused or re.match(r"Shape of tensor \S+ (?P<shape>\S+) is not compatible with .* shape \S+\.", text)
     return refused.groupdict() if refused else text
 
 

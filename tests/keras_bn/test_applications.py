@@ -51,11 +51,11 @@ def application(name, shape):
 
 def backbone(name, shape):
     keras_hub = pytest.importorskip("keras_hub")
-    stages = {"stackwise_num_filters": [8, 16, 16, 16], "stackwise_num_blocks": [1, 1, 1, 1]}
+    stages = {"stackwise_num_filters": [64, 64, 64, 64], "stackwise_num_blocks": [1, 1, 1, 1]}
     settings = {
         "ResNetBackbone": {
             **stages,
-            "input_conv_filters": [8],
+            "input_conv_filters": [64],
             "input_conv_kernel_sizes": [7],
             "stackwise_num_strides": [1, 2, 2, 2],
             "block_type": "basic_block",
@@ -67,11 +67,13 @@ def backbone(name, shape):
             "stackwise_depth": [1, 2],
             "stackwise_strides": [1, 2],
             "stackwise_num_filters": [16, 32],
-            "block_type": "dark",
+            "block_type": "dark_block",
+            "stage_type": "csp",
+            "block_ratio": [0.5],
         },
         "XceptionBackbone": {
-            "stackwise_conv_filters": [[8, 16], [16, 16], [16, 16]],
-            "stackwise_pooling": [False, True, True],
+            "stackwise_conv_filters": [[8, 16], [16, 32], [32, 32]],
+            "stackwise_pooling": [False, True, False],
         },
         "DenseNetBackbone": {"stackwise_num_repeats": [1, 2, 1], "growth_rate": 8},
     }[name]

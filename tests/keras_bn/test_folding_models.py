@@ -61,15 +61,45 @@ def test_nested_models_with_equally_named_layers_are_folded():
     assert {"relu", "two_relu", "conv", "two_conv"} <= {layer.name for layer in folded.model.layers}
 
 
-def test_equally_named_layers_that_cannot_be_made_anew_are_refused():
+def model_of_two_nested(make_layer):
+    """Whose nested models have a layer of one name each."""
+
     def nested(name):
         inputs = keras.Input((4,))
-        return keras.Model(inputs, keras.layers.Lambda(lambda x: 2 * x, name="twice")(inputs), name=name)
+        return keras.Model(inputs, make_layer()(inputs), name=name)
 
     inputs = keras.Input((4,))
-    model = keras.Model(inputs, keras.layers.BatchNormalization()(nested("a")(inputs) + nested("b")(inputs)))
-    with pytest.raises(ValueError, match=r"no two layers of one name.*Received: Lambda 'twice', twice"):
+    return keras.Model(inputs, keras.layers.BatchNormalization()(nested("a")(inputs) + nested("b")(inputs)))
+
+
+def test_equally_named_layers_that_cannot_be_made_anew_are_refused():
+    class Times(keras.layers.Layer):
+        def __init__(self, factor, name):
+            super().__init__(name=name)
+            self.factor = factor
+
+        def call(self, x):
+            return self.factor * x
+
+        def get_config(self):
+            return super().get_config()
+
+    model = model_of_two_nested(lambda: Times(2.0, name="twice"))
+    with pytest.raises(ValueError, match=r"no two layers of one name.*Received: Times 'twice', twice"):
         keras_bn.fold(model)
+
+
+def test_equally_named_lambda_layers_are_folded_with_their_functions():
+    factors = iter((2.0, 3.0))
+
+    def make_lambda():
+        factor = next(factors)
+        return keras.layers.Lambda(lambda x: factor * tf.sin(x), name="times")
+
+    model = model_of_two_nested(make_lambda)
+    x = np.random.default_rng(0).normal(size=(5, 4)).astype("float32")
+    folded = keras_bn.fold(model).model
+    np.testing.assert_allclose(folded.predict(x, verbose=0), model.predict(x, verbose=0), rtol=1e-5)
 
 
 @pytest.mark.parametrize("structure", [list, dict])

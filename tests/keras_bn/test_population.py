@@ -550,6 +550,7 @@ def test_layer_by_layer_shards_that_were_measured_apart_are_recalibrated_as_one(
         ({"bn": keras_bn.Moments(1.0, np.full(4, np.nan), np.zeros(4))}, ValueError, "mean [nan nan nan nan]"),
         ({"bn": (1.0, np.zeros(4), np.zeros(4))}, TypeError, "as `keras_bn.measure` returns"),
         ([1.0], TypeError, "Received: [1.0]"),
+        ({}, ValueError, "the moments of a normalization at least"),
     ],
 )
 def test_statistics_that_are_none_of_the_model_are_refused_and_nothing_is_changed(measured, error, text):
@@ -557,7 +558,7 @@ def test_statistics_that_are_none_of_the_model_are_refused_and_nothing_is_change
     good = {"bn": keras_bn.Moments(2.0, np.ones(4), np.ones(4))}
     before = snapshot(model)
     with pytest.raises(error, match=re.escape(text)):
-        keras_bn.apply_statistics(model, good if error is TypeError else {}, measured)
+        keras_bn.apply_statistics(model, *([good] if error is TypeError else []), measured)
     assert snapshot(model) == before
 
 

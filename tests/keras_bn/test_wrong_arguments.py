@@ -121,7 +121,7 @@ def made(tmp_path_factory):
             lambda model, measured: keras_bn.apply_statistics(model, measured),
             {
                 "model": (model, set()),
-                "measured": (keras_bn.measure(model, _X, verbose=0), {"empty dictionary"}),
+                "measured": (keras_bn.measure(model, _X, verbose=0), set()),
             },
         ),
         "load_torch_weights": (
@@ -166,6 +166,12 @@ def made(tmp_path_factory):
     }
 
 
+# Keras 3.12 fails at it before it asks the layer.
+OF_KERAS = (
+    {("BatchNormalization", f"{kind} of None") for kind in ("list", "dictionary")}
+    if keras.__version__.startswith("3.12.")
+    else set()
+)
 NAMES = (
     *("drift", "drift of a version", "recalibrate", "measure", "health", "Recalibrate", "fold", "convert", "revert"),
     *("freeze", "unfreeze", "use_statistics", "apply_statistics", "load_torch_weights", "load_tf_keras_weights"),
@@ -181,7 +187,7 @@ def test_what_is_wrong_is_said_of_the_argument(name, made, monkeypatch, tmp_path
     right = {argument: value for argument, (value, _) in arguments.items()}
     for argument, (_, allowed) in arguments.items():
         for kind, wrong in WRONG.items():
-            if kind in allowed:
+            if kind in allowed or (name, kind) in OF_KERAS:
                 continue
             try:
                 function(**{**right, argument: wrong})

@@ -59,6 +59,16 @@ def test_several_inputs_and_outputs_go_by_name(client: Client):
     assert answer["t"].dtype == np.int32
 
 
+@pytest.mark.parametrize("protocol", ["REST", "gRPC"])
+def test_a_name_that_is_no_input_is_refused_over_both_protocols(server: RunningServer, protocol: str):
+    values = {"a": np.float32([[1, 2]]), "b": np.int32([3]), "c": 0}
+    with (
+        Client(server.url if protocol == "REST" else f"grpc://{server.grpc_target}") as client,
+        pytest.raises(InvalidArgumentError, match=r"names of \['a', 'b'\]\. Received: \['a', 'b', 'c'\]|extra: {c}"),
+    ):
+        client.predict("multi", values)
+
+
 def test_strings_and_bytes_come_back_as_bytes(client: Client):
     answer = client.predict("strings", [b"a", b"\xff"])
     assert answer["raw_bytes"].tolist() == [b"a", b"\xff"]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.descriptor_pb2 import DescriptorProto, FieldDescriptorProto
 from keras_bn_serving.client import AsyncClient, Client, messages
 from tensorflow.core.example import example_pb2, feature_pb2
 from tensorflow.core.framework import tensor_pb2, tensor_shape_pb2, types_pb2
@@ -42,12 +43,21 @@ def published(name: str) -> Any:
     )
 
 
+def is_repeated(field: FieldDescriptor) -> bool:
+    """Whether it is a list: older versions of protobuf have no property for that, newer ones warn of `label`."""
+    message = DescriptorProto()
+    field.containing_type.CopyToProto(message)
+    return (
+        next(each.label for each in message.field if each.number == field.number) == FieldDescriptorProto.LABEL_REPEATED
+    )
+
+
 def wire(field: FieldDescriptor) -> tuple[Any, ...]:
     kind = SAME_WIRE.get(field.type, field.type)
     of = field.message_type
     entry = of is not None and of.GetOptions().map_entry
     value = wire(of.fields_by_name["value"]) if entry else of.name if of is not None else None
-    return field.name, field.number, kind, field.is_repeated, value
+    return field.name, field.number, kind, is_repeated(field), value
 
 
 @pytest.mark.parametrize("name", messages._MESSAGES)

@@ -1,6 +1,7 @@
 """What whoever operates a server relies on: switches, bounds, lines in the log, metrics, and no thread that dies."""
 
 import asyncio
+import collections
 import http.client
 import logging
 import os
@@ -106,9 +107,10 @@ def test_a_folder_that_cannot_be_read_keeps_what_is_loaded_and_is_looked_at_agai
     models.start([ModelConfig("m", str(base))])
     base.rename(tmp_path / "away")
     base.symlink_to(base)  # ELOOP, which neither "not found" nor permissions are; root may read anything.
-    models._poll()
+    for _ in range(3):
+        models._poll()
     assert [(number, state) for number, state, _ in models.known("m")] == [(1, State.AVAILABLE)]
-    assert "cannot read its folder, keeping what is loaded" in caplog.text
+    assert caplog.text.count("cannot read its folder, keeping what is loaded") == 1
     base.unlink()
     (tmp_path / "away").rename(base)
     (base / "2").mkdir()
@@ -212,7 +214,10 @@ def test_more_calls_than_may_be_are_told_so(busy: RunningServer):
         ask = prediction_service_pb2_grpc.PredictionServiceStub(channel).Predict
         calls = [ask.future(spinning(20_000)) for _ in range(1500)]
         wait_for(lambda: sum(call.done() for call in calls) >= 400)
-        assert {call.code() for call in calls if call.done()} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        codes = collections.Counter(call.code() for call in calls if call.done())
+        # A machine that is busy sends the last of them when the first are answered.
+        assert codes.keys() <= {grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.OK}
+        assert codes[grpc.StatusCode.RESOURCE_EXHAUSTED] > 300
         for call in calls:
             call.cancel()
         assert list(ask(spinning(2), timeout=120).outputs["y"].float_val) == [2.0]

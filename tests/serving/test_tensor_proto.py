@@ -151,8 +151,8 @@ def test_a_tensor_without_elements_may_carry_anything():
     "dtype: DT_RESOURCE",
     "dtype: DT_FLOAT tensor_shape { dim { size: -1 } } float_val: 1",
     "dtype: DT_FLOAT tensor_shape { dim { size: 1000000000 } } float_val: 1",
-    "dtype: DT_FLOAT tensor_shape { dim { size: 4611686018427387904 } dim { size: 0 } dim { size: 8 } }",
-    "dtype: DT_STRING tensor_shape { dim { size: 4611686018427387904 } dim { size: 0 } dim { size: 8 } }",
+    "dtype: DT_FLOAT tensor_shape { dim { size: 4611686018427387904 } dim { size: 8 } dim { size: 0 } }",
+    "dtype: DT_STRING tensor_shape { dim { size: 4611686018427387904 } dim { size: 8 } dim { size: 0 } }",
     'dtype: DT_FLOAT tensor_shape { dim { size: 1 } } tensor_content: "abc"',
     'dtype: DT_FLOAT tensor_shape { dim { size: 1 } } tensor_content: "abcdefgh"',
     r'dtype: DT_STRING tensor_shape { dim { size: 2 } } tensor_content: "\001"',
@@ -165,6 +165,13 @@ def test_a_tensor_without_elements_may_carry_anything():
 def test_what_does_not_fit_together_is_refused_by_name(text: str):
     with pytest.raises(InvalidArgumentError, match=r"^INVALID_ARGUMENT: tensor parsing error: x$"):
         read(text)
+
+
+@pytest.mark.parametrize("type_name", ["DT_FLOAT", "DT_STRING"])
+def test_an_empty_tensor_of_sizes_that_only_tensorflow_takes_is_refused_with_its_shape(type_name: str):
+    sizes = "".join(f"dim {{ size: {size} }}" for size in (2**62, 0, 8))
+    with pytest.raises(InvalidArgumentError, match=rf"`x` has no entries, .* Received: shape \[{2**62},0,8\]\.$"):
+        read(f"dtype: {type_name} tensor_shape {{ {sizes} }}")
 
 
 def test_types_of_arrays_are_those_of_models():

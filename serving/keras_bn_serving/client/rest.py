@@ -241,6 +241,11 @@ def _predict_body(inputs: Any, signature: Mapping[str, Any], signature_name: str
         return _jsonable(fitting(name, array, dtype))
 
     if isinstance(inputs, Mapping):
+        # Over REST a server passes over what it has no input for; over gRPC it refuses it.
+        if infos and not inputs.keys() <= infos.keys():
+            raise InvalidArgumentError(
+                f"`inputs` must have names of {sorted(infos)}. Received: {sorted(map(str, inputs))}."
+            )
         given = {name: value_of(name, value) for name, value in inputs.items()}
     else:
         given = value_of(next(iter(infos)) if len(infos) == 1 else "", inputs)

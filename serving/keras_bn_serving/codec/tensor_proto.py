@@ -1,7 +1,9 @@
 """TensorProto messages to arrays and back, encoded as TensorFlow Serving does it."""
 
 import functools
+import itertools
 import math
+import operator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -98,8 +100,13 @@ def _reshaped(array: np.ndarray, shape: tuple[int, ...], name: str) -> np.ndarra
     try:
         return array.reshape(shape)
     except (ValueError, OverflowError) as error:
-        # One size is zero, and the others are more than an array can have.
-        raise _problem(name) from error
+        # TensorFlow takes it where the zero comes before the sizes are more than 63 bits.
+        if any(product >= 2**63 for product in itertools.accumulate(shape, operator.mul)):
+            raise _problem(name) from error
+        sizes = ",".join(map(str, shape))
+        raise InvalidArgumentError(
+            f"`{name}` has no entries, and its sizes are more than an array can have. Received: shape [{sizes}]."
+        ) from error
 
 
 def element_type(type_name: str) -> np.dtype:

@@ -78,6 +78,7 @@ class ModelRepository:
         self._patience = 0.0
         self._on_failure = on_failure
         self._unloading: list[threading.Thread] = []
+        self._unreadable: dict[str, str] = {}
 
     def start(self, configs: Iterable[ModelConfig]) -> None:
         """Loads the models and goes on to follow their folders.
@@ -197,8 +198,13 @@ class ModelRepository:
             try:
                 folders = config.find_versions() if config else {}
             except OSError as error:
-                _log.warning("model %s: cannot read its folder, keeping what is loaded: %s", name, error)
+                # Said once, and not at each poll.
+                if self._unreadable.get(name) != str(error):
+                    self._unreadable[name] = str(error)
+                    _log.warning("model %s: cannot read its folder, keeping what is loaded: %s", name, error)
                 continue
+            if self._unreadable.pop(name, None):
+                _log.info("model %s: its folder can be read again", name)
             aspired = config.policy.aspired(folders) if config else []
             for number in aspired:
                 version = self._load_if_needed(name, number, folders[number])

@@ -100,14 +100,14 @@ def check_types(signature: Signature, inputs: Mapping[str, np.ndarray]) -> None:
 
 def check_shapes(signature: Signature, inputs: Mapping[str, np.ndarray]) -> None:
     """Raises an InvalidArgumentError if shapes are not the signature's where that may do harm, or are none of data."""
+    if signature.findings.checks_shapes and (problem := signature.misfit(inputs)):
+        raise InvalidArgumentError(problem)
     for name, array in inputs.items():
         if not array.size and math.prod(size for size in array.shape if size) > _MOST_ENTRIES:
             raise InvalidArgumentError(
                 f"Input `{name}` has no entries, and its sizes but 0 must multiply to {_MOST_ENTRIES} at most. "
                 f"Received: shape {_shown(array.shape)}."
             )
-    if signature.findings.checks_shapes and (problem := signature.misfit(inputs)):
-        raise InvalidArgumentError(problem)
 
 
 def _shape(info: meta_graph_pb2.TensorInfo) -> tuple[int, ...] | None:

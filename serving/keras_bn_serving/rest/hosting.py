@@ -194,6 +194,13 @@ class _Protocol(HttpToolsProtocol):
         if not self.parser.should_upgrade():
             super().on_message_complete()
 
+    def shutdown(self) -> None:
+        if self.cycle is not None and not self.cycle.response_started:
+            # Older versions of uvicorn close the connection without a word.
+            others = [item for item in self.cycle.default_headers if item[0] != b"connection"]
+            self.cycle.default_headers = [*others, (b"connection", b"close")]
+        super().shutdown()
+
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if self._ended and not self.pipeline and self.cycle.response_complete:

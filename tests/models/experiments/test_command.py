@@ -135,7 +135,7 @@ def test_the_committed_page_is_the_one_that_its_results_give(committed):
 
 def test_every_experiment_on_the_page_has_results_of_three_seeds_and_a_figure(committed):
     results = page.collect(committed)
-    assert results
+    assert [result.name for result in results] == list(experiments.NAMES)
     for result in results:
         assert committed.seeds(result.name)[:3] == [0, 1, 2]
         assert (ROOT / "docs" / "experiments" / f"{result.name}.png").stat().st_size > 10_000

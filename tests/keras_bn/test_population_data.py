@@ -1,0 +1,163 @@
+"""What a person hands over as data: refused in words where it is none, and at once where an hour would be lost."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import keras_bn
+
+
+def small_model(*inputs):
+    inputs = inputs or (keras.Input((4,), name="x"),)
+    x = inputs[0] if len(inputs) == 1 else keras.layers.Concatenate()(list(inputs))
+    x = keras.layers.BatchNormalization(name="norm")(keras.layers.Dense(3)(x))
+    model = keras.Model(inputs if len(inputs) > 1 else inputs[0], keras.layers.Dense(1)(x))
+    model.compile("sgd", "mse")
+    return model
+
+
+def numbers(rows=40, columns=4):
+    return np.random.default_rng(0).normal(2, 3, (rows, columns)).astype("float32")
+
+
+@pytest.mark.parametrize("use", [keras_bn.recalibrate, keras_bn.measure, keras_bn.health])
+@pytest.mark.parametrize("beside", ["alone", "with targets", "as targets", "as a batch"])
+def test_lists_of_numbers_are_refused_with_the_way_out(use, beside):
+    x, y = numbers(), numbers(columns=1)
+    data = {
+        "alone": x.tolist(),
+        "with targets": (x.tolist(), y),
+        "as targets": (x, y.tolist()),
+        "as a batch": iter([x.tolist()]),
+    }[beside]
+    with pytest.raises(TypeError, match=r"`data` must hold arrays, not lists of numbers; `np.asarray.* of 40 that"):
+        use(small_model(), data)
+
+
+def test_a_batch_of_lists_is_taken_where_it_is_a_tuple():
+    x, model, other = numbers(), small_model(), small_model()
+    other.set_weights(model.get_weights())
+    keras_bn.recalibrate(model, [(x[:20].tolist(),), (x[20:].tolist(),)], verbose=0)
+    keras_bn.recalibrate(other, x, verbose=0)
+    np.testing.assert_allclose(
+        model.get_layer("norm").moving_mean, other.get_layer("norm").moving_mean, rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("others", "what"), [((np.zeros(7),), "targets"), ((np.zeros((40, 1)), np.ones(7)), "sample weights")]
+)
+def test_arrays_with_another_number_of_targets_or_weights_are_refused(others, what):
+    with pytest.raises(ValueError, match=rf"as many {what} as inputs.*Received: 40 inputs, and {what} of shape \(7,\)"):
+        keras_bn.recalibrate(small_model(), (numbers(), *others), verbose=0)
+
+
+def test_targets_of_batches_are_the_loss_s_own_business():
+    x, model, other = numbers(), small_model(), small_model()
+    other.set_weights(model.get_weights())
+    keras_bn.recalibrate(model, [(x, np.zeros((95, 5)))], verbose=0)
+    keras_bn.recalibrate(other, x, verbose=0, batch_size=40)
+    np.testing.assert_array_equal(model.get_layer("norm").moving_mean, other.get_layer("norm").moving_mean)
+
+
+def test_batches_of_four_parts_are_refused_without_printing_them():
+    x = numbers()
+    with pytest.raises(ValueError, match=r"Received: a batch of 4 parts \(ndarray, .*\)\.$"):
+        keras_bn.recalibrate(small_model(), [(x, x, x, x)], verbose=0)
+
+
+def of_kind(kind, x):
+    if kind == "array":
+        return x
+    if kind == "generator":
+        return ((part,) for part in np.split(x, 4))
+    if kind == "batches":
+        return [(part,) for part in np.split(x, 4)]
+    if kind == "PyDataset":
+
+        class Parts(keras.utils.PyDataset):
+            def __len__(self):
+                return 4
+
+            def __getitem__(self, i):
+                return (np.split(x, 4)[i],)
+
+        return Parts()
+    return tf.data.Dataset.from_tensor_slices(x).batch(10)
+
+
+KINDS = ("array", "generator", "batches", "PyDataset", "Dataset")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_callback_refuses_another_shape_before_the_first_step(kind):
+    x, model = numbers(), small_model()
+    before = [v.numpy().tobytes() for v in model.variables]
+    callback = keras_bn.Recalibrate(of_kind(kind, numbers(columns=3)))
+    text = r"`data` must have batches of shape \(None, 4\) for input 'x'\. Received: \((10|32|None), 3\)"
+    with pytest.raises(ValueError, match=text):
+        model.fit(x, numbers(columns=1), verbose=0, callbacks=[callback])
+    assert [v.numpy().tobytes() for v in model.variables] == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_looking_at_the_shape_takes_no_batch_away(kind):
+    x, model, other = numbers(), small_model(), small_model()
+    model.fit(x, numbers(columns=1), verbose=0, callbacks=[keras_bn.Recalibrate(of_kind(kind, x))])
+    other.set_weights(model.get_weights())
+    keras_bn.recalibrate(other, x, verbose=0)
+    for name in ("moving_mean", "moving_variance"):
+        ours, expected = (getattr(m.get_layer("norm"), name) for m in (model, other))
+        np.testing.assert_allclose(ours, expected, rtol=1e-5)
+
+
+def test_a_data_set_is_not_read_for_its_shape():
+    read = []
+
+    def rows():
+        for row in numbers():
+            read.append(len(read))
+            yield row
+
+    data = tf.data.Dataset.from_generator(rows, output_signature=tf.TensorSpec((4,))).batch(10)
+    seen = []
+
+    class Watch(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            seen.append(len(read))
+
+    model = small_model()
+    model.fit(numbers(), numbers(columns=1), verbose=0, callbacks=[keras_bn.Recalibrate(data), Watch()])
+    assert set(seen) == {0}
+    assert read
+
+
+def test_a_data_set_without_batches_is_named_as_such():
+    data = tf.data.Dataset.from_tensor_slices(numbers())
+    with pytest.raises(ValueError, match=r"in batches gets into them by `\.batch\(\.\.\.\)`\. Received: \(4,\)"):
+        small_model().fit(numbers(), numbers(columns=1), verbose=0, callbacks=[keras_bn.Recalibrate(data)])
+
+
+@pytest.mark.parametrize("structure", [list, dict])
+def test_each_of_several_inputs_is_held_against_its_own_shape(structure):
+    model = small_model(keras.Input((4,), name="a"), keras.Input((2,), name="b"))
+    good = {"a": numbers(), "b": numbers(columns=2)}
+    wrong = {"a": numbers(), "b": numbers(columns=3)}
+    as_given = (lambda arrays: list(arrays.values())) if structure is list else (lambda arrays: arrays)
+    with pytest.raises(ValueError, match=r"of shape \(None, 2\) for input 'b'\. Received: \(32, 3\)"):
+        model.fit(
+            list(good.values()), numbers(columns=1), verbose=0, callbacks=[keras_bn.Recalibrate((as_given(wrong),))]
+        )
+    model.fit(list(good.values()), numbers(columns=1), verbose=0, callbacks=[keras_bn.Recalibrate((as_given(good),))])
+
+
+def test_a_last_axis_of_one_may_be_there_or_not_as_in_keras():
+    model = small_model(keras.Input((1,), name="x"))
+    x = numbers(columns=1)
+    model.fit(x, x, verbose=0, callbacks=[keras_bn.Recalibrate(x[:, 0])])
+    picture = keras.Input((3, 4), name="x")
+    model = keras.Model(picture, keras.layers.Dense(1)(keras.layers.BatchNormalization()(picture)))
+    model.compile("sgd", "mse")
+    x = numbers(columns=12).reshape(40, 3, 4)
+    model.fit(x, x[..., :1], verbose=0, callbacks=[keras_bn.Recalibrate(x[..., None])])
