@@ -1,1 +1,1 @@
-"""Scripts to copy: each runs on a CPU in a minute or three, `--quick` in seconds; docs/examples has a page of each."""
+"""Scripts to copy: each runs on a CPU in one to five minutes, `--quick` in less; docs/examples has a page of each."""

@@ -16,8 +16,8 @@ LENGTH, CHANNELS = 24, 3
 class Unmasked(keras_bn.BatchNormalization):
     """The same layer, but blind to the mask, to see what that changes."""
 
-    def call(self, inputs, training=None, mask=None):
-        """Is handed the mask, and drops it."""
+    def call(self, inputs, training=None):  # type: ignore[override]
+        """Has no `mask`, so that Keras hands none, neither to it nor to what recalibrates it."""
         return super().call(inputs, training=training)
 
 
