@@ -40,7 +40,7 @@ def torch_resnet():
     blocks = Block(3, 16, 2), Block(16, 32, 2), Block(32, 64, 2)
     network = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)).requires_grad_(False)
     for weight in network.parameters():  # As after a training: no gamma is 1, no beta 0.
-        weight += 0.1 * torch.randn_like(weight)
+        weight.add_(0.1 * torch.randn_like(weight))
     for _ in range(20):  # And statistics that are not 0 and 1.
         network(torch.randn(32, 3, SIZE, SIZE) + 1)
     return network.eval()

@@ -187,7 +187,10 @@ def _options(operation) -> dict[str, Any]:
 def _load() -> tuple[Any, str]:
     """The generated wrappers of the operations, or None and why there are none."""
     if not _path.exists():
-        return None, "they were not built, for want of a C++ compiler, when keras_bn was installed"
+        return None, (
+            f"they are not in {_path.parent}: no C++ compiler was there when keras_bn was installed, or this is a "
+            "source folder that stands in front of the installed package, for which `pip install -e .` builds them"
+        )
     # TensorFlow 2.19 keeps the symbols of its C interface to itself.
     framework = Path(tf.sysconfig.get_lib(), "libtensorflow_framework.so.2")
     try:

@@ -33,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"name what to run: {', '.join(NAMES)}, or all; or draw what there is with --redraw")
     if flags.names and flags.redraw:
         parser.error(f"--redraw draws all there is and takes no NAME. Received: {', '.join(flags.names)}")
+    if flags.data and flags.dataset != DATASETS[0]:
+        parser.error(f"--data is where {DATASETS[0]} is, and goes with no other --dataset. Received: {flags.dataset}")
     names = [name for name in NAMES if name in flags.names or "all" in flags.names]
     output = flags.output or _default_output(setting, flags.dataset)
     if output.exists() and not output.is_dir():
@@ -42,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from models.experiments import page
 
     try:
-        _run(plan, names, range(seeds))
+        _run(plan, names, range(seeds), flags.data)
         written = page.write(plan, output)
     except (OSError, ValueError) as error:
         parser.exit(1, f"{parser.prog}: error: {error}\n")
@@ -54,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"Written: {written[-1]} and {len(written) - 1} figures")
 
 
-def _run(plan: Plan, names: Sequence[str], seeds: Sequence[int]) -> None:
+def _run(plan: Plan, names: Sequence[str], seeds: Sequence[int], source: str | None) -> None:
     import tensorflow as tf
 
     from models import experiments
@@ -73,7 +75,7 @@ def _run(plan: Plan, names: Sequence[str], seeds: Sequence[int]) -> None:
         print(f"{done} of {done + len(todo)} runs are there already: {plan.folder}", file=sys.stderr)
     if not todo:
         return
-    data = images.load(plan.dataset)
+    data = images.load(plan.dataset, source)
     with _bar(sum(setting.cost for _, _, setting, _ in todo)) as bar:
         for name, module, setting, seed in todo:
             bar.set_description(f"{name}, seed {seed}")
@@ -114,6 +116,9 @@ def _parser() -> argparse.ArgumentParser:
         "runs/experiments)",
     )
     parser.add_argument("--dataset", choices=DATASETS, default=DATASETS[0], help="default: %(default)s")
+    parser.add_argument(
+        "--data", metavar="PATH", help="where Fashion-MNIST is, a folder of IDX files or .npz; by default it is found"
+    )
     parser.add_argument("--redraw", action="store_true", help="draw figures and page of the results; no training")
     return parser
 

@@ -7,11 +7,12 @@ import numpy as np
 from models import data
 
 
-def load(dataset: str) -> data.ImageData:
+def load(dataset: str, source: str | None = None) -> data.ImageData:
     """Load a data set of small images in ten classes.
 
     Args:
         dataset: "fashion_mnist", as `models.data.load` finds it; "mnist" or "cifar10", by `keras.datasets`.
+        source: Where the images of "fashion_mnist" are; None where that is to be found.
 
     Returns:
         The images; those of "cifar10" have shape `(n, 32, 32, 3)`.
@@ -21,7 +22,7 @@ def load(dataset: str) -> data.ImageData:
         ValueError: `dataset` is none of the three.
     """
     if dataset == "fashion_mnist":
-        return data.load()
+        return data.load(source)
     import keras
 
     loaders = {"mnist": keras.datasets.mnist.load_data, "cifar10": keras.datasets.cifar10.load_data}

@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[3]
         (["all", "--redraw"], r"--redraw draws all there is and takes no NAME\. Received: all"),
         (["drift", "--seeds", "0"], r"`--seeds` must be at least 1\. Received: 0"),
         (["drift", "--dataset", "imagenet"], r"invalid choice: 'imagenet'"),
+        (["drift", "--dataset", "mnist", "--data", "x"], r"--data is where fashion_mnist is.* Received: mnist"),
         (["drift", "--output", __file__], r"`--output` must be a folder, or nothing yet\. Received: .*which is a file"),
     ],
 )
@@ -35,6 +36,13 @@ def test_wrong_arguments_are_refused_before_anything_is_run(arguments, message, 
         command.main(arguments)
     assert ended.value.code == 2
     assert re.search(message, capsys.readouterr().err, re.DOTALL)
+
+
+def test_images_are_looked_for_where_the_flag_says(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command.main(["drift", "--quick", "--data", str(tmp_path / "away"), "--output", str(tmp_path / "out")])
+    assert ended.value.code == 1
+    assert str(tmp_path / "away") in capsys.readouterr().err
 
 
 def test_nothing_to_draw_is_an_error_in_one_line(tmp_path, capsys):
