@@ -1,7 +1,6 @@
 """What whoever operates a server relies on: switches, bounds, lines in the log, metrics, and no thread that dies."""
 
 import asyncio
-import collections
 import http.client
 import logging
 import os
@@ -214,10 +213,7 @@ def test_more_calls_than_may_be_are_told_so(busy: RunningServer):
         ask = prediction_service_pb2_grpc.PredictionServiceStub(channel).Predict
         calls = [ask.future(spinning(20_000)) for _ in range(1500)]
         wait_for(lambda: sum(call.done() for call in calls) >= 400)
-        codes = collections.Counter(call.code() for call in calls if call.done())
-        # A machine that is busy sends the last of them when the first are answered.
-        assert codes.keys() <= {grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.OK}
-        assert codes[grpc.StatusCode.RESOURCE_EXHAUSTED] > 300
+        assert {call.code() for call in calls if call.done()} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
         for call in calls:
             call.cancel()
         assert list(ask(spinning(2), timeout=120).outputs["y"].float_val) == [2.0]
