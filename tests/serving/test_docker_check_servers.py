@@ -115,13 +115,24 @@ def test_of_an_error_everything_counts_but_the_nodes_that_it_names(theirs, alike
     assert (different == []) == alike
 
 
-@pytest.mark.parametrize(("received", "alike"), [("[2,28]", True), ("[2,29]", False)])
-def test_a_refused_shape_is_compared_by_the_shapes_and_not_by_the_words(received, alike):
-    ours = Answer(400, {"error": "Input `x` must have the shape [?,28,1]. Received: shape [2,28]."})
-    theirs = Answer(
-        400, {"error": f"Shape of tensor x_0 {received} is not compatible with expected shape [?,28,1].\n\t [[n]]"}
-    )
-    assert (list(questions.differences([Asked("q", ours)], [Asked("q", theirs)])) == []) == alike
+SHAPE = "Input `x` must have the shape [?,28,1]. Received: shape [2,28]."
+NOTHING = "`x` has no entries, and its sizes are more than an array can have. Received: shape [2,28]."
+
+
+@pytest.mark.parametrize(
+    ("ours", "received", "expected", "alike"),
+    [
+        (SHAPE, "[2,28]", "[?,28,1]", True),
+        (SHAPE, "[2,29]", "[?,28,1]", False),
+        (SHAPE, "[2,28]", "[?,28,3]", False),
+        (NOTHING, "[2,28]", "[?,28,1]", True),
+        (NOTHING, "[2,29]", "[?,28,1]", False),
+    ],
+)
+def test_a_refused_shape_is_compared_by_the_shapes_and_not_by_the_words(ours, received, expected, alike):
+    theirs = f"Shape of tensor x_0 {received} is not compatible with expected shape {expected}.\n\t [[n]]"
+    asked = [[Asked("q", Answer(400, {"error": text}))] for text in (ours, theirs)]
+    assert (list(questions.differences(*asked)) == []) == alike
 
 
 def test_a_report_counts_and_says_what_a_skipped_step_needs(capsys):
