@@ -261,6 +261,14 @@ def proof_batches(model: keras.Model, check: Any = None, argument: str = "check"
 
 
 def leaves_nothing(graph: tf.Graph) -> bool:
-    """Whether some operation of a graph that was traced for fixed sizes computes a tensor without values."""
+    """Whether some operation of a graph that was traced for fixed sizes computes a tensor without values.
+
+    Constants do not count, nor vectors of integers, which are shapes and axes: those of a scalar have no values.
+    """
     computed = (tensor for operation in graph.get_operations() if operation.inputs for tensor in operation.outputs)
-    return any(tensor.dtype.is_floating and tensor.shape.rank and 0 in list(tensor.shape) for tensor in computed)
+    return any(
+        tensor.shape.rank
+        and 0 in list(tensor.shape)
+        and not (tensor.shape.rank == 1 and tensor.dtype in (tf.int32, tf.int64))
+        for tensor in computed
+    )
