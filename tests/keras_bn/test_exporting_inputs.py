@@ -109,6 +109,16 @@ def test_free_sizes_may_not_be_zero(tmp_path):
         assert "[2 0 9 3]" in said
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int32"])
+def test_values_of_integers_that_a_model_leaves_out_count_too(tmp_path, dtype):
+    inputs = keras.Input((None, 4), dtype=dtype, name="codes")
+    values = keras.layers.Lambda(lambda x: tf.cast(tf.reduce_max(x[:, 5:-5], 1), "float32"))(inputs)
+    model = keras.Model(inputs, keras.layers.BatchNormalization()(keras.layers.Dense(3)(values)))
+    with plain_session(keras_bn.export(model, tmp_path / "codes").path) as run:
+        said = refusal(run, "serving_default", codes=np.ones((2, 10, 4), dtype))
+        assert "with sizes of at least [1, 11, 4]. Received: shape] [2 10 4]" in said
+
+
 def test_free_sizes_are_at_least_what_the_model_accepts(tmp_path):
     x = keras.Input((None, 40, 3), name="image")
     y = keras.layers.Conv2D(4, 5)(keras.layers.MaxPool2D(2)(keras.layers.Conv2D(4, 3)(x)))
