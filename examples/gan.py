@@ -89,10 +89,12 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="few steps, to see that it runs")
-    steps, rows = 200 if parser.parse_args().quick else 6000, []
+    parser.add_argument("--seed", type=int, default=0, help="of weights, noise and points (default: 0)")
+    options = parser.parse_args()
+    steps, rows = 200 if options.quick else 6000, []
     for way in (mixed, two_calls, real_only):
-        keras.utils.set_random_seed(0)
-        rng, (generator, discriminator) = np.random.default_rng(0), networks()
+        keras.utils.set_random_seed(options.seed)
+        rng, (generator, discriminator) = np.random.default_rng(options.seed), networks()
         run = step(way, generator, discriminator)
         print(f"\n{way.__name__}: {way.__doc__}", flush=True)
         for number in range(1, steps + 1):
@@ -100,15 +102,13 @@ def main() -> None:
             judged, fooled = run(tf.constant(real_points(BATCH, rng)), tf.constant(noise))
             if number % (steps // 4) == 0:
                 print(f"  step {number}: loss {judged:.2f}, of the generator {fooled:.2f}", flush=True)
-        noise = rng.normal(size=(20 * BATCH, NOISE)).astype("float32")
-        generated, real = generator.predict(noise, verbose=0), real_points(BATCH, rng)
+        generated, real = generator.predict(rng.normal(size=(20 * BATCH, NOISE)), verbose=0), real_points(BATCH, rng)
         trained = score(way, discriminator, real, generated[:BATCH])
         # The first half of the batch stays, the others go two to the right.
         moved = np.concatenate([generated[: BATCH // 2], generated[BATCH // 2 : BATCH] + np.array([2, 0], "float32")])
-        beside = (score(way, discriminator, real, moved) - trained)[: BATCH // 2]
-        inferred = discriminator.predict(generated[:BATCH], verbose=0) - trained
-        spread = trained.std()
-        rows.append((way.__name__, abs(beside).mean() / spread, abs(inferred).mean() / spread, clusters(generated)))
+        beside = abs(score(way, discriminator, real, moved) - trained)[: BATCH // 2].mean()
+        inferred = abs(discriminator.predict(generated[:BATCH], verbose=0) - trained).mean()
+        rows.append((way.__name__, beside / trained.std(), inferred / trained.std(), clusters(generated)))
     print("\nA generated point's score changes, in standard deviations of the scores,")
     print("              with those beside it   in inference mode   clusters found, of 8")
     for name, beside, inferred, found in rows:

@@ -29,7 +29,7 @@ RUN = [page for page in PAGES if any(block.reason is None for block in pages.blo
 # What is no code: what a command prints, and equations, which tests/test_equations.py computes.
 NOT_CODE = ("text", "json", "equations")
 # Pages that are run by tests of their own, which look at what they leave.
-LOOKED_AT = ("README.md", "docs/start.md")
+LOOKED_AT = ("README.md", "docs/start.md", "docs/transfer.md")
 
 
 def _inline(page):
@@ -94,6 +94,17 @@ def test_the_start_page_finds_what_was_learnt_and_answers_with_it(tmp_path, monk
     assert max(row["kl"] for row in names["usual"]) < 0.05 < min(row["kl"] for row in names["inverted"])
     asked = printed["keras-bn ask --model_name=shapes --url=http://127.0.0.1:8501 question.png"]
     assert asked.split()[0] == "cross"
+
+
+@pytest.mark.slow
+def test_the_page_on_transfer_learning_ends_with_the_right_answer(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names, printed = pages.run("docs/transfer.md")
+    assert names["before"] < 0.7
+    assert names["after"] > 0.95
+    assert names["exported"].folding.absorbed == 52
+    asked = printed["keras-bn ask --model_name=stripes --url=http://127.0.0.1:8501 stripes.png"]
+    assert asked.split()[0] == names["NAMES"][names["test_kinds"][0]]
 
 
 def test_servers_of_pages_take_no_port_that_another_may_have():
