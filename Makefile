@@ -78,7 +78,7 @@ bench: $(INSTALLED)  ## Measure everything beside its peers (an hour); see bench
 	$(BIN)/python -m benchmarks.serving
 	$(BIN)/python -m benchmarks.interop
 
-experiments: $(INSTALLED)  ## Measure what is claimed of batch norm (an hour or two); see docs/experiments/README.md
+experiments: $(INSTALLED)  ## Measure what is claimed of batch norm (under an hour); see docs/experiments/README.md
 	-$(BIN)/python -m models.data
 	$(BIN)/python -m models.experiments all
 

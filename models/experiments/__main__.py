@@ -33,25 +33,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"name what to run: {', '.join(NAMES)}, or all; or draw what there is with --redraw")
     if flags.names and flags.redraw:
         parser.error(f"--redraw draws all there is and takes no NAME. Received: {', '.join(flags.names)}")
+    if flags.again and flags.redraw:
+        parser.error("--redraw draws a second run too, and --again makes one: give one of them")
     if flags.data and flags.dataset != DATASETS[0]:
         parser.error(f"--data is where {DATASETS[0]} is, and goes with no other --dataset. Received: {flags.dataset}")
     names = [name for name in NAMES if name in flags.names or "all" in flags.names]
     output = flags.output or _default_output(setting, flags.dataset)
     if output.exists() and not output.is_dir():
         parser.error(f"`--output` must be a folder, or nothing yet. Received: {output}, which is a file")
-    start_tensorflow()
     plan = Plan(setting, flags.dataset, output / "results")
+    missing = [name for name in names if not set(range(seeds)) <= set(plan.seeds(name))]
+    if flags.again and missing:
+        parser.error(
+            f"--again repeats what is in {plan.folder}, and there is no first run with {seeds} seeds of "
+            f"{', '.join(missing)}. Run it without --again before"
+        )
+    start_tensorflow()
     from models.experiments import page
 
     try:
-        _run(plan, names, range(seeds), flags.data)
+        _run(plan.again if flags.again else plan, names, range(seeds), flags.data)
         written = page.write(plan, output)
     except (OSError, ValueError) as error:
         parser.exit(1, f"{parser.prog}: error: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, "\nInterrupted. The same command goes on after the last whole run.\n")
     for result in page.collect(plan):
-        for verdict in result.module.verdict(result.numbers):
+        for verdict in result.verdicts:
             print(f"{result.name}: {verdict.outcome}: {verdict.claim}. {verdict.numbers}")
     print(f"Written: {written[-1]} and {len(written) - 1} figures")
 
@@ -107,6 +115,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("names", metavar="NAME", nargs="*", help=f"{', '.join(NAMES)}, or all")
     parser.add_argument("--quick", action="store_true", help="small settings, for a look: minutes, and no evidence")
+    parser.add_argument(
+        "--again",
+        action="store_true",
+        help="run what is there once more with the same seeds: the page compares the two",
+    )
     parser.add_argument("--seeds", type=int, help="how many, counted from 0 (default: 3; with --quick: 1)")
     parser.add_argument(
         "--output",

@@ -32,6 +32,11 @@ class Plan:
     dataset: str
     folder: Path
 
+    @property
+    def again(self) -> "Plan":
+        """The second run of the same, with the same seeds: its files are in the folder `again` beside."""
+        return dataclasses.replace(self, folder=self.folder.with_name("again"))
+
     def path(self, experiment: str, seed: int) -> Path:
         """The file of a run."""
         return self.folder / f"{experiment}-{self.setting}-{self.dataset}-{seed}.json"
@@ -135,3 +140,23 @@ def without_times(record: Any) -> Any:
     if isinstance(record, dict):
         return {key: without_times(value) for key, value in record.items() if key not in MEASURED_TIMES}
     return record
+
+
+def equal_numbers(first: Any, second: Any) -> tuple[int, int]:
+    """How many numbers of a record are the same in another, to the last digit kept, and how many there are.
+
+    Args:
+        first: A record.
+        second: Another of the same setting and seed, in which nothing is missing.
+
+    Returns:
+        The count of those that are equal, and of all.
+    """
+    if isinstance(first, dict):
+        pairs = [(value, second[key]) for key, value in first.items()]
+    elif isinstance(first, list):
+        pairs = list(zip(first, second, strict=True))
+    else:
+        return int(first == second), 1
+    counts = [equal_numbers(*pair) for pair in pairs]
+    return sum(equal for equal, _ in counts), sum(number for _, number in counts)

@@ -46,10 +46,10 @@ class Trainer:
         optimizer.build(model.trainable_variables)
         self._variables = [*model.variables, *optimizer.variables]
         self._initial = [variable.numpy() for variable in self._variables]
-        network, images, labels = logits_of(model), tf.constant(x), tf.constant(y)
+        network, self._images, self._labels = logits_of(model), tf.constant(x), tf.constant(y)
         batches = len(x) // batch_size
 
-        def batch(step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        def batch(step: tf.Tensor, images: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             places = step % batches * batch_size + tf.range(batch_size)
             chosen = tf.random.experimental.index_shuffle(places, tf.stack([seed, step // batches]), len(x) - 1)
             picked = tf.gather(images, chosen)
@@ -57,11 +57,12 @@ class Trainer:
                 picked = augment(picked, tf.stack([seed, step]))
             return picked, tf.gather(labels, chosen)
 
+        # The images are arguments: a graph with a `tf.custom_gradient` stays for good, and so would what it captured.
         @tf.function
-        def steps(begin: tf.Tensor, end: tf.Tensor) -> tf.Tensor:
+        def steps(begin: tf.Tensor, end: tf.Tensor, images: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
             total = tf.constant(0.0)
             for step in tf.range(begin, end):
-                batch_images, batch_labels = batch(step)
+                batch_images, batch_labels = batch(step, images, labels)
                 with tf.GradientTape() as tape:
                     loss = cross_entropy(network(batch_images, training=True), batch_labels)
                 variables = model.trainable_variables
@@ -77,7 +78,8 @@ class Trainer:
         Returns:
             The mean of their losses; not finite where the training has diverged.
         """
-        loss = float(self._steps(tf.constant(self.step), tf.constant(self.step + steps)))
+        begin, end = tf.constant(self.step), tf.constant(self.step + steps)
+        loss = float(self._steps(begin, end, self._images, self._labels))
         self.step += steps
         return loss
 
@@ -103,10 +105,11 @@ class Accuracy:
     """
 
     def __init__(self, model: keras.Model, x: np.ndarray, y: np.ndarray, batch_size: int = 1000, training=False):
-        images, labels, network = tf.constant(x), tf.constant(y), logits_of(model)
+        network = logits_of(model)
+        self._images, self._labels = tf.constant(x), tf.constant(y)
 
         @tf.function
-        def right() -> tf.Tensor:
+        def right(images: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
             count = tf.constant(0)
             for begin in tf.range(0, len(x), batch_size):
                 answers = tf.argmax(
@@ -118,7 +121,7 @@ class Accuracy:
         self._right, self._size = right, len(x)
 
     def __call__(self) -> float:
-        return int(self._right()) / self._size
+        return int(self._right(self._images, self._labels)) / self._size
 
 
 def logits_of(model: keras.Model) -> keras.Model:

@@ -24,6 +24,11 @@ ROOT = Path(__file__).resolve().parents[3]
         (["drifting"], r"NAME must be one of drift, .*, or all\. Received: drifting"),
         ([], r"name what to run: drift, .*--redraw"),
         (["all", "--redraw"], r"--redraw draws all there is and takes no NAME\. Received: all"),
+        (["--again", "--redraw"], r"--redraw draws a second run too, and --again makes one"),
+        (
+            ["drift", "why", "--again", "--output", "nowhere"],
+            r"no first run with 3 seeds of drift, why\. Run it without",
+        ),
         (["drift", "--seeds", "0"], r"`--seeds` must be at least 1\. Received: 0"),
         (["drift", "--dataset", "imagenet"], r"invalid choice: 'imagenet'"),
         (["drift", "--dataset", "mnist", "--data", "x"], r"--data is where fashion_mnist is.* Received: mnist"),
@@ -98,6 +103,60 @@ def test_a_killed_run_goes_on_and_ends_as_one_that_was_not_killed(tmp_path, fash
     assert (killed / "results" / "drift-quick-fashion_mnist-0.json").read_bytes() == before
 
 
+def test_a_second_run_is_kept_beside_the_first_and_compared(tmp_path, fashion_mnist, monkeypatch):
+    module = experiments.load("drift")
+    monkeypatch.setattr(module, "QUICK", dataclasses.replace(module.QUICK, **SMALL))
+    arguments = ["drift", "--quick", "--output", str(tmp_path)]
+    command.main(arguments)
+    first = (tmp_path / "results" / "drift-quick-fashion_mnist-0.json").read_bytes()
+    assert "A second run" not in (tmp_path / "README.md").read_text()
+    command.main([*arguments, "--again"])
+    assert (tmp_path / "results" / "drift-quick-fashion_mnist-0.json").read_bytes() == first
+    assert _files(tmp_path / "again") == _files(tmp_path / "results")
+    assert re.search(r"^\| drift \| 4 of 4 \| ", (tmp_path / "README.md").read_text(), re.MULTILINE)
+
+
+def test_the_page_says_which_outcomes_a_second_run_does_not_share(committed):
+    shutil.rmtree(committed.again.folder, ignore_errors=True)
+    shutil.copytree(committed.folder, committed.again.folder)
+    results = page.collect(committed)
+    text = page.text(committed, results)
+    claims = len([line for line in text.splitlines() if re.match(r"- \*\*", line)])
+    assert f"{claims} of {claims} outcomes are the same" in text
+    assert re.search(r"^\| drift \| 4 of 4 \| ([\d,]+) of \1 \|", text, re.MULTILINE)
+    assert "In the second run" not in text
+    for seed in range(3):
+        path = committed.again.path("drift", seed)
+        record = json.loads(path.read_text())
+        record["numbers"]["with"]["drift"] = 2 * record["numbers"]["without"]["drift"]
+        path.write_text(json.dumps(record))
+    text = page.text(committed, results)
+    assert f"{claims - 1} of {claims} outcomes are the same" in text
+    assert "| drift | 3 of 4 |" in text
+    told = [line for line in text.splitlines() if "**In the second run did not hold**" in line]
+    assert len(told) == 1
+    assert told[0].startswith("- **Held**: with batch norm the distribution")
+
+
+def test_a_second_run_that_was_interrupted_is_not_compared(committed):
+    shutil.rmtree(committed.again.folder, ignore_errors=True)
+    shutil.copytree(committed.folder, committed.again.folder)
+    committed.again.path("drift", 2).unlink()
+    text = page.text(committed, page.collect(committed))
+    assert not re.search(r"^\| drift \| \d of \d \|", text, re.MULTILINE)
+    assert re.search(r"^\| why \| 5 of 5 \|", text, re.MULTILINE)
+
+
+def test_numbers_of_two_records_are_counted_where_they_are_equal():
+    first = {"a": [1.0, None, 3], "b": {"c": "x"}}
+    assert runs.equal_numbers(first, first) == (4, 4)
+    assert runs.equal_numbers(first, {"a": [1.0, 2.0, 4], "b": {"c": "x"}}) == (2, 4)
+    with pytest.raises(ValueError, match="shorter"):
+        runs.equal_numbers(first, {"a": [1.0], "b": {"c": "x"}})
+    with pytest.raises(KeyError):
+        runs.equal_numbers(first, {"a": [1.0, None, 3]})
+
+
 def test_a_run_of_another_setting_is_done_again(tmp_path):
     module = experiments.load("drift")
     plan = runs.Plan("quick", "fashion_mnist", tmp_path)
@@ -132,8 +191,8 @@ def test_a_run_that_fails_leaves_no_file(tmp_path):
 @pytest.fixture
 def committed(tmp_path):
     """The committed results, copied."""
-    results = ROOT / "docs" / "experiments" / "results"
-    shutil.copytree(results, tmp_path / "results")
+    for folder in ("results", "again"):
+        shutil.copytree(ROOT / "docs" / "experiments" / folder, tmp_path / folder)
     return runs.Plan("full", "fashion_mnist", tmp_path / "results")
 
 
