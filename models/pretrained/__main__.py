@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from models import data, pretrained
-from models.console import start_tensorflow
+from models.console import number, positive, start_tensorflow
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -39,7 +39,7 @@ def _make_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="FOLDER", type=Path, default=pretrained.FOLDER, help="default: %(default)s")
     cores = f"{os.cpu_count()} CPU cores"
     parser.add_argument("--machine", default=cores, help=f"what it was trained on, for the card (default: {cores})")
-    parser.add_argument("--minutes", type=float, help="what the training took; by default the sum of the log")
+    parser.add_argument("--minutes", type=positive, help="what the training took; by default the sum of the log")
     parser.set_defaults(command=_make)
 
 
@@ -97,7 +97,7 @@ def _export_parser(parser: argparse.ArgumentParser) -> None:
         "encoded pictures, warm-up and drift; what was written is checked against the network."
     )
     parser.add_argument("model_base_path", metavar="FOLDER", help="of the model's versions, such as models/fashion_cnn")
-    parser.add_argument("--version", type=int, help="by default the next one there")
+    parser.add_argument("--version", type=number(int, 0), help="by default the next one there")
     parser.add_argument("--folder", type=Path, default=pretrained.FOLDER, help="default: %(default)s")
     parser.set_defaults(command=_export)
 
