@@ -18,7 +18,7 @@ from keras_bn_serving.client import Client
 from keras_bn_serving.errors import ServingError
 from tqdm import tqdm
 
-from models import data, pictures
+from models import data, lock, pictures
 from models.console import share, start_tensorflow
 from models.settings import Settings
 
@@ -63,7 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # What stops the demo from outside must stop its server too.
     signal.signal(signal.SIGTERM, _exit_on_signal)
     try:
-        _demo(settings, data.fetch_and_load(flags.data), flags.output, flags.least_accuracy)
+        with lock.held(flags.output):
+            _demo(settings, data.fetch_and_load(flags.data), flags.output, flags.least_accuracy)
     except (DemoError, ServingError, OSError, ValueError) as error:
         parser.exit(1, f"{parser.prog}: error: {error}\n")
     except KeyboardInterrupt:

@@ -10,6 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from models import data, lock
 from models.console import start_tensorflow
 from models.experiments import DATASETS, NAMES
 from models.experiments.runs import Plan
@@ -39,13 +40,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     output = flags.output or _default_output(setting, flags.dataset)
     if output.exists() and not output.is_dir():
         parser.error(f"`--output` must be a folder, or nothing yet. Received: {output}, which is a file")
-    start_tensorflow()
     plan = Plan(setting, flags.dataset, output / "results")
-    from models.experiments import page
-
     try:
-        _run(plan, names, range(seeds), flags.data)
-        written = page.write(plan, output)
+        if flags.data:
+            data.check(flags.data)
+        with lock.held(output):
+            start_tensorflow()
+            from models.experiments import page
+
+            _run(plan, names, range(seeds), flags.data)
+            written = page.write(plan, output)
     except (OSError, ValueError) as error:
         parser.exit(1, f"{parser.prog}: error: {error}\n")
     except KeyboardInterrupt:
@@ -75,12 +79,12 @@ def _run(plan: Plan, names: Sequence[str], seeds: Sequence[int], source: str | N
         print(f"{done} of {done + len(todo)} runs are there already: {plan.folder}", file=sys.stderr)
     if not todo:
         return
-    data = images.load(plan.dataset, source)
+    dataset = images.load(plan.dataset, source)
     with _bar(sum(setting.cost for _, _, setting, _ in todo)) as bar:
         for name, module, setting, seed in todo:
             bar.set_description(f"{name}, seed {seed}")
             share = setting.cost / module.parts(setting)
-            runs.perform(plan, name, module, setting, data, seed, functools.partial(bar.update, share))
+            runs.perform(plan, name, module, setting, dataset, seed, functools.partial(bar.update, share))
 
 
 @contextlib.contextmanager

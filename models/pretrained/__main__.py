@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from models import data, pretrained
+from models import data, lock, pretrained
 from models.console import number, positive, start_tensorflow
 
 
@@ -22,8 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _export_parser(commands.add_parser("export", help="write a SavedModel for a server"))
     flags = vars(parser.parse_args(arguments))
     command = flags.pop("command")
-    start_tensorflow()
     try:
+        if flags.get("data_source"):
+            data.check(flags["data_source"])
+        start_tensorflow()
         command(**flags)
     except (OSError, ValueError) as error:
         parser.exit(1, f"{parser.prog}: error: {error}\n")
@@ -46,7 +48,8 @@ def _make_parser(parser: argparse.ArgumentParser) -> None:
 def _make(run: Path, data_source: str | None, output: Path, machine: str, minutes: float | None) -> None:
     from models.pretrained import making
 
-    _print_made(making.make(run, data.load(data_source), output, machine, minutes), output)
+    with lock.held(output):
+        _print_made(making.make(run, data.load(data_source), output, machine, minutes), output)
 
 
 def _print_made(card: dict, output: Path) -> None:
@@ -68,7 +71,8 @@ def _remake_parser(parser: argparse.ArgumentParser) -> None:
 def _remake(data_source: str | None, folder: Path) -> None:
     from models.pretrained import making
 
-    _print_made(making.remake(data.load(data_source), folder), folder)
+    with lock.held(folder):
+        _print_made(making.remake(data.load(data_source), folder), folder)
 
 
 def _evaluate_parser(parser: argparse.ArgumentParser) -> None:
