@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import functools
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,10 +90,36 @@ def _run(plan: Plan, names: Sequence[str], seeds: Sequence[int], source: str | N
 
 @contextlib.contextmanager
 def _bar(seconds: float) -> Iterator[Any]:
-    """A bar over the seconds that the runs were estimated to take, so that what is left is in proportion."""
+    """A bar over the seconds that the runs were estimated to take, so that what is left is in proportion.
+
+    Where stderr is no terminal, a line for every tenth of them.
+    """
+    if not sys.stderr.isatty():
+        yield _Lines(seconds)
+        return
     form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left"
     with tqdm(total=seconds, bar_format=form, smoothing=0.02, mininterval=1.0) as bar:
         yield bar
+
+
+class _Lines:
+    """What stands for `tqdm` where its line cannot be redrawn."""
+
+    def __init__(self, total: float):
+        self._total, self._done, self._name, self._begin = total, 0.0, "", time.monotonic()
+
+    def set_description(self, name: str) -> None:
+        self._name = name
+
+    def update(self, seconds: float) -> None:
+        before, self._done = self._tenths(), self._done + seconds
+        if self._tenths() > before:
+            minutes = (time.monotonic() - self._begin) / 60
+            print(f"{self._name}: {10 * self._tenths()} %, {minutes:.1f} minutes", file=sys.stderr, flush=True)
+
+    def _tenths(self) -> int:
+        # The sum of all shares is rounded.
+        return int(10 * self._done / self._total + 1e-6)
 
 
 def _default_output(setting: str, dataset: str) -> Path:
