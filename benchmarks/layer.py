@@ -10,6 +10,7 @@ import os
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from benchmarks import measuring
+from models.console import positive
 
 SHAPES = {
     "CNN 128x28x28x32": (128, 28, 28, 32),
@@ -62,7 +63,7 @@ def main() -> None:
         parser.add_argument(
             f"--{name}", nargs="+", choices=choices, default=choices, metavar=name.upper(), help=", ".join(choices)
         )
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each question (default: 1)")
+    parser.add_argument("--seconds", type=positive, default=1.0, help="for each question (default: 1)")
     parser.add_argument("--name", default="layer", help="of the files below benchmarks/results (default: layer)")
     parser.add_argument(
         "--unknown_batch",

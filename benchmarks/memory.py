@@ -13,6 +13,7 @@ from pathlib import Path
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from benchmarks import measuring, network
+from models.console import count
 
 ROOT = Path(__file__).parents[1]
 SERIES = ("without", "ours", "keras")
@@ -29,7 +30,7 @@ def main() -> None:
     )
     parser.add_argument("--networks", nargs="+", choices=network.NETWORKS, default=network.NETWORKS)
     parser.add_argument("--modes", nargs="+", choices=network.MODES, default=network.MODES)
-    parser.add_argument("--rounds", type=int, default=3, help="processes of each kind (default: 3)")
+    parser.add_argument("--rounds", type=count, default=3, help="processes of each kind (default: 3)")
     parser.add_argument("--name", default="memory", help="of the files below benchmarks/results (default: memory)")
     parser.add_argument("--one", nargs=3, metavar=("NETWORK", "MODE", "SERIES"), help=argparse.SUPPRESS)
     flags = parser.parse_args()

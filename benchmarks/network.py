@@ -9,6 +9,7 @@ import os
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from benchmarks import measuring
+from models.console import positive
 
 # The batch that each network is measured with.
 NETWORKS = {"fashion_cnn": 128, "resnet": 128, "sigmoid_mlp": 60, "wide_mlp": 256, "depthwise": 128, "branches": 128}
@@ -34,7 +35,7 @@ def main() -> None:
         parser.add_argument(
             f"--{name}", nargs="+", choices=values, default=values, metavar=name.upper(), help=", ".join(values)
         )
-    parser.add_argument("--seconds", type=float, default=10.0, help="for each question (default: 10)")
+    parser.add_argument("--seconds", type=positive, default=10.0, help="for each question (default: 10)")
     parser.add_argument("--name", default="network", help="of the files below benchmarks/results (default: network)")
     flags = parser.parse_args()
     questions = [

@@ -18,6 +18,7 @@ import tensorflow as tf
 from benchmarks import measuring
 from keras_bn.ops import plain
 from keras_bn.statistics import merged_across_replicas, weighted_moments
+from models.console import number
 
 EPSILON = 1e-3
 CHANNELS = 64
@@ -164,8 +165,8 @@ def main() -> None:
         "largest errors of the mean (in standard deviations) and of the variance (relative). The replicas are a "
         "simulation: threads of one process whose sums are made in order.",
     )
-    parser.add_argument("--replicas", nargs="+", type=int, default=[2, 8, 64, 256])
-    parser.add_argument("--offsets", nargs="+", type=float, default=[0.0, 1e3, 1e6])
+    parser.add_argument("--replicas", nargs="+", type=number(int, 1), default=[2, 8, 64, 256])
+    parser.add_argument("--offsets", nargs="+", type=number(float), default=[0.0, 1e3, 1e6])
     parser.add_argument("--name", default="replicas", help="of the files below benchmarks/results (default: replicas)")
     flags = parser.parse_args()
     rows = rows_of(flags.replicas, flags.offsets)

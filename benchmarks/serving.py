@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import load, measuring
+from models.console import count, positive
 
 ROOT = Path(__file__).parents[1]
 NAME = "fashion_cnn"
@@ -48,10 +49,15 @@ AIMS = (("REST", 1, 32, "FastAPI signature", 4.0), ("REST", 32, 8, BARE, 0.9))
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=3.0, help="length of one measurement, default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=3, help="measurements of each kind, default: %(default)s")
-    parser.add_argument("--connections", type=int, nargs="+", default=CONNECTIONS)
-    parser.add_argument("--images", type=int, nargs="+", default=IMAGES, help="images a request")
+    parser.add_argument(
+        "--seconds",
+        type=positive,
+        default=3.0,
+        help="length of one measurement, default: %(default)s",
+    )
+    parser.add_argument("--rounds", type=count, default=3, help="measurements of each kind, default: %(default)s")
+    parser.add_argument("--connections", type=count, nargs="+", default=CONNECTIONS)
+    parser.add_argument("--images", type=count, nargs="+", default=IMAGES, help="images a request")
     parser.add_argument("--protocols", nargs="+", default=("REST", "gRPC"), choices=("REST", "gRPC"))
     parser.add_argument("--without", nargs="*", default=[], choices=PEERS.values(), help="peers to leave out")
     parser.add_argument("--keep", action="store_true", help="keep the rows of an earlier run not measured now")

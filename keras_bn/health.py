@@ -43,7 +43,8 @@ def health(
         data: optional, what the model was trained on, as for `recalibrate`.
         steps: number of batches, or None for all.
         batch_size: for arrays; that of training.
-        verbose: 0 for no progress bar.
+        verbose: 0 for no progress, 1 for a bar, 2 for a line at its end; "auto" for a bar on terminals and in notebooks
+            and else the line.
 
     Returns:
         A `Health`; prints as a table.

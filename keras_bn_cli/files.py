@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import textwrap
+import uuid
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -171,7 +172,8 @@ def save(model: Any, path: Path, overwrite: bool) -> None:
 @contextlib.contextmanager
 def written_whole(path: Path, overwrite: bool) -> Iterator[Path]:
     """A name to write to beside `path`, which becomes `path` when all is written; else `path` is left as it was."""
-    temporary = path.with_name(f".{path.stem}.writing{path.suffix}")
+    # Of its own name, so that no other process writes into it.
+    temporary = path.with_name(f".{path.stem}.writing-{uuid.uuid4().hex}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

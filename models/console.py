@@ -1,8 +1,47 @@
-"""What the commands of this folder share: a quiet start of TensorFlow."""
+"""What the commands of this folder share: numbers read from flags, and a quiet start of TensorFlow."""
 
+import argparse
+import math
 import os
 import sys
 import tempfile
+from collections.abc import Callable
+from typing import Any
+
+
+def number(
+    kind: type, least: float = -math.inf, most: float = math.inf, *, above: bool = False
+) -> Callable[[str], Any]:
+    """What reads the number of a flag: finite, and within bounds.
+
+    Args:
+        kind: int or float.
+        least: Of the numbers allowed.
+        most: Likewise.
+        above: Whether `least` itself is too little.
+
+    Returns:
+        For `type` of `argparse`'s `add_argument`.
+    """
+    allowed = "a whole number" if kind is int else "a finite number"
+    if most < math.inf:
+        allowed += f" in [{least}, {most}]"
+    elif least > -math.inf:
+        allowed += f" {'above' if above else 'of at least'} {least}"
+
+    def read(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and least <= value <= most) or (above and value == least):
+            raise argparse.ArgumentTypeError(f"must be {allowed}. Received: {text}")
+        return value
+
+    return read
+
+
+count, positive, share = number(int, 1), number(float, 0, above=True), number(float, 0, 1)
 
 
 def start_tensorflow() -> None:

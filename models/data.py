@@ -89,6 +89,19 @@ def load(source: str | Path | None = None) -> ImageData:
     return data
 
 
+def check(source: str | Path) -> None:
+    """Raise what `load` would raise of `source`, and print nothing: before all that takes long.
+
+    Args:
+        source: As in `load`.
+
+    Raises:
+        FileNotFoundError: As in `load`.
+        ValueError: As in `load`.
+    """
+    _load_named(Path(source))
+
+
 def fetch_and_load(source: str | Path | None = None) -> ImageData:
     """As `load`, but where no `source` is given, first fetch Debian's package where it is missing and apt-get is there.
 

@@ -18,8 +18,8 @@ from keras_bn_serving.client import Client
 from keras_bn_serving.errors import ServingError
 from tqdm import tqdm
 
-from models import data, pictures
-from models.console import start_tensorflow
+from models import data, lock, pictures
+from models.console import share, start_tensorflow
 from models.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,7 +33,10 @@ class DemoError(Exception):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command. Exits with 0 only if accuracy, agreement and drift are as promised, else with 1; 130 on Ctrl-C."""
+    """The command.
+
+    Exits with 0 only if accuracy, agreement and drift are as promised, else with 1; 2 on a wrong flag, 130 on Ctrl-C.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m models.demo",
         description="Trains fashion_cnn, replaces its moving statistics by those of all training images, folds and "
@@ -46,13 +49,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--output", metavar="FOLDER", type=Path, default=Path(".demo"), help="for all that is made (default: .demo)")
     add("--width", type=int, default=24, help="channels of the network's first layer (default: 24)")
     add("--epochs", type=int, default=4, help="passes over the training images (default: 4)")
-    add("--least_accuracy", type=float, default=0.91, help="of the answers to the test images (default: 0.91)")
+    add(
+        "--least_accuracy",
+        type=share,
+        default=0.91,
+        help="of the answers to the test images (default: 0.91)",
+    )
     flags = parser.parse_args(arguments)
+    try:
+        settings = Settings(network=MODEL_NAME, width=flags.width, epochs=flags.epochs)
+    except ValueError as error:
+        parser.error(str(error))
     # What stops the demo from outside must stop its server too.
     signal.signal(signal.SIGTERM, _exit_on_signal)
     try:
-        settings = Settings(network=MODEL_NAME, width=flags.width, epochs=flags.epochs)
-        _demo(settings, data.fetch_and_load(flags.data), flags.output, flags.least_accuracy)
+        with lock.held(flags.output):
+            _demo(settings, data.fetch_and_load(flags.data), flags.output, flags.least_accuracy)
     except (DemoError, ServingError, OSError, ValueError) as error:
         parser.exit(1, f"{parser.prog}: error: {error}\n")
     except KeyboardInterrupt:

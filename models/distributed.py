@@ -6,6 +6,7 @@ Keras's `fit` cannot: with the strategy for several workers it fails, for stock 
 
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -56,8 +57,11 @@ def workers() -> Iterator[tf.distribute.Strategy]:
     Where another worker is lost meanwhile, the process says so and ends with `local_workers.TRY_AGAIN`: what is left of
     the cluster cannot be mended, but all that are started again find each other.
     """
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         strategy = tf.distribute.MultiWorkerMirroredStrategy()
+        # TensorFlow's runtime takes it for itself, to tell who asks that this process shall end; nobody asks.
+        signal.signal(signal.SIGTERM, on_sigterm)
         yield strategy
         # Who leaves while others compute is taken for dead.
         of_chief(strategy, [0])
@@ -195,7 +199,7 @@ def fit(
         epochs: The numbers of the epochs, from 0 on.
         steps: Batches in an epoch.
         validation: Images and labels on which to report after each epoch.
-        callbacks: Of Keras, in this process. One that would end the training early is not heard.
+        callbacks: Of Keras, in this process. Where the chief's end the training, it ends for all after the epoch.
         verbose: As for Keras's `fit`.
     """
     train_step, test_step = _steps_of(strategy, model, batches.element_spec)
@@ -203,6 +207,7 @@ def fit(
         list(callbacks), model=model, add_progbar=verbose > 0, verbose=verbose, epochs=epochs.stop, steps=steps
     )
     source = iter(batches)
+    model.stop_training = False
     logged.on_train_begin()
     for epoch in epochs:
         logged.on_epoch_begin(epoch)
@@ -218,6 +223,9 @@ def fit(
                 sums += test_step(*(part[start : start + _ROWS] for part in validation)).numpy()
             logs |= {f"val_{name}": value for name, value in _means(sums).items()}
         logged.on_epoch_end(epoch, logs)
+        # An epoch that some begin alone would wait for the others for ever.
+        if of_chief(strategy, [int(model.stop_training)])[0]:
+            break
     logged.on_train_end()
 
 

@@ -1,8 +1,24 @@
 """The settings of a training run, each with its help text."""
 
 import dataclasses
+import math
+from collections.abc import Callable
 
 NETWORK_NAMES = ("fashion_cnn", "resnet", "sigmoid_mlp")
+
+# No comparison holds for NaN.
+_ALLOWED: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "width": ("at least 1", lambda value: value >= 1),
+    "epochs": ("at least 1", lambda value: value >= 1),
+    "batch_size": ("at least 1", lambda value: value >= 1),
+    "learning_rate": ("finite and above 0", lambda value: 0 < value < math.inf),
+    "weight_decay": ("finite and at least 0", lambda value: 0 <= value < math.inf),
+    "label_smoothing": ("in [0, 1)", lambda value: 0 <= value < 1),
+    "erase": ("at least 0", lambda value: value >= 0),
+    "validation_images": ("at least 0", lambda value: value >= 0),
+    "training_images": ("at least 1", lambda value: value >= 1),
+    "seed": (f"in [0, {2**31})", lambda value: 0 <= value < 2**31),
+}
 
 
 def _setting(default, help_text: str, **options):
@@ -36,22 +52,9 @@ class Settings:
     seed: int = _setting(0, "of the weights, the order and the augmentation", type=int)
 
     def __post_init__(self):
-        bounds = {
-            "width": (1, None),
-            "epochs": (1, None),
-            "batch_size": (1, None),
-            "learning_rate": (0, None),
-            "weight_decay": (0, None),
-            "label_smoothing": (0, 1),
-            "erase": (0, None),
-            "validation_images": (0, None),
-            "training_images": (1, None),
-            "seed": (0, 2**31),
-        }
-        for name, (low, high) in bounds.items():
+        for name, (allowed, fits) in _ALLOWED.items():
             value = getattr(self, name)
-            if value is not None and (value < low or (high is not None and value >= high)):
-                allowed = f"at least {low}" if high is None else f"in [{low}, {high})"
+            if value is not None and not fits(value):
                 raise ValueError(f"`{name}` must be {allowed}. Received: {name}={value}")
         if self.network not in NETWORK_NAMES:
             raise ValueError(f"`network` must be one of {', '.join(NETWORK_NAMES)}. Received: network={self.network}")

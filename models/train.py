@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from models import cluster, data, local_workers, run_folder
+from models import cluster, data, local_workers, lock, run_folder
 from models.console import start_tensorflow
 from models.settings import Settings
 
@@ -17,9 +17,10 @@ from models.settings import Settings
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command.
 
-    Exits with 0 when the network is trained, 2 on a wrong flag or `TF_CONFIG`, 1 on missing data, 130 on Ctrl-C, and
-    138 where another worker was lost: to be started again.
+    Exits with 0 when the network is trained, 2 on a wrong flag or `TF_CONFIG`, 1 on missing data or a folder that
+    another process writes to, 130 on Ctrl-C, and 138 where another worker was lost: to be started again.
     """
+    local_workers.end_with_launcher()
     parser = flag_parser()
     flags = vars(parser.parse_args(arguments))
     source, output, restart = flags.pop("data"), flags.pop("output"), flags.pop("restart")
@@ -31,19 +32,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     folder = Path(output) if output else Path("runs") / settings.network
-    if count:
-        if restart:
-            run_folder.forget(folder)
-        command = [sys.executable, "-m", "models.train", *settings.flags(), "--strategy", strategy]
-        command += ["--output", str(folder), *(["--data", source] if source else [])]
-        try:
-            sys.exit(local_workers.run(command, count, folder))
-        except KeyboardInterrupt:
-            parser.exit(130)
-    start_tensorflow()
     try:
-        with _strategy(strategy, replicas) as distributed:
-            _train(settings, source, folder, restart, distributed)
+        if source:
+            data.check(source)
+        if count:
+            command = [sys.executable, "-m", "models.train", *settings.flags(), "--strategy", strategy]
+            command += ["--output", str(folder), *(["--data", source] if source else [])]
+            sys.exit(local_workers.run(command, count, folder, restart))
+        writes = strategy != "workers" or members is None or members.is_chief
+        with lock.held(folder, local_workers.launcher()) if writes else contextlib.nullcontext():
+            start_tensorflow()
+            with _strategy(strategy, replicas) as distributed:
+                _train(settings, source, folder, restart, distributed)
     except (OSError, ValueError) as error:
         parser.exit(1, f"{parser.prog}: error: {error}\n")
     except KeyboardInterrupt:

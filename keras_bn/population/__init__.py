@@ -75,7 +75,8 @@ def recalibrate(
             deviations, and that of its variance, relative, are below this in every channel, estimated from ten batches
             or more as draws of the population. Default: all batches.
         batch_size: for arrays.
-        verbose: 0 for no progress bar.
+        verbose: 0 for no progress, 1 for a bar, 2 for a line at its end; "auto" for a bar on terminals and in notebooks
+            and else the line.
 
     Returns:
         A `Recalibration` with the old and new statistics of each layer and their distance; prints as a table.

@@ -2,6 +2,8 @@
 
 import contextlib
 import itertools
+import os
+import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -132,7 +134,7 @@ class _Stop(BaseException):
 
 
 class _Progress:
-    """Keras's progress bar over all passes; silent where `verbose` is 0."""
+    """Keras's progress over all passes: a bar, a line when they are through, or nothing, as `verbose` says."""
 
     def __init__(self, passes: int, batches: Batches, verbose: int | str):
         self._passes, self._batches, self._verbose, self._done = passes, batches, verbose, 0
@@ -143,9 +145,17 @@ class _Progress:
             return
         if self._bar is None:
             length = self._batches.length
-            self._bar = keras.utils.Progbar(None if length is None else self._passes * length, unit_name="batch")
+            total = None if length is None else self._passes * length
+            verbose = (1 if _is_watched() else 2) if self._verbose == "auto" else self._verbose
+            self._bar = keras.utils.Progbar(total, verbose=verbose, unit_name="batch")
         self._done += 1
         self._bar.update(self._done)
+
+
+def _is_watched() -> bool:
+    """Whether what redraws its line is seen to; Keras takes every file of Linux and macOS for such a place."""
+    in_notebook = "ipykernel" in sys.modules or "PYCHARM_HOSTED" in os.environ
+    return in_notebook or (hasattr(sys.stdout, "isatty") and sys.stdout.isatty())
 
 
 def _pooled_pass(model: keras.Model, *args: Any, **options: Any) -> dict[str, Accumulator]:

@@ -4,12 +4,14 @@ import argparse
 import contextlib
 import functools
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from models import data, lock
 from models.console import start_tensorflow
 from models.experiments import DATASETS, NAMES
 from models.experiments.runs import Plan
@@ -48,12 +50,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"--again repeats what is in {plan.folder}, and there is no first run with {seeds} seeds of "
             f"{', '.join(missing)}. Run it without --again before"
         )
-    start_tensorflow()
-    from models.experiments import page
-
     try:
-        _run(plan.again if flags.again else plan, names, range(seeds), flags.data)
-        written = page.write(plan, output)
+        if flags.data:
+            data.check(flags.data)
+        with lock.held(output):
+            start_tensorflow()
+            from models.experiments import page
+
+            _run(plan.again if flags.again else plan, names, range(seeds), flags.data)
+            written = page.write(plan, output)
     except (OSError, ValueError) as error:
         parser.exit(1, f"{parser.prog}: error: {error}\n")
     except KeyboardInterrupt:
@@ -83,20 +88,46 @@ def _run(plan: Plan, names: Sequence[str], seeds: Sequence[int], source: str | N
         print(f"{done} of {done + len(todo)} runs are there already: {plan.folder}", file=sys.stderr)
     if not todo:
         return
-    data = images.load(plan.dataset, source)
+    dataset = images.load(plan.dataset, source)
     with _bar(sum(setting.cost for _, _, setting, _ in todo)) as bar:
         for name, module, setting, seed in todo:
             bar.set_description(f"{name}, seed {seed}")
             share = setting.cost / module.parts(setting)
-            runs.perform(plan, name, module, setting, data, seed, functools.partial(bar.update, share))
+            runs.perform(plan, name, module, setting, dataset, seed, functools.partial(bar.update, share))
 
 
 @contextlib.contextmanager
 def _bar(seconds: float) -> Iterator[Any]:
-    """A bar over the seconds that the runs were estimated to take, so that what is left is in proportion."""
+    """A bar over the seconds that the runs were estimated to take, so that what is left is in proportion.
+
+    Where stderr is no terminal, a line for every tenth of them.
+    """
+    if not sys.stderr.isatty():
+        yield _Lines(seconds)
+        return
     form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left"
     with tqdm(total=seconds, bar_format=form, smoothing=0.02, mininterval=1.0) as bar:
         yield bar
+
+
+class _Lines:
+    """What stands for `tqdm` where its line cannot be redrawn."""
+
+    def __init__(self, total: float):
+        self._total, self._done, self._name, self._begin = total, 0.0, "", time.monotonic()
+
+    def set_description(self, name: str) -> None:
+        self._name = name
+
+    def update(self, seconds: float) -> None:
+        before, self._done = self._tenths(), self._done + seconds
+        if self._tenths() > before:
+            minutes = (time.monotonic() - self._begin) / 60
+            print(f"{self._name}: {10 * self._tenths()} %, {minutes:.1f} minutes", file=sys.stderr, flush=True)
+
+    def _tenths(self) -> int:
+        # The sum of all shares is rounded.
+        return int(10 * self._done / self._total + 1e-6)
 
 
 def _default_output(setting: str, dataset: str) -> Path:

@@ -5,8 +5,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from models import data, pretrained
-from models.console import start_tensorflow
+from models import data, lock, pretrained
+from models.console import number, positive, start_tensorflow
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -22,8 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _export_parser(commands.add_parser("export", help="write a SavedModel for a server"))
     flags = vars(parser.parse_args(arguments))
     command = flags.pop("command")
-    start_tensorflow()
     try:
+        if flags.get("data_source"):
+            data.check(flags["data_source"])
+        start_tensorflow()
         command(**flags)
     except (OSError, ValueError) as error:
         parser.exit(1, f"{parser.prog}: error: {error}\n")
@@ -39,14 +41,15 @@ def _make_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="FOLDER", type=Path, default=pretrained.FOLDER, help="default: %(default)s")
     cores = f"{os.cpu_count()} CPU cores"
     parser.add_argument("--machine", default=cores, help=f"what it was trained on, for the card (default: {cores})")
-    parser.add_argument("--minutes", type=float, help="what the training took; by default the sum of the log")
+    parser.add_argument("--minutes", type=positive, help="what the training took; by default the sum of the log")
     parser.set_defaults(command=_make)
 
 
 def _make(run: Path, data_source: str | None, output: Path, machine: str, minutes: float | None) -> None:
     from models.pretrained import making
 
-    _print_made(making.make(run, data.load(data_source), output, machine, minutes), output)
+    with lock.held(output):
+        _print_made(making.make(run, data.load(data_source), output, machine, minutes), output)
 
 
 def _print_made(card: dict, output: Path) -> None:
@@ -68,7 +71,8 @@ def _remake_parser(parser: argparse.ArgumentParser) -> None:
 def _remake(data_source: str | None, folder: Path) -> None:
     from models.pretrained import making
 
-    _print_made(making.remake(data.load(data_source), folder), folder)
+    with lock.held(folder):
+        _print_made(making.remake(data.load(data_source), folder), folder)
 
 
 def _evaluate_parser(parser: argparse.ArgumentParser) -> None:
@@ -97,7 +101,7 @@ def _export_parser(parser: argparse.ArgumentParser) -> None:
         "encoded pictures, warm-up and drift; what was written is checked against the network."
     )
     parser.add_argument("model_base_path", metavar="FOLDER", help="of the model's versions, such as models/fashion_cnn")
-    parser.add_argument("--version", type=int, help="by default the next one there")
+    parser.add_argument("--version", type=number(int, 0), help="by default the next one there")
     parser.add_argument("--folder", type=Path, default=pretrained.FOLDER, help="default: %(default)s")
     parser.set_defaults(command=_export)
 

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 import keras_bn
 from keras_bn import exporting
 from keras_bn_cli import main
+from keras_bn_cli.files import written_whole
 
 ROOT = Path(keras_bn.__file__).parent.parent
 
@@ -159,3 +160,14 @@ def test_who_interrupts_before_the_command_has_begun_is_told_so_in_a_line():
     """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "Error: Interrupted.\n")
+
+
+def test_two_who_write_to_one_file_do_not_write_into_each_other(tmp_path):
+    path = tmp_path / "new.txt"
+    with written_whole(path, overwrite=True) as slow:
+        slow.write_text("slow")
+        with written_whole(path, overwrite=True) as fast:
+            fast.write_text("fast")
+        assert path.read_text() == "fast"
+    assert path.read_text() == "slow"
+    assert [one.name for one in tmp_path.iterdir()] == ["new.txt"]

@@ -1,10 +1,12 @@
 """recalibrate(): the statistics of the whole population, and a model that is never left half changed."""
 
+import io
 import itertools
 import json
 import os
 import re
 import signal
+import sys
 import time
 
 import keras
@@ -619,3 +621,33 @@ def test_a_negative_variance_is_a_finding_of_its_own():
     model = keras.Sequential([keras.Input((2,)), keras_bn.BatchNormalization(name="norm")])
     model.layers[0].moving_variance.assign([-1.0, 1.0])
     assert keras_bn.health(model).findings == ["norm: 1 channels have a moving variance below 0; recalibrate."]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("verbose", "stream", "bar", "line"),
+    [
+        ("auto", io.StringIO, False, True),
+        ("auto", Terminal, True, False),
+        (1, io.StringIO, True, False),
+        (2, Terminal, False, True),
+        (0, Terminal, False, False),
+    ],
+)
+def test_a_bar_is_drawn_where_someone_looks_on_and_else_a_line_is_written(verbose, stream, bar, line, monkeypatch):
+    monkeypatch.delenv("PYCHARM_HOSTED", raising=False)
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+    printed = stream()
+    monkeypatch.setattr("sys.stdout", printed)
+    keras_bn.measure(four_layer_cnn(), pictures(), batch_size=16, verbose=verbose)
+    assert ("\r" in printed.getvalue()) == bar
+    lines = printed.getvalue().splitlines()
+    if line:
+        assert len(lines) == 1
+        assert re.match(r"(\d+)/\1 - ", lines[0])
+    if verbose == 0:
+        assert lines == []

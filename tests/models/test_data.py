@@ -1,6 +1,8 @@
 """Where the images come from, what they must look like, and the order in which training sees them."""
 
 import gzip
+import importlib
+import subprocess
 
 import keras
 import numpy as np
@@ -165,3 +167,29 @@ def test_augmentation_has_a_seed_of_its_own_in_every_batch_and_the_same_one_when
 def test_a_batch_size_that_does_not_fit_is_refused(batch_size):
     with pytest.raises(ValueError, match=rf"`batch_size` must be in \[1, 10\].* Received: {batch_size}"):
         data.training_batches(np.zeros((10, 28, 28, 1)), np.zeros(10), batch_size, seed=0)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "models.train",
+        "models.train --strategy mirrored",
+        "models.train --strategy workers --local_workers 2",
+        "models.experiments.__main__ drift --quick",
+        "models.pretrained.__main__ evaluate",
+        "models.pretrained.__main__ make run",
+    ],
+)
+def test_commands_look_at_their_data_before_all_that_takes_long(command, tmp_path, monkeypatch, capsys):
+    module, *flags = command.split()
+    program = importlib.import_module(module)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(program, "start_tensorflow", lambda: pytest.fail("work has begun"))
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("workers have been started"))
+    np.savez("few.npz", x_train=np.zeros((2, 28, 28), np.uint8))
+    for given, said in {"nowhere": "must be a folder or an .npz file", "few.npz": "Missing: x_test, y_test"}.items():
+        with pytest.raises(SystemExit) as ended:
+            program.main([*flags, "--data", given])
+        assert ended.value.code == 1
+        assert said in capsys.readouterr().err.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["few.npz"]

@@ -43,7 +43,17 @@ def test_each_worker_gets_its_place_in_one_cluster(run, tmp_path):
     assert [config["task"] for config in configs] == [{"type": "worker", "index": index} for index in range(3)]
     assert all(config["cluster"] == configs[0]["cluster"] for config in configs)
     assert len(set(configs[0]["cluster"]["worker"])) == 3
+
+
+def test_what_workers_print_is_kept_and_named_where_one_fails_and_gone_where_all_are_through(run, tmp_path, capfd):
+    body = "print('of', index, flush=True)\nif index == 0: sys.exit(1)\ntime.sleep(60)"
+    assert run(body, 3) == 1
+    assert f"Worker 0, the chief, ended with 1. What the others said is in {tmp_path}/worker_*.log" in (
+        capfd.readouterr().err
+    )
     assert (tmp_path / "worker_2.log").read_text() == "of 2\n"
+    assert run("print('of', index)", 3) == 0
+    assert list(tmp_path.glob("*.log")) == []
 
 
 def test_a_mistake_ends_all_and_is_not_tried_again(run, tmp_path, capfd):
@@ -77,22 +87,85 @@ def test_who_was_killed_is_named_and_not_who_lost_another():
     assert local_workers._culprit([None, 138]) == (1, 138)
 
 
-def test_no_worker_is_left_when_the_command_is_stopped(tmp_path):
-    body = PROGRAM + "(folder / f'pid_{index}').write_text(str(os.getpid())); time.sleep(60)"
+def _alive(process):
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    # Who has ended and was not waited for yet is there, too.
+    return subprocess.run(["ps", "-o", "stat=", "-p", str(process)], capture_output=True, text=True).stdout[:1] != "Z"
+
+
+def _wait_until(is_so, command, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert command.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def stubborn(tmp_path):
+    """A command whose two workers take no notice of Ctrl-C, and their process ids."""
+    body = "\n    ".join(
+        [
+            PROGRAM + "import signal",
+            "from models import local_workers",
+            "local_workers.end_with_launcher()",
+            "signal.signal(signal.SIGINT, signal.SIG_IGN)",
+            "(folder / f'pid_{index}').write_text(str(os.getpid()))",
+            "time.sleep(600)",
+        ]
+    )
     program = f"""if True:
         import pathlib, sys
         from models import local_workers
         local_workers.run([sys.executable, "-c", {body!r}, {str(tmp_path)!r}], 2, pathlib.Path({str(tmp_path)!r}))
     """
-    command = subprocess.Popen([sys.executable, "-c", program])
+    command = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
     paths = [tmp_path / f"pid_{index}" for index in range(2)]
-    deadline = time.monotonic() + 60
-    while not all(path.exists() and path.read_text() for path in paths):
-        assert command.poll() is None
+    _wait_until(lambda: all(path.exists() and path.read_text() for path in paths), command)
+    workers = [int(path.read_text()) for path in paths]
+    yield command, workers
+    command.kill()
+    for worker in workers:
+        if _alive(worker):
+            os.kill(worker, signal.SIGKILL)
+    command.communicate()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, -signal.SIGINT)])
+def test_no_worker_is_left_when_the_command_is_stopped(stubborn, number, code):
+    command, workers = stubborn
+    begin = time.monotonic()
+    command.send_signal(number)
+    assert command.wait(60) == code
+    assert time.monotonic() - begin < 4
+    for worker in workers:
+        with pytest.raises(ProcessLookupError):
+            os.kill(worker, 0)
+    assert "The 2 workers are being stopped." in command.stderr.read()
+
+
+def test_no_worker_is_left_when_the_command_is_killed(stubborn, tmp_path):
+    command, workers = stubborn
+    command.kill()
+    command.wait()
+    deadline = time.monotonic() + 10
+    while any(_alive(worker) for worker in workers):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    command.send_signal(signal.SIGTERM)
-    assert command.wait(60) == 128 + signal.SIGTERM
-    for path in paths:
-        with pytest.raises(ProcessLookupError):
-            os.kill(int(path.read_text()), 0)
+    assert "Who started this worker is gone." in (tmp_path / "worker_1.log").read_text()
+
+
+def test_who_starts_the_same_command_meanwhile_is_refused(stubborn, tmp_path):
+    command, _ = stubborn
+    holder = rf"Received: {tmp_path}, where process {command.pid} on .* choose another `--output`"
+    with pytest.raises(ValueError, match=holder):
+        local_workers.run([sys.executable, "-c", "pass"], 2, tmp_path, restart=True)
+
+
+def test_the_same_command_goes_on_at_once_after_it_was_killed(stubborn, tmp_path):
+    command, _ = stubborn
+    command.kill()
+    assert local_workers.run([sys.executable, "-c", "pass"], 2, tmp_path) == 0

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
@@ -131,6 +132,9 @@ def test_more_images_than_there_are_is_refused(images, tmp_path):
     [
         ({"epochs": 0}, r"`epochs` must be at least 1\. Received: epochs=0"),
         ({"label_smoothing": 1.0}, r"`label_smoothing` must be in \[0, 1\)\. Received: label_smoothing=1.0"),
+        ({"learning_rate": 0.0}, r"`learning_rate` must be finite and above 0\. Received: learning_rate=0.0"),
+        ({"learning_rate": -1e-3}, r"`learning_rate` must be finite and above 0\. Received: learning_rate=-0.001"),
+        ({"weight_decay": -0.1}, r"`weight_decay` must be finite and at least 0\. Received: weight_decay=-0.1"),
         ({"network": "alexnet"}, "`network` must be one of fashion_cnn, resnet, sigmoid_mlp"),
         ({"erase": 4}, "`erase` needs `augment`"),
     ],
@@ -138,6 +142,16 @@ def test_more_images_than_there_are_is_refused(images, tmp_path):
 def test_settings_out_of_range_are_refused(setting, message):
     with pytest.raises(ValueError, match=message):
         Settings(**setting)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Settings) if field.type is float])
+def test_a_setting_that_is_not_finite_is_refused_before_anything_is_begun(name, value, monkeypatch, capsys):
+    monkeypatch.setattr(train, "start_tensorflow", lambda: pytest.fail("work has begun"))
+    with pytest.raises(SystemExit) as ended:
+        train.main([f"--{name}={value}"])
+    assert ended.value.code == 2
+    assert re.search(rf"error: `{name}` must be .*\. Received: {name}={value}$", capsys.readouterr().err.strip())
 
 
 def test_accuracy_counts_the_most_probable_class(images):

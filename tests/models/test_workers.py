@@ -1,7 +1,9 @@
 """Training by several replicas and worker processes: the weights of one process, whoever dies in the middle."""
 
 import csv
+import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -71,11 +73,17 @@ def _check_uneven(folder, count, model):
             np.testing.assert_array_equal(ours, theirs)
 
 
+def _check_stopped(folder, count):
+    """All, where the chief alone would have had it so."""
+    assert [(folder / f"epochs_{index}").read_text() for index in range(count)] == ["2"] * count
+
+
 @pytest.mark.parametrize("of_one", ["mlp"], indirect=True)
 def test_replicas_of_one_process_train_as_one(of_one, uneven_of_one, tmp_path):
     worker_processes.run(PROGRAM, 1, tmp_path, of_one[0])
     _check_run(tmp_path, of_one)
     _check_uneven(tmp_path, 1, uneven_of_one)
+    _check_stopped(tmp_path, 1)
 
 
 class StopInTheSecondEpoch(keras.callbacks.Callback):
@@ -100,12 +108,12 @@ def test_two_workers_of_whom_one_is_killed_and_comes_back_train_as_one(of_one, u
     _run(tmp_path, 2, of_one[0], "1")
     _check_run(tmp_path, of_one)
     _check_uneven(tmp_path, 2, uneven_of_one)
+    _check_stopped(tmp_path, 2)
     printed = capfd.readouterr()
     assert "Worker 1 was ended by SIGKILL" in printed.err
     assert "Going on after epoch 1/3" in printed.out
     # One bar, the chief's: a line an epoch where it is not a terminal.
     assert printed.out.count("Epoch 3/3") == 1
-    assert "Epoch" not in (tmp_path / "worker_1.log").read_text()
 
 
 @pytest.mark.slow
@@ -115,6 +123,8 @@ def test_workers_that_are_started_again_one_by_one_after_their_chief_was_killed_
     codes = worker_processes.run_as_pods(PROGRAM, 2, tmp_path, of_one[0], "0")
     assert codes == [[128 + signal.SIGKILL, 0], [local_workers.TRY_AGAIN, 0]]
     _check_run(tmp_path, of_one)
+    assert "Epoch 3/3" in (tmp_path / "worker_0.log").read_text()
+    assert "Epoch" not in (tmp_path / "worker_1.log").read_text()
 
 
 @pytest.mark.slow
@@ -123,3 +133,26 @@ def test_three_workers_with_shares_of_different_sizes_train_as_one(of_one, uneve
     _run(tmp_path, 3, of_one[0])
     _check_run(tmp_path, of_one)
     _check_uneven(tmp_path, 3, uneven_of_one)
+
+
+@pytest.mark.slow
+def test_a_worker_ends_by_sigterm_as_any_process_does(tmp_path):
+    program = tmp_path / "idle.py"
+    program.write_text(
+        "import time\nfrom models import distributed\n"
+        "with distributed.workers():\n    print('there', flush=True)\n    time.sleep(600)\n"
+    )
+    processes = []
+    for config in worker_processes.clusters(2):
+        environment = os.environ | {"TF_CONFIG": config, "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, program]
+        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+    try:
+        assert [process.stdout.readline() for process in processes] == ["there\n"] * 2
+        for process in processes:
+            process.terminate()
+        assert [process.wait(10) for process in processes] == [-signal.SIGTERM] * 2
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()

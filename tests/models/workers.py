@@ -68,6 +68,30 @@ def train_on_uneven_batches(strategy):
     return model
 
 
+class Stop(keras.callbacks.Callback):
+    """Counts the epochs, and where it is the chief's ends the training after the second."""
+
+    def __init__(self, chief):
+        super().__init__()
+        self.chief, self.epochs = chief, 0
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.epochs += 1
+        self.model.stop_training = self.chief and self.epochs == 2
+
+
+def epochs_until_the_chief_stops(strategy):
+    batches = uneven_batches()
+    spec = (tf.TensorSpec([None, 28, 28, 1]), tf.TensorSpec([None, 10], batches[0][1].dtype))
+    with strategy.scope():
+        model = uneven_model(synchronized=True)
+        model.optimizer.build(model.trainable_variables)
+    dataset = tf.data.Dataset.from_generator(lambda: iter(batches * 5), output_signature=spec)
+    stop = Stop(distributed.is_chief(strategy))
+    distributed.fit(strategy, model, dataset, epochs=range(5), steps=len(SIZES), callbacks=[stop])
+    return stop.epochs
+
+
 class DieOnce(keras.callbacks.Callback):
     """Is killed after the second batch of the second epoch, if it is the first time."""
 
@@ -93,3 +117,4 @@ if __name__ == "__main__":
         distributed.train(SETTINGS[kind], few(), folder / "run", strategy, callbacks=callbacks)
         uneven = train_on_uneven_batches(strategy)
         np.savez(folder / f"uneven_{index}.npz", *[variable.numpy() for variable in uneven.variables])
+        (folder / f"epochs_{index}").write_text(str(epochs_until_the_chief_stops(strategy)))

@@ -180,7 +180,9 @@ def test_who_interrupts_is_told_so_in_a_line(ask, monkeypatch: pytest.MonkeyPatc
     assert ask("1", code=130) == "error: Interrupted.\n"
 
 
-@pytest.mark.parametrize("arguments", [["--modl_name=x"], ["--timeout=0"], ["--model_version=one", "1"]])
+@pytest.mark.parametrize(
+    "arguments", [["--modl_name=x"], ["--timeout=0"], ["--timeout=1e300"], ["--model_version=one", "1"]]
+)
 def test_a_misspelled_command_line_is_one_line_and_code_2(ask, arguments: list[str]):
     assert arguments[0].split("=")[0] in ask(*arguments, code=2)
 

@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -282,6 +283,17 @@ def test_flags_of_tensorflow_serving_that_cannot_be_followed_are_refused_with_th
     with pytest.raises(flags.UsageError, match=re.escape(f"--{name}=other cannot be followed here: {way}.")):
         flags.parse([f"--{name}=other", "--model_base_path=/m"])
     assert flags.parse([f"--{name}={default}", "--model_base_path=/m"]).model_base_path == "/m"
+
+
+@pytest.mark.parametrize("name", ["file_system_poll_wait_seconds", "model_config_file_poll_wait_seconds"])
+def test_a_pause_that_no_thread_can_wait_is_refused(name: str):
+    for given in ("inf", "nan", "-1", "1e10"):
+        with pytest.raises(flags.UsageError, match=rf"must be a number, from 0 to \d+\. Received: '{given}'"):
+            flags.parse([f"--{name}={given}", "--model_base_path=/m"])
+    longest = getattr(flags.parse([f"--{name}={int(threading.TIMEOUT_MAX)}", "--model_base_path=/m"]), name)
+    event = threading.Event()
+    threading.Timer(0.01, event.set).start()
+    assert event.wait(longest)
 
 
 def test_the_parallelism_of_sessions_is_that_of_both_pools_where_they_say_nothing():

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -91,8 +92,9 @@ def _seconds(text: str) -> float:
         seconds = float(text)
     except ValueError:
         seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0. Received: {text!r}.")
+    longest = int(threading.TIMEOUT_MAX)
+    if not 0 < seconds <= longest:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, at most {longest}. Received: {text!r}.")
     return seconds
 
 

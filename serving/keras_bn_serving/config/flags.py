@@ -3,6 +3,7 @@
 import difflib
 import logging
 import re
+import threading
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -120,9 +121,9 @@ def _flags_of_models() -> list[click.Option]:
         _flag("model_base_path", str, "", "Folder of its numbered versions.", "FOLDER"),
         _flag("model_config_file", str, "", "ModelServerConfig as text proto, for several models; "
               "then --model_name and --model_base_path are ignored.", "FILE"),
-        _flag("model_config_file_poll_wait_seconds", _Number(float, 0), 0.0, "Reread it so often; 0 never.",
+        _flag("model_config_file_poll_wait_seconds", _PAUSE, 0.0, "Reread it so often; 0 never.",
               "SECONDS"),
-        _flag("file_system_poll_wait_seconds", _Number(float, 0), 1.0, "Look for versions so often; 0 once.",
+        _flag("file_system_poll_wait_seconds", _PAUSE, 1.0, "Look for versions so often; 0 once.",
               "SECONDS"),
         _flag("wait_for_models", _BOOLEAN, True,
               "Wait for base paths and versions that are not there yet; false gives up instead.", "BOOL"),
@@ -234,6 +235,8 @@ def _hosts(text: str) -> tuple[str, ...] | None:
     return names if names and all(_HOST.fullmatch(name) for name in names) else None
 
 
+# As long as a thread can wait, of seconds.
+_PAUSE = _Number(float, 0, int(threading.TIMEOUT_MAX))
 _BOOLEAN = _Words("bool", lambda text: True if text in _TRUE else False if text in _FALSE else None, "true or false")
 _PORT = _Words("port", _port, "a whole number, from 0 to 65535, where 0 is none, or auto")
 _HOSTS = _Words("hosts", _hosts, "host names or addresses without scheme and port, with commas between them, or *")

@@ -234,3 +234,13 @@ def test_redrawing_needs_no_training_and_writes_the_same_files(committed):
         assert (output / path.name).read_text() == path.read_text()
     drawn = [path.name for path in (ROOT / "docs" / "experiments").glob("*.png")]
     assert sorted(path.name for path in output.glob("*.png")) == sorted(drawn)
+
+
+def test_where_stderr_is_no_terminal_each_tenth_is_a_line_and_nothing_is_redrawn(capsys):
+    with command._bar(30) as bar:
+        bar.set_description("drift, seed 0")
+        for _ in range(300):
+            bar.update(0.1)
+    said = capsys.readouterr().err
+    assert "\r" not in said
+    assert [line.split(",")[1] for line in said.splitlines()] == [f" seed 0: {10 * n} %" for n in range(1, 11)]
