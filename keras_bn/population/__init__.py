@@ -12,10 +12,10 @@ from keras_bn.model import check_model, required_batch_norms, set_statistics, st
 from keras_bn.population.accumulator import METHODS
 from keras_bn.population.batches import Batches
 from keras_bn.population.measurement import measure_as_it_stands, measure_joint, measure_repeated, measure_sequential
+from keras_bn.population.moments import Moments
 from keras_bn.population.report import RecalibratedLayer, Recalibration
 from keras_bn.population.workers import Workers
 from keras_bn.state import variables_restored
-from keras_bn.statistics import Moments
 
 ORDERS = ("sequential", "joint")
 VERBOSE = (0, 1, 2, "auto")
@@ -136,8 +136,8 @@ def measure(
 
     in float64, per channel. Moments of parts of the data, wherever they were measured, merge exactly with `+`, go
     through JSON with `to_dict` (and back with `keras_bn.Moments(**parsed)`), and become moving statistics with
-    `apply_statistics`. One layer after the other, in the
-    order they are called, that is `recalibrate` over data that is in several places:
+    `apply_statistics`. One layer after the other, in the order they are called, that is `recalibrate` over data that is
+    in several places:
 
     ```python
     for name in keras_bn.measure(model, shards[0], steps=1):
@@ -168,7 +168,8 @@ def measure(
     arguments.choice("verbose", verbose, VERBOSE)
     norms, targets = chosen(model, layers)
     with variables_restored(model):
-        return measure_as_it_stands(model, norms, targets, Batches(data, steps, batch_size).settled(model), verbose)
+        parts = measure_as_it_stands(model, norms, targets, Batches(data, steps, batch_size).settled(model), verbose)
+    return {name: Moments(*part) for name, part in parts.items()}
 
 
 def apply_statistics(model: keras.Model, *measured: Mapping[str, Moments]) -> None:
@@ -182,8 +183,8 @@ def apply_statistics(model: keras.Model, *measured: Mapping[str, Moments]) -> No
 
     Raises:
         TypeError: when `model` is no Keras model, or something measured is not a mapping of `keras_bn.Moments`.
-        ValueError: when the model has no layer of such a name with as many channels, nothing was measured or counted,
-            or what is given are no moments.
+        ValueError: when the model has no layer of such a name with as many channels, or nothing was measured or
+            counted.
     """
     check_model(model, built=True)
     norms = required_batch_norms(model)
@@ -204,24 +205,19 @@ def apply_statistics(model: keras.Model, *measured: Mapping[str, Moments]) -> No
         for name, moments in part.items():
             together[name] = together[name] + moments if name in together else moments
     for name, moments in together.items():
-        if (
-            name not in norms
-            or np.shape(moments.mean) != tuple(norms[name].moving_mean.shape)
-            or np.shape(moments.m2) != np.shape(moments.mean)
-        ):
+        if name not in norms or moments.mean.shape != tuple(norms[name].moving_mean.shape):
             known = {name: tuple(layer.moving_mean.shape) for name, layer in norms.items()}
             raise ValueError(
                 f"`measured` must be of the normalizations of the model, {known}. "
-                f"Received: {name!r} of shape {np.shape(moments.mean)}."
+                f"Received: {name!r} of shape {moments.mean.shape}."
             )
-        count, mean, m2 = (np.asarray(value, "float64") for value in moments[:3])
-        if not (np.all(count > 0) and np.all(np.isfinite(mean)) and np.all((m2 >= 0) & np.isfinite(m2))):
+        if not np.all(np.asarray(moments.count) > 0):
             raise ValueError(
-                "`measured` must be finite, of values that count, with `m2` not negative. "
-                f"Received: {name!r} with count {moments.count}, mean {moments.mean} and m2 {moments.m2}."
+                "`measured` must be of values that count, in every channel. "
+                f"Received: {name!r} with count {moments.count}."
             )
     for name, moments in together.items():
-        set_statistics(norms[name], moments.mean, np.asarray(moments.variance))
+        set_statistics(norms[name], moments.mean, moments.variance)
 
 
 def chosen(model: keras.Model, layers: Any) -> tuple[dict[str, keras.layers.BatchNormalization], list[str]]:

@@ -520,8 +520,37 @@ def test_moments_of_parts_merged_in_any_place_are_those_of_the_whole_and_survive
         np.testing.assert_allclose(merged.variance, whole.channels(whole.biased_variance), rtol=1e-9)
     with pytest.raises(ValueError, match=r"as many channels.*\(3,\) and \(2,\)"):
         sent[0] + keras_bn.Moments(1.0, np.zeros(2), np.zeros(2))
-    with pytest.raises(TypeError):
-        sent[0] + (1.0,)
+    for other in ((1.0,), 1.0, None, np.zeros(3)[0]):
+        with pytest.raises(TypeError, match=r"Moments can be added to Moments only.*Received: .* of type"):
+            sent[0] + other
+    for other in ((1.0,), 0, None):
+        with pytest.raises(TypeError, match=r"Moments can be added to Moments only.*Received: .* of type"):
+            other + sent[0]
+
+
+@pytest.mark.parametrize("given", [lambda values: values, np.array, tf.constant, lambda values: np.float32(values)])
+def test_moments_are_float64_before_and_behind_json_to_the_last_bit(given):
+    moments = keras_bn.Moments(7, given([1, 2, 3]), given([1.0, 2.0, 0.1]))
+    behind = keras_bn.Moments(**json.loads(json.dumps(moments.to_dict())))
+    for one, other in zip((*moments, moments.variance), (*behind, behind.variance), strict=True):
+        np.testing.assert_array_equal(one, other, strict=True)
+        assert np.asarray(one).dtype == "float64"
+    np.testing.assert_array_equal(moments.variance, np.asarray(given([1.0, 2.0, 0.1]), "float64") / 7)
+
+
+def test_measured_moments_are_float64_before_and_behind_json_to_the_last_bit():
+    model = four_layer_cnn()
+    for moments in keras_bn.measure(model, pictures(8), verbose=0).values():
+        behind = keras_bn.Moments(**json.loads(json.dumps(moments.to_dict())))
+        np.testing.assert_array_equal(moments.variance, behind.variance, strict=True)
+        assert behind.variance.dtype == "float64"
+
+
+def test_moments_do_not_follow_the_arrays_they_were_made_of():
+    mean = np.ones(3)
+    moments = keras_bn.Moments(1.0, mean, np.zeros(3))
+    mean[0] = np.nan
+    np.testing.assert_array_equal(moments.mean, np.ones(3))
 
 
 def test_layer_by_layer_shards_that_were_measured_apart_are_recalibrated_as_one():
@@ -547,7 +576,6 @@ def test_layer_by_layer_shards_that_were_measured_apart_are_recalibrated_as_one(
         ({"nobody": keras_bn.Moments(1.0, np.zeros(4), np.zeros(4))}, ValueError, "Received: 'nobody' of shape (4,)"),
         ({"bn": keras_bn.Moments(1.0, np.zeros(3), np.zeros(3))}, ValueError, "Received: 'bn' of shape (3,)"),
         ({"bn": keras_bn.Moments(0.0, np.zeros(4), np.zeros(4))}, ValueError, "Received: 'bn' with count 0.0"),
-        ({"bn": keras_bn.Moments(1.0, np.full(4, np.nan), np.zeros(4))}, ValueError, "mean [nan nan nan nan]"),
         ({"bn": (1.0, np.zeros(4), np.zeros(4))}, TypeError, "as `keras_bn.measure` returns"),
         ([1.0], TypeError, "Received: [1.0]"),
         ({}, ValueError, "the moments of a normalization at least"),
@@ -594,14 +622,45 @@ def test_sample_weights_that_are_none_are_named(weights):
             take(model, (x, np.zeros(4), np.array(weights)), verbose=0)
 
 
-@pytest.mark.parametrize("spoilt", [{"m2": [-5.0, 1.0]}, {"m2": [1.0]}, {"count": -1.0}, {"mean": [np.nan, 0.0]}, None])
-def test_moments_that_are_none_are_refused(spoilt):
+@pytest.mark.parametrize(
+    ("spoilt", "error", "text"),
+    [
+        ({"m2": [-5.0, 1.0]}, ValueError, "`m2` must not be negative. Received: m2=[-5.0, 1.0]."),
+        ({"m2": [1.0]}, ValueError, "`m2` must have the shape of `mean`, (2,). Received: m2 of shape (1,)."),
+        ({"m2": [np.inf, 1.0]}, ValueError, "`m2` must be finite. Received: m2=[inf, 1.0]."),
+        ({"mean": [np.nan, 0.0]}, ValueError, "`mean` must be finite. Received: mean=[nan, 0.0]."),
+        ({"mean": 1.0}, ValueError, "`mean` must have a number for each channel, one at least. Received: mean of sh"),
+        ({"mean": [None, 1.0]}, TypeError, "`mean` must be real numbers, of one shape. Received: mean=[None, 1.0] of"),
+        ({"mean": [[1.0], [1.0, 2.0]]}, TypeError, "`mean` must be real numbers, of one shape."),
+        ({"count": -1.0}, ValueError, "`count` must not be negative. Received: count=-1.0."),
+        ({"count": np.nan}, ValueError, "`count` must be finite. Received: count=nan."),
+        ({"count": "1 value"}, TypeError, "`count` must be real numbers, of one shape. Received: count='1 value' of"),
+        ({"count": [1.0, 2.0, 3.0]}, ValueError, "broadcasts to that of `mean`, (2,). Received: count of shape (3,)."),
+        ({"unit": [[1.0, 1.0]]}, ValueError, "broadcasts to that of `mean`, (2,). Received: unit of shape (1, 2)."),
+    ],
+)
+def test_moments_that_are_none_are_refused_where_they_are_made(spoilt, error, text):
     inputs = keras.Input((2,))
     model = keras.Model(inputs, keras_bn.BatchNormalization(name="norm")(inputs))
-    measured = keras_bn.measure(model, np.random.default_rng(0).normal(size=(8, 2)).astype("float32"), verbose=0)
-    parts = [] if spoilt is None else [{"norm": keras_bn.Moments(**{**measured["norm"].to_dict(), **spoilt})}]
-    with pytest.raises(ValueError, match="`measured` must be"):
-        keras_bn.apply_statistics(model, *parts)
+    moments = keras_bn.measure(model, np.random.default_rng(0).normal(size=(8, 2)).astype("float32"), verbose=0)["norm"]
+    with pytest.raises(error, match=re.escape(text)):
+        keras_bn.Moments(**{**moments.to_dict(), **spoilt})
+    with pytest.raises(error, match=re.escape(text)):
+        moments._replace(**spoilt)
+    assert keras_bn.Moments(**moments.to_dict())._fields == ("count", "mean", "m2", "unit")
+
+
+def test_moments_of_no_values_may_be_merged_and_count_nothing():
+    none, one = keras_bn.Moments(0, [5.0], [0.0]), keras_bn.Moments(2, [1.0], [4.0])
+    np.testing.assert_array_equal(none.variance, [0.0])
+    for field, expected in zip(none + one, one, strict=True):
+        np.testing.assert_array_equal(field, np.broadcast_to(expected, (1,)))
+
+
+def test_nothing_measured_is_refused():
+    model = keras.Sequential([keras.Input((2,)), keras_bn.BatchNormalization()])
+    with pytest.raises(ValueError, match=r"`measured` must be what `keras_bn.measure` returned, once at least"):
+        keras_bn.apply_statistics(model)
 
 
 def test_weights_that_diverged_are_named_and_not_the_data():
