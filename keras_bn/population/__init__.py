@@ -16,6 +16,7 @@ from keras_bn.population.moments import Moments
 from keras_bn.population.report import RecalibratedLayer, Recalibration
 from keras_bn.population.workers import Workers
 from keras_bn.state import variables_restored
+from keras_bn.warning import warn
 
 ORDERS = ("sequential", "joint")
 VERBOSE = (0, 1, 2, "auto")
@@ -44,8 +45,10 @@ def recalibrate(
     moving_mean = mean_b(mean_b), moving_variance = mean_b(sum((x - mean_b)**2) / (m_b - 1)) (unbiased, per batch)
 
     `"sequential"` measures each layer while those before it already normalize with population statistics, which is
-    exact for inference; it goes through the data once for each normalization, each time only as far as that layer.
-    `"joint"` goes through the data once, each layer fed by predecessors that normalize with batch statistics.
+    exact for inference; it goes through the data once for each of n normalizations, each time only as far as that
+    layer: about n / 2 forward passes. `"joint"` goes through the data once, each layer fed by predecessors that
+    normalize with batch statistics: one forward pass. Where sequential takes too long, fewer batches do (`steps`,
+    `tolerance`).
     All other layers (dropout, augmentation) run in inference mode, frozen normalizations are measured like the others.
     A layer that is called several times gets the statistics of all its calls; where one of them feeds another no order
     is exact, and the report says how far off it is.
@@ -73,7 +76,8 @@ def recalibrate(
             Default: all.
         tolerance: for batches of shuffled data: a layer is measured until the standard error of its mean, in standard
             deviations, and that of its variance, relative, are below this in every channel, estimated from ten batches
-            or more as draws of the population. Default: all batches.
+            or more as draws of the population. Where the data end before, the statistics are those of all of it, and
+            the report and a warning say so. Default: all batches.
         batch_size: for arrays.
         verbose: 0 for no progress bar.
 
@@ -105,20 +109,34 @@ def recalibrate(
         for name, population in new.items():
             set_statistics(norms[name], population.mean, population.variance)
         seen = measure_repeated(model, norms, targets, batches, verbose) if order == "sequential" else {}
-    return Recalibration(
-        method=method,
-        order=order,
-        layers=[
-            RecalibratedLayer(name, *population, *old[name], norms[name].epsilon) for name, population in new.items()
-        ],
-        not_called=[name for name in targets if name not in new],
-        unsettled={
-            name: plain(summary(distance(one.mean, one.variance, *statistics_of(norms[name]), norms[name].epsilon)))[
-                "kl"
-            ]
-            for name, one in seen.items()
-        },
-    )
+        report = Recalibration(
+            method=method,
+            order=order,
+            layers=[
+                RecalibratedLayer(
+                    name,
+                    *population[:3],
+                    *old[name],
+                    norms[name].epsilon,
+                    *((None, None) if tolerance is None else population[3:]),
+                )
+                for name, population in new.items()
+            ],
+            not_called=[name for name in targets if name not in new],
+            unsettled={
+                name: plain(
+                    summary(distance(one.mean, one.variance, *statistics_of(norms[name]), norms[name].epsilon))
+                )["kl"]
+                for name, one in seen.items()
+            },
+            tolerance=tolerance,
+        )
+        if report.short_of_tolerance:
+            warn(
+                f"`tolerance` was not reached. {report.shortfall()} Give more batches of shuffled data, or a larger "
+                "tolerance; with None all batches are taken and nothing is asked of them."
+            )
+    return report
 
 
 def measure(

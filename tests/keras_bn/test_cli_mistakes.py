@@ -29,6 +29,7 @@ WRONG_OPTIONS = {
         *(["--method", "poled"], ["--order", "last"], ["--batch-size", "x"], ["--divide-by", "0"]),
         *(["--batch-size", "1.5"], ["--batch-size", "1e3"], ["--divide-by", ""], ["--divide-by", "True"]),
         *(["--method", "1"], ["--order", ""], ["--overwrite=yes"], ["--array", "x"], ["-o", "there.keras"]),
+        *(["--steps", "0"], ["--steps", "x"], ["--tolerance", "0"], ["--tolerance", "nan"], ["--layers", "x"]),
     ),
     "fold": (
         *(["--tolerance", "-1"], ["--tolerance", "nan"], ["--tolerance", "1e-30"], ["--tolerance", "true"]),

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import time
+import warnings
 
 import keras
 import numpy as np
@@ -459,6 +460,26 @@ def test_the_progress_bar_counts_passes_times_batches(capsys):
     assert "12/12" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("data", ["generator", "unknown length"])
+def test_the_progress_bar_tells_the_remaining_time_from_the_second_pass_on(data, capsys, monkeypatch):
+    monkeypatch.setattr(keras.utils.Progbar.__init__, "__defaults__", (20, 1, 0.0, None, None, "step"))
+    x = pictures(12)
+    batches = tf.data.Dataset.from_tensor_slices(x).batch(4).filter(lambda part: True)
+    keras_bn.recalibrate(four_layer_cnn(), (x[i : i + 4] for i in (0, 4, 8)) if data == "generator" else batches)
+    shown = re.sub(r"\x1b\[\d+m", "", capsys.readouterr().out)
+    assert shown.count("3/Unknown") == 1
+    assert all(f"{done:2}/12" in shown for done in range(3, 13))
+    assert shown.endswith("\n")
+    assert shown.count("\n") == 1
+
+
+def test_the_progress_bar_is_whole_where_a_tolerance_ends_each_pass(capsys):
+    keras_bn.recalibrate(four_layer_cnn(), pictures(120), batch_size=4, tolerance=100.0)
+    shown = re.sub(r"\x1b\[\d+m", "", capsys.readouterr().out)
+    assert "120/120" in shown
+    assert shown.count("\n") == 1
+
+
 def test_wrong_arguments_are_named():
     model = four_layer_cnn()
     with pytest.raises(ValueError, match=r"`method` must be one of 'pooled', 'algorithm2'. Received: method='mean'."):
@@ -505,6 +526,60 @@ def test_measuring_stops_where_the_standard_error_is_small_enough(order):
     assert 500 <= layer.count <= 1500
     (layer,) = keras_bn.recalibrate(model, x, tolerance=10.0, batch_size=50, order=order, verbose=0).layers
     assert layer.count == 500
+
+
+def _noise(count, **options):
+    """The report on values of N(3, 2), whose standard errors are 1 / sqrt(count) and sqrt(2 / count)."""
+    x = np.random.default_rng(0).normal(3, 2, (count, 4)).astype("float32")
+    inputs = keras.Input((4,))
+    norm = keras_bn.BatchNormalization(name="first")(inputs)
+    model = keras.Model(inputs, keras_bn.BatchNormalization(name="second")(norm))
+    return keras_bn.recalibrate(model, x, batch_size=50, verbose=0, **options)
+
+
+@pytest.mark.parametrize("order", ["sequential", "joint"])
+def test_data_that_end_before_the_tolerance_is_reached_are_told_of(order):
+    with pytest.warns(UserWarning, match=r"`tolerance` was not reached.*below 0.01.*first 0.0\d+ after 40") as warned:
+        report = _noise(2_000, tolerance=0.01, order=order)
+    assert [warning.filename for warning in warned] == [__file__]
+    # In joint order the second is fed what its batch has normalized: each of mean 0 and variance 1.
+    short = ["first", "second"][: 1 if order == "joint" else 2]
+    assert report.short_of_tolerance == short
+    assert [layer.batches for layer in report.layers] == [40, 40]
+    for layer in report.layers[: len(short)]:
+        assert 0.02 < layer.standard_error < 0.05
+    assert "The data ended before the standard errors were below 0.01" in str(report)
+    sent = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert (sent["tolerance"], sent["short_of_tolerance"]) == (0.01, short)
+    assert sent["layers"][0]["standard_error"] == report.layers[0].standard_error
+
+
+@pytest.mark.parametrize("count", [50, 200])
+def test_of_few_batches_no_tolerance_is_known_to_be_reached(count):
+    with pytest.warns(UserWarning, match=f"takes 10 batches at least: .* after {count // 50}"):
+        report = _noise(count, tolerance=100.0)
+    assert report.short_of_tolerance == ["first", "second"]
+    json.dumps(report.to_dict(), allow_nan=False)
+
+
+def test_a_tolerance_that_is_reached_or_not_asked_for_is_no_matter_for_a_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reached, unasked = _noise(20_000, tolerance=0.05), _noise(100)
+    assert reached.short_of_tolerance == unasked.short_of_tolerance == []
+    assert all(layer.standard_error < 0.05 for layer in reached.layers)
+    assert [layer.standard_error for layer in unasked.layers] == [None, None]
+    assert "standard error" not in f"{reached}{unasked}"
+
+
+def test_a_warning_that_is_an_error_leaves_the_model_as_it_was():
+    model = four_layer_cnn()
+    before = snapshot(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match=r"`tolerance` was not reached.*, and 1 more"):
+            keras_bn.recalibrate(model, pictures(8), tolerance=0.01, verbose=0)
+    assert snapshot(model) == before
 
 
 def test_moments_of_parts_merged_in_any_place_are_those_of_the_whole_and_survive_json():
