@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_bn.examples import as_arrays, computing_with, reason
+from keras_bn.examples import as_arrays, computing_with, reason, rows_not_finite
 from keras_bn.inference import inference_mode
 from keras_bn.model import default_tolerance, input_structure, layers_below
 from keras_bn.state import variables_restored
@@ -197,7 +197,9 @@ def _computing_in_float64(model: keras.Model) -> Iterator[bool]:
             layer.dtype_policy = policy
 
 
-def errors_between(model: keras.Model, other: keras.Model, batches: list[Any], argument: str = "check") -> Errors:
+def errors_between(
+    model: keras.Model, other: keras.Model, batches: list[Any], argument: str = "check"
+) -> tuple[Errors, int]:
     """The largest over all batches, both models in inference mode; `other` counts relative to `model`.
 
     Args:
@@ -205,15 +207,20 @@ def errors_between(model: keras.Model, other: keras.Model, batches: list[Any], a
         batches: of inputs.
         argument: where a person gave them, or could.
 
+    Returns:
+        The errors, and of how many examples `model` made numbers that are not finite, which prove nothing.
+
     Raises:
-        ValueError: when `model` cannot compute with them, or gives nothing finite to compare with.
+        ValueError: when `model` cannot compute with them, gives nothing finite to compare with, or an example is not
+            finite.
     """
-    errors, finite = [], False
+    errors, finite, not_finite = [], False, 0
     for inputs in batches:
         # Restored, since recurrent layers may keep a state.
         with variables_restored(model), variables_restored(other), inference_mode(model), inference_mode(other):
             with computing_with(argument, model):
                 expected = model(inputs, training=False)
+            not_finite += rows_not_finite(argument, inputs, expected)
             errors.append(largest_errors(expected, other(inputs, training=False)))
         finite = finite or any(
             np.any(np.isfinite(np.asarray(output).astype("float64"))) for output in keras.tree.flatten(expected)
@@ -223,7 +230,7 @@ def errors_between(model: keras.Model, other: keras.Model, batches: list[Any], a
             f"`{argument}` must be inputs for which the model gives finite numbers; of others nothing can be proved. "
             "Received: outputs of NaN and infinities only."
         )
-    return Errors(*np.max(errors, axis=0).tolist())
+    return Errors(*np.max(errors, axis=0).tolist()), not_finite
 
 
 def proof_batches(model: keras.Model, check: Any = None, argument: str = "check") -> list[Any]:

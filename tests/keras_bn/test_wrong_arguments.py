@@ -6,6 +6,7 @@ import itertools
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import keras_bn
 
@@ -263,6 +264,65 @@ def test_weights_below_0_or_not_finite_are_refused_where_they_are_seen(weights):
     mask = np.array(weights)
     with pytest.raises(ValueError, match=r"`mask` must be booleans, or numbers that are finite and not below 0"):
         keras_bn.BatchNormalization()(np.ones((3, 4), "float32"), training=True, mask=mask)
+
+
+def _log_model():
+    """Makes a NaN of an example with a negative sum, and finite numbers of a NaN in the last place."""
+    x = keras.Input((4,))
+    known = keras.layers.Lambda(
+        lambda v: tf.where(tf.math.is_nan(v) & [False, False, False, True], tf.zeros_like(v), v)
+    )(x)
+    y = keras_bn.BatchNormalization()(keras.layers.Dense(1, kernel_initializer="ones")(known))
+    return keras.Model(x, keras.layers.Lambda(lambda v: tf.math.log(v))(y))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_examples_that_are_not_finite_are_named_where_something_is_proved_on_them(value, tmp_path):
+    x = np.ones((8, 4), "float32")
+    x[[2, 5], 1] = value
+    ours, stock = _log_model(), keras_bn.revert(_log_model())
+    for argument, use in (
+        ("check", lambda: keras_bn.fold(ours, x)),
+        ("check", lambda: keras_bn.revert(ours, x)),
+        ("check", lambda: keras_bn.convert(stock, x)),
+        ("warmup", lambda: keras_bn.export(ours, tmp_path, warmup=x)),
+        ("warmup", lambda: keras_bn.export(ours, tmp_path, warmup=x, fold=False)),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"`{argument}` must be finite: .*example 2 \(.*\) with {value}, and 1 more such"
+        ):
+            use()
+
+
+def test_of_several_inputs_the_one_that_is_not_finite_is_named():
+    a, b = keras.Input((2,), name="a"), keras.Input((2,), name="b")
+    model = keras.Model([a, b], keras_bn.BatchNormalization()(keras.layers.Add()([a, b])))
+    x = np.ones((3, 2), "float32")
+    with pytest.raises(ValueError, match=r"example 1 \(counted from 0\) of input 1, counted from 0, with nan\."):
+        keras_bn.fold(model, [x, np.where(np.arange(3)[:, None] == 1, np.nan, x)])
+
+
+def test_finite_examples_of_which_the_model_makes_none_are_counted(tmp_path):
+    x = np.ones((8, 4), "float32")
+    x[[1, 2, 6]] = -1
+    model = _log_model()
+    report = keras_bn.fold(model, x).report
+    assert report.not_finite == report.to_dict()["not_finite"] == 3
+    assert "Of 3 examples the model made numbers that are not finite" in str(report)
+    for argument, use in (
+        ("check", lambda: keras_bn.revert(model, x)),
+        ("warmup", lambda: keras_bn.export(model, tmp_path, warmup=x)),
+    ):
+        with pytest.warns(UserWarning, match=f"`{argument}` should be examples of .* Received: 3 of which it does"):
+            use()
+
+
+def test_a_nan_that_the_model_takes_for_a_missing_value_may_be_given(tmp_path):
+    x = np.ones((8, 4), "float32")
+    x[:, 3] = np.nan
+    report = keras_bn.fold(_log_model(), x).report
+    assert report.not_finite == 0
+    assert "not finite" not in str(report)
 
 
 def test_labels_that_are_blank_are_refused_and_those_of_one_name_warned_of(tmp_path):
