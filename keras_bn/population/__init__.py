@@ -1,5 +1,6 @@
 """recalibrate(): the moving statistics become those of the whole population, exactly."""
 
+import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 from keras_bn import arguments
 from keras_bn.drift.figures import distance, plain, summary
 from keras_bn.model import check_model, required_batch_norms, set_statistics, statistics_of
+from keras_bn.names import listed
 from keras_bn.population.accumulator import METHODS
 from keras_bn.population.batches import Batches
 from keras_bn.population.measurement import measure_as_it_stands, measure_joint, measure_repeated, measure_sequential
@@ -224,9 +226,9 @@ def apply_statistics(model: keras.Model, *measured: Mapping[str, Moments]) -> No
             together[name] = together[name] + moments if name in together else moments
     for name, moments in together.items():
         if name not in norms or moments.mean.shape != tuple(norms[name].moving_mean.shape):
-            known = {name: tuple(layer.moving_mean.shape) for name, layer in norms.items()}
+            shape = f", which has shape {tuple(norms[name].moving_mean.shape)}" if name in norms else ""
             raise ValueError(
-                f"`measured` must be of the normalizations of the model, {known}. "
+                f"`measured` must be of the normalizations of the model, {listed(list(norms))}{shape}. "
                 f"Received: {name!r} of shape {moments.mean.shape}."
             )
         if not np.all(np.asarray(moments.count) > 0):
@@ -244,8 +246,11 @@ def chosen(model: keras.Model, layers: Any) -> tuple[dict[str, keras.layers.Batc
     arguments.names("layers", layers)
     if layers is None:
         return norms, list(norms)
-    if not set(layers) <= set(norms):
-        raise ValueError(f"`layers` must be a list of some of {list(norms)}. Received: layers={layers!r}.")
+    unknown = [name for name in layers if name not in norms]
+    if unknown:
+        likely = difflib.get_close_matches(unknown[0], norms, 3)
+        known = [*likely, *(name for name in norms if name not in likely)]
+        raise ValueError(f"`layers` must be a list of some of {listed(known)}. Received: layers={layers!r}.")
     return norms, list(layers)
 
 

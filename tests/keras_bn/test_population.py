@@ -685,6 +685,18 @@ def test_what_to_measure_is_checked(options, error, text):
         keras_bn.recalibrate(model, np.zeros((8, 4), "float32"), **options)
 
 
+def test_of_many_normalizations_the_likely_ones_are_named():
+    layers = [keras_bn.BatchNormalization(name=f"block{n}_norm") for n in range(30)]
+    model = keras.Sequential([keras.Input((3,)), *layers])
+    some = r"some of \['block17_norm', .*'\] and 25 more\. Received"
+    with pytest.raises(ValueError, match=some):
+        keras_bn.recalibrate(model, np.ones((4, 3)), layers=["blok17_norm"])
+    with pytest.raises(ValueError, match=r"'block4_norm'\] and 25 more\. Received: 'other' of shape \(3,\)\."):
+        keras_bn.apply_statistics(model, {"other": keras_bn.Moments(1.0, np.ones(3), np.ones(3))})
+    with pytest.raises(ValueError, match=r"which has shape \(3,\)\. Received: 'block9_norm' of shape \(2,\)\."):
+        keras_bn.apply_statistics(model, {"block9_norm": keras_bn.Moments(1.0, np.ones(2), np.ones(2))})
+
+
 @pytest.mark.parametrize(
     "weights", [[1.0, 1.0, 1.0, -1.0], [1.0, np.nan, 1.0, 1.0], [-1.0] * 4, [np.inf, 1.0, 1.0, 1.0]]
 )
