@@ -176,7 +176,7 @@ def fold(model: Model, data: Data | None, output: Path, overwrite: bool, toleran
 
 @main.command(short_help="The next version for TensorFlow Serving.")
 @takes_model(FILE)
-@click.argument("model_base_path", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("model_base_path", type=click.Path(path_type=Path))
 @click.option("--version", type=click.IntRange(min=0), help="Number of the version.  [default: the next]")
 @click.option("--fold/--no-fold", default=True, show_default=True, help="Absorb normalizations.")
 @click.option(
