@@ -47,13 +47,18 @@ class Tolerance:
 
     def __init__(self, model: keras.Model, given: float | None = None):
         self.value = default_tolerance(model) if given is None else given
-        self._model: keras.Model | None = model if given is None else None
+        self._model = model
+        self._left: list[Any] | None = None if given is None else []
 
     def allows(self, error: float, batches: list[Any]) -> bool:
-        """Whether a relative error that was found on `batches` of the model's inputs is small enough."""
-        if not error <= self.value and self._model is not None:
-            model, self._model = self._model, None
-            own = max(rounding_error(model, inputs) for inputs in batches)
+        """Whether a relative error that was found on `batches` of the model's inputs is small enough.
+
+        Of the batches of the first time that it was too large, only as many are measured as it takes.
+        """
+        if self._left is None and not error <= self.value:
+            self._left = list(batches)
+        while self._left and not error <= self.value:
+            own = rounding_error(self._model, self._left.pop(0))
             self.value = max(self.value, min(4 * own, _MOST_OF_ITS_OWN))
         return error <= self.value
 
@@ -250,21 +255,32 @@ def proof_batches(model: keras.Model, check: Any = None, argument: str = "check"
 
     structure = input_structure(model)
     is_free = any(None in list(leaf.shape)[1:] for leaf in keras.tree.flatten(structure))
-    asked: dict[Any, bool] = {}
+    refusals: dict[Any, Exception | None] = {}
 
     def run(inputs: Any) -> Any:
         with variables_restored(model), inference_mode(model):
             # Of fewer values than its kernel has, TensorFlow's convolution returns whatever is in memory.
             shapes = tuple(tuple(leaf.shape) for leaf in keras.tree.flatten(inputs))
-            if is_free and shapes not in asked:
-                specs = keras.tree.map_structure(tf.TensorSpec.from_tensor, inputs)
-                call = tf.function(lambda x: model(x, training=False), autograph=False)
-                asked[shapes] = leaves_nothing(call.get_concrete_function(specs).graph)
-            if asked.get(shapes):
-                raise ValueError(f"inputs of {' and '.join(map(str, shapes))} leave a layer no values")
+            if is_free and shapes not in refusals:
+                refusals[shapes] = _refusal(model, inputs)
+            refusal = refusals.get(shapes)
+            if refusal is not None:
+                raise refusal
             return model(inputs, training=False)
 
     return accepted_inputs(run, structure, argument)
+
+
+def _refusal(model: keras.Model, inputs: Any) -> Exception | None:
+    """What a model has against the sizes of `inputs`, whatever their numbers, as far as tracing tells."""
+    specs = keras.tree.map_structure(tf.TensorSpec.from_tensor, inputs)
+    call = tf.function(lambda x: model(x, training=False), autograph=False)
+    try:
+        graph = call.get_concrete_function(specs).graph
+    except Exception as error:  # Any: a model may raise what it likes.
+        return error
+    shapes = " and ".join(str(tuple(leaf.shape)) for leaf in keras.tree.flatten(inputs))
+    return ValueError(f"inputs of {shapes} leave a layer no values") if leaves_nothing(graph) else None
 
 
 def leaves_nothing(graph: tf.Graph) -> bool:
