@@ -44,7 +44,7 @@ class Accumulator:
         epsilon: the layer's.
 
     Attributes:
-        batches: how many were measured.
+        batches: how many were measured in this process.
     """
 
     def __init__(self, epsilon: float):
@@ -122,6 +122,7 @@ class Accumulator:
     def merged(self, arrays: Sequence[np.ndarray]) -> "Accumulator":
         """One of all batches behind `arrays`, which others gave by `to_array`."""
         result = Accumulator(self._epsilon)
+        result.batches = self.batches
         parts = [[tf.constant(row) for row in array] for array in arrays]
         result._pooled = merge([Moments(*part[:4]) for part in parts])
         result._means = merge([Moments(*part[4:8]) for part in parts])
