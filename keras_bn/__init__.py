@@ -12,7 +12,7 @@ from keras_bn.modes import freeze, unfreeze, use_statistics
 from keras_bn.ops import compiled
 from keras_bn.population import apply_statistics, measure, recalibrate
 from keras_bn.population.callback import Recalibrate
-from keras_bn.statistics import Moments
+from keras_bn.population.moments import Moments
 
 __all__ = [
     "BatchNormalization",

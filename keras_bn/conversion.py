@@ -9,6 +9,7 @@ import numpy as np
 
 from keras_bn import arguments
 from keras_bn.cloning import clone
+from keras_bn.examples import warn_of_rows
 from keras_bn.folding.proof import Tolerance, errors_between, proof_batches
 from keras_bn.layer import BatchNormalization
 from keras_bn.model import check_model, check_weights_finite, graph_of, set_statistics
@@ -178,7 +179,7 @@ def _proved(model: keras.Model, new: Any, check: Any) -> Any:
         return new
     batches, allowed = proof_batches(model, check), Tolerance(model)
     try:
-        errors = errors_between(model, new, batches)
+        errors, not_finite = errors_between(model, new, batches)
     except ValueError:
         # Nothing finite comes out of it: is it the inputs or the model?
         check_weights_finite(model)
@@ -188,6 +189,8 @@ def _proved(model: keras.Model, new: Any, check: Any) -> Any:
             "`model` must have layers that are what their configuration says; the copy of it computes something else. "
             f"Received: model={model.name!r}, relative error {errors.relative:.3g} (allowed: {allowed.value:g})."
         )
+    if check is not None:
+        warn_of_rows("check", not_finite)
     return new
 
 

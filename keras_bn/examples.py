@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bn.model import graph_of
+from keras_bn.warning import warn
 
 
 def as_arrays(argument: str, examples: Any, model: keras.Model | None = None, least: int = 1) -> Any:
@@ -90,6 +91,65 @@ def check_shapes(argument: str, examples: Any, model: keras.Model | None) -> Non
                 f"{'; what is not in batches gets into them by `.batch(...)`' if unbatched else ''}. "
                 f"Received: {tuple(sizes)}."
             )
+
+
+def rows_not_finite(argument: str, inputs: Any, outputs: Any) -> int:
+    """How many examples made a NaN or an infinity of finite inputs: of these nothing can be proved.
+
+    Args:
+        argument: what a person calls the examples.
+        inputs: a structure of arrays, the examples along the first axis.
+        outputs: what was made of them, likewise.
+
+    Raises:
+        ValueError: when an example is not finite itself, nor what was made of it; names it. What takes a NaN for a
+            missing value, and makes finite numbers of it, may have it.
+    """
+    made = _broken_rows(outputs)
+    for number, leaf in enumerate(keras.tree.flatten(inputs)):
+        given = made & _broken_rows(leaf)
+        if given:
+            row = min(given)
+            values = _dense(leaf)[row]
+            kinds = ", ".join(f"{value:g}" for value in np.unique(values[~np.isfinite(values)]))
+            which = f" of input {number}, counted from 0," if len(keras.tree.flatten(inputs)) > 1 else ""
+            raise ValueError(
+                f"`{argument}` must be finite: of what is made of a NaN or an infinity nothing can be proved. "
+                f"Received: example {row} (counted from 0){which} with {kinds}"
+                f"{f', and {len(given) - 1} more such examples' if len(given) > 1 else ''}."
+            )
+    return len(made)
+
+
+def warn_of_rows(argument: str, count: int) -> None:
+    """That so many examples prove nothing."""
+    if count:
+        warn(
+            f"`{argument}` should be examples of which the model makes finite numbers, as others prove nothing. "
+            f"Received: {count} of which it does not."
+        )
+
+
+def _broken_rows(structure: Any) -> set[int]:
+    """Along the first axis of all arrays, those with a NaN or an infinity."""
+    rows: set[int] = set()
+    for leaf in keras.tree.flatten(structure):
+        values = np.zeros(0) if leaf is None else _dense(leaf)
+        if values.ndim:
+            finite = np.isfinite(values).reshape(len(values), -1).all(axis=1)
+            rows |= set(np.flatnonzero(~finite).tolist())
+    return rows
+
+
+def _dense(leaf: Any) -> np.ndarray:
+    """The numbers of an array, as many rows as it has; of what is no number, zeros."""
+    if isinstance(leaf, tf.RaggedTensor):
+        leaf = leaf.to_tensor()
+    elif isinstance(leaf, tf.SparseTensor):
+        leaf = tf.sparse.to_dense(leaf)
+    if not tf.as_dtype(leaf.dtype).is_floating:
+        return np.zeros(np.shape(leaf)[:1])
+    return np.asarray(leaf).astype("float64")
 
 
 @contextlib.contextmanager

@@ -82,9 +82,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
         mask: What each value weighs, not below 0. Booleans and integers are frequencies: a value of weight 2 is two
             values. Floats are reliabilities: only their proportions say how many values there are,
             sum(w)**2 / sum(w**2); see `keras_bn.statistics.Moments`. Its axes are the first of the inputs, as Keras's
-            masks' are, or all but the channel axes; sizes may be 1. All values are normalized, also those of weight 0.
-            Negative and non-finite weights are refused where they can be seen: in eager calls, and as constants of a
-            graph.
+            masks' are, or all but the channel axes; sizes may be 1. All values are normalized, also those of weight 0;
+            where none counts by mean and variance 0, and nothing moves. Negative and non-finite weights are refused
+            where they can be seen: in eager calls, and as constants of a graph.
 
     Raises:
         ValueError: If an argument is not in its range, or two exclude each other.

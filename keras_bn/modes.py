@@ -12,6 +12,7 @@ import tensorflow as tf
 from keras_bn import arguments, ops
 from keras_bn.layer import BatchNormalization
 from keras_bn.model import batch_norms_below, layers_below, optimized_variables
+from keras_bn.names import listed
 from keras_bn.statistics import statistics_dtype
 
 STATISTICS = ("auto", "batch", "moving")
@@ -156,7 +157,7 @@ def _check_room(models: Iterable[keras.Model], layers: list[keras.layers.BatchNo
             raise ValueError(
                 "`model_or_layer` must have been frozen after `compile`, so that the optimizer has room for its "
                 "weights; compile the model again, with a new optimizer, and then unfreeze. "
-                f"Received: model {model.name!r}, whose optimizer was made without {missing}."
+                f"Received: model {model.name!r}, whose optimizer was made without {listed(missing)}."
             )
 
 

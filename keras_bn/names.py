@@ -1,8 +1,15 @@
-"""Names of a model's tensors, made such that TensorFlow and Python take them."""
+"""Names: of a model's tensors, made such that TensorFlow and Python take them; and many in a message."""
 
 import keyword
 import re
 from collections.abc import Sequence
+from typing import Any
+
+
+def listed(values: Sequence[Any], most: int = 5) -> str:
+    """The first of `values` as Python writes a list, and how many more there are."""
+    more = f" and {len(values) - most} more" if len(values) > most else ""
+    return f"{list(values[:most])}{more}"
 
 
 def identifier(name: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import tensorflow as tf
 
 # Below so many values that count, as `Moments` has it, a variance is one value's: float32 keeps no digits of the rest.
@@ -20,8 +19,6 @@ class Moments(NamedTuple):
     with unit = 1 where the weights are frequencies, so that a value of weight 2 is two values; and
     unit = sum(w**2) / sum(w) where they are reliabilities, whose scale says nothing. Without weights they are the same.
     There are count / unit values: the sum of frequencies, or Kish's effective number sum(w)**2 / sum(w**2).
-
-    Outside of graphs `a + b` are the moments of the values of both, by Chan's formula, see `merged`.
 
     Attributes:
         count: `sum(w)`: a Python number, a scalar, or of a shape that broadcasts to `mean`.
@@ -38,32 +35,10 @@ class Moments(NamedTuple):
     m2: tf.Tensor
     unit: Any = 1.0
 
-    def __add__(self, other: Any) -> Moments:
-        if not isinstance(other, Moments):
-            return NotImplemented
-        parts = [part._in_float64() for part in (self, other)]
-        if parts[0].mean.shape != parts[1].mean.shape:
-            raise ValueError(
-                "Moments must be of as many channels to be merged. "
-                f"Received: means of shapes {parts[0].mean.shape} and {parts[1].mean.shape}."
-            )
-        filled = [Moments(*(np.broadcast_to(value, part.mean.shape) for value in part)) for part in parts]
-        return Moments(*(value.numpy() for value in merge(filled)))
-
-    def _in_float64(self) -> Moments:
-        try:
-            return Moments(*(np.asarray(value, "float64") for value in self))
-        except (TypeError, ValueError) as error:
-            raise TypeError(f"Moments must be numbers to be merged. Received: {self!r}.") from error
-
     @property
     def variance(self) -> Any:
         """m2 / count, the biased variance, of the shape of `mean`; 0 where nothing counts."""
         return tf.math.divide_no_nan(self.m2, self.count)
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON: lists of numbers by the names of the attributes; `Moments(**lists)` is the same to the last bit."""
-        return {name: np.asarray(value, "float64").tolist() for name, value in self._asdict().items()}
 
 
 class Moving(NamedTuple):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +121,21 @@ def health(model: Model, data: Data | None, picture: Path | None, overwrite: boo
 @overwrite_option
 @click.option("--method", type=click.Choice(["pooled", "algorithm2"]), default="pooled", show_default=True)
 @click.option("--order", type=click.Choice(["sequential", "joint"]), default="sequential", show_default=True)
+@click.option("--steps", type=click.IntRange(min=1), help="Takes so many batches only.  [default: all]")
+@click.option(
+    "--layers",
+    multiple=True,
+    metavar="NAME",
+    help="Measures this normalization only; once for each of several.  [default: all]",
+)
+@click.option(
+    "--tolerance",
+    type=Positive(),
+    help="Stops once the standard errors of mean and variance are below it; for shuffled data.  [default: all batches]",
+)
 @json_option
 def recalibrate(
-    model: Model, data: Data, output: Path, overwrite: bool, method: str, order: str, as_json: bool
+    model: Model, data: Data, output: Path, overwrite: bool, layers: Sequence[str], as_json: bool, **options: Any
 ) -> None:
     """Replaces the moving statistics by those of the whole data set, exactly."""
     check_output(output, MODEL_SUFFIXES, "--output", overwrite)
@@ -130,10 +143,10 @@ def recalibrate(
         report = library().recalibrate(
             loaded,
             data.for_model(loaded),
-            method=method,
-            order=order,
+            layers=layers or None,
             batch_size=data.batch_size,
             verbose=verbose(),
+            **options,
         )
         save(loaded, output, overwrite)
     print_report(report, as_json)
@@ -163,7 +176,7 @@ def fold(model: Model, data: Data | None, output: Path, overwrite: bool, toleran
 
 @main.command(short_help="The next version for TensorFlow Serving.")
 @takes_model(FILE)
-@click.argument("model_base_path", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("model_base_path", type=click.Path(path_type=Path))
 @click.option("--version", type=click.IntRange(min=0), help="Number of the version.  [default: the next]")
 @click.option("--fold/--no-fold", default=True, show_default=True, help="Absorb normalizations.")
 @click.option(

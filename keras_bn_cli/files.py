@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from keras_bn_serving.sizes import exact_size_text
+
 from keras_bn_cli.shell import check_free, library, tell, warnings_in_a_line
 
 CARD = "assets.extra/keras_bn.json"
@@ -96,7 +98,9 @@ class Data(NamedTuple):
             arrays = {"": content} if isinstance(content, np.ndarray) else dict(content)
         except Exception as error:  # zipfile, zlib and numpy have their own.
             # NumPy takes whatever is none of its files for a pickle, which is never read here.
-            reason = "it is neither" if "pickle" in str(error) else error
+            reason: Any = "it is neither" if "pickle" in str(error) else error
+            if str(error).startswith("Object arrays"):
+                reason = "it holds Python objects, which are never read; save an array of numbers"
             raise ValueError(f"{self.path} cannot be read as .npy or .npz of numbers: {reason}.") from error
         if len(shapes) > 1:
             if not shapes.keys() <= arrays.keys() or self.divide_by is not None or self.array_name is not None:
@@ -230,7 +234,9 @@ def _check_file(path: Path, written: Mapping[str, Any]) -> None:
         raise ValueError(f"{path} is missing; {advice}")
     size, wanted = path.stat().st_size, written.get("size")
     if wanted is not None and size != wanted:
-        raise ValueError(f"{path} is broken; {advice} It has {size:,} bytes and was written with {wanted:,}.")
+        raise ValueError(
+            f"{path} is broken; {advice} It has {exact_size_text(size)} and was written with {exact_size_text(wanted)}."
+        )
     wanted = written.get("sha256")
     if wanted is not None and hashlib.sha256(path.read_bytes()).hexdigest() != wanted:
         raise ValueError(f"{path} is broken; {advice} Its SHA-256 sum is not the one it was written with.")
@@ -249,7 +255,7 @@ def _check_records(path: Path) -> None:
             if end + 12 + length + 4 > size:
                 raise ValueError(
                     f"{path} is broken, no server warms up with it; export the version anew or remove the file. "
-                    f"It has {size:,} bytes and ends within the record at {end:,}."
+                    f"It has {exact_size_text(size)} and ends within the record at {end:,}."
                 )
             end += 12 + length + 4
 

@@ -61,6 +61,8 @@ class Commands(click.Group):
 
 def _said_by(error: Exception) -> str:
     """The text of an error; of one of TensorFlow's, whose texts are pages, the line that says it."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
     if not type(error).__module__.startswith("tensorflow"):
         return str(error)
     from keras_bn.examples import reason
@@ -196,5 +198,13 @@ def check_folder(folder: Path, option: str) -> None:
     """That a folder is there or can be made."""
     there = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
-        problem = "cannot be written to" if there.is_dir() else "is no folder"
-        raise click.UsageError(f"{option} must be where a file can be written. Received: {folder}; {there} {problem}.")
+        problem = "is no folder"
+        if there.is_dir():
+            problem = "is on a file system that is read-only" if _is_read_only(there) else "cannot be written to"
+        raise click.UsageError(
+            f"{option} must be where a file can be written; give another folder. Received: {folder}; {there} {problem}."
+        )
+
+
+def _is_read_only(folder: Path) -> bool:
+    return hasattr(os, "statvfs") and bool(os.statvfs(folder).f_flag & os.ST_RDONLY)  # Windows has none.

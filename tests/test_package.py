@@ -109,7 +109,7 @@ LIBRARY_FLOORS = [
     {"__init__"},
 ]
 SERVER_FLOORS = [
-    {"errors", "quiet", "request_ids"},
+    {"errors", "quiet", "request_ids", "sizes"},
     {"codec"},
     {"config", "engine"},
     {"rest", "rpc"},

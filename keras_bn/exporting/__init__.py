@@ -130,8 +130,8 @@ def export(
 
     Raises:
         TypeError: when an argument is of the wrong type.
-        ValueError: when an argument does not fit the model, weights or statistics are not finite, the version is there
-            already, or a check fails.
+        ValueError: when an argument does not fit the model, `preprocess` raises or makes what the model does not take,
+            weights or statistics are not finite, the version is there already, or a check fails.
         OSError: when the version cannot be written; nothing of it is left.
         ImportError: when `warmup` is given and `tensorflow-serving-api` is not installed.
 

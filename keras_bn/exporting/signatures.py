@@ -1,5 +1,6 @@
 """What a server is asked with and answers: functions of named tensors, made from a Keras model."""
 
+import contextlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from keras_bn.drift.figures import RowFigures
 from keras_bn.drift.rows import row_figures
 from keras_bn.exporting import inputs as _inputs
 from keras_bn.exporting import pictures as _pictures
+from keras_bn.exporting.preprocessing import Preprocessing
 from keras_bn.inference import inference_mode
 from keras_bn.names import argument, identifier, unique
 
@@ -40,14 +42,15 @@ class Serving:
         jit_compile: bool = False,
         named_after: "Serving | None" = None,
     ):
-        self._model, self._preprocess, self._jit_compile = model, preprocess, jit_compile
+        self._model, self._jit_compile = model, jit_compile
         self._structure = input_structure(model)
         self.inputs: dict[str, tf.TensorSpec] = {}
         self.output_names: list[str] = []
+        leaves = keras.tree.flatten(self._structure)
+        self._preprocess = None if preprocess is None else Preprocessing(preprocess, leaves[0])
         if named_after is not None:
             self.inputs, self.output_names = named_after.inputs, named_after.output_names
             return
-        leaves = keras.tree.flatten(self._structure)
         if preprocess is not None and (len(leaves) != 1 or len(leaves[0].shape) != 4):
             raise ValueError(
                 "`preprocess` must be None for a model that does not take one batch of pictures, rank 4. "
@@ -176,8 +179,11 @@ class Serving:
         return tf.function(function, autograph=False, jit_compile=True)
 
     def _run(self, tensors: Tensors) -> Any:
-        with inference_mode(self._model):
-            return self._model(self.model_inputs(tensors), training=False)
+        values = self.model_inputs(tensors)
+        with inference_mode(self._model), contextlib.ExitStack() as stack:
+            if self._preprocess is not None:
+                stack.enter_context(self._preprocess.given_to_model(keras.tree.flatten(values)[0]))
+            return self._model(values, training=False)
 
     def model_inputs(self, tensors: Tensors) -> Any:
         """What the model itself is called with."""

@@ -44,10 +44,10 @@ def temporary_sibling(model_base_path: Path) -> Iterator[Path]:
         )
     _sweep(model_base_path)
     made = [path for path in (model_base_path, *model_base_path.parents) if not path.exists()]
-    model_base_path.mkdir(parents=True, exist_ok=True)
     folder = model_base_path / f"{_PREFIX}{uuid.uuid4().hex}"
     try:
-        folder.mkdir()
+        with writing(model_base_path):
+            folder.mkdir(parents=True)
         with _held(folder):
             yield folder
     finally:
@@ -83,7 +83,9 @@ def writing(model_base_path: Path) -> Iterator[None]:
         yield
     except (OSError, tf.errors.OpError) as error:
         problem = getattr(error, "strerror", None) or reason(error)
-        raise OSError(f"{model_base_path} cannot be written: {problem}") from error
+        raise OSError(
+            f"{model_base_path} cannot be written: {problem}. Give another folder, or mend this one."
+        ) from error
 
 
 def _sweep(model_base_path: Path) -> None:

@@ -49,8 +49,9 @@ def fold(model: keras.Model, check: Any = None, tolerance: float | None = None) 
     Args:
         model: functional or sequential, built. It is left as it is; nothing is shared with it but layers that cannot
             be made from their configuration, which the report names, and layers without weights.
-        check: inputs, as `model` takes them, to prove the new model on, the larger and the more real the better. Has to
-            be given where random numbers are not fit for the model: strings, sizes that are free and must be large.
+        check: inputs, as `model` takes them, to prove the new model on, the larger and the more real the better, all
+            finite; of how many the model makes numbers that are not, the report says. Has to be given where random
+            numbers are not fit for the model: strings, sizes that are free and must be large.
         tolerance: largest relative error allowed; None for 1e-4, or 2e-2 where a layer computes in half precision, or
             four times what `model` itself is from its result in float64, if that is more, up to 1e-2.
 
@@ -60,7 +61,8 @@ def fold(model: keras.Model, check: Any = None, tolerance: float | None = None) 
     Raises:
         TypeError: when `model` is no Keras model, or another argument of the wrong type.
         ValueError: when `model` is subclassed or not built, has weights that are not finite, takes no random inputs,
-            or cannot compute with `check`; or when the new model is not within the tolerance.
+            or cannot compute with `check`; when an example of that is not finite; or when the new model is not within
+            the tolerance.
 
     Reference: Jacob et al. 2018 (arXiv 1712.05877), section 3.2.
     """
@@ -77,7 +79,7 @@ def fold_proved_on(model: keras.Model, check: Any, argument: str, tolerance: flo
     folder.fold_all()
     new, shared = folder.new_model()
     batches, allowed = proof_batches(model, check, argument), Tolerance(model, tolerance)
-    errors = errors_between(model, new, batches, argument)
+    errors, not_finite = errors_between(model, new, batches, argument)
     if not allowed.allows(errors.relative, batches):
         random = f" It was tried on random inputs; give real ones, as `{argument}`." if check is None else ""
         export = " `fold=False` exports the normalizations as they are." if argument == "warmup" else ""
@@ -87,4 +89,4 @@ def fold_proved_on(model: keras.Model, check: Any, argument: str, tolerance: flo
             f"Received: tolerance={allowed.value:g}, relative error {errors.relative:.3g}, "
             f"absolute error {errors.absolute:.3g}."
         )
-    return Folded(new, FoldingReport(folder.outcomes(), *errors, allowed.value, shared))
+    return Folded(new, FoldingReport(folder.outcomes(), *errors, allowed.value, shared, not_finite))

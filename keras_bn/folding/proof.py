@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_bn.examples import as_arrays, computing_with, reason
+from keras_bn.examples import as_arrays, computing_with, reason, rows_not_finite
 from keras_bn.inference import inference_mode
 from keras_bn.model import default_tolerance, input_structure, layers_below
 from keras_bn.state import variables_restored
@@ -47,13 +47,18 @@ class Tolerance:
 
     def __init__(self, model: keras.Model, given: float | None = None):
         self.value = default_tolerance(model) if given is None else given
-        self._model: keras.Model | None = model if given is None else None
+        self._model = model
+        self._left: list[Any] | None = None if given is None else []
 
     def allows(self, error: float, batches: list[Any]) -> bool:
-        """Whether a relative error that was found on `batches` of the model's inputs is small enough."""
-        if not error <= self.value and self._model is not None:
-            model, self._model = self._model, None
-            own = max(rounding_error(model, inputs) for inputs in batches)
+        """Whether a relative error that was found on `batches` of the model's inputs is small enough.
+
+        Of the batches of the first time that it was too large, only as many are measured as it takes.
+        """
+        if self._left is None and not error <= self.value:
+            self._left = list(batches)
+        while self._left and not error <= self.value:
+            own = rounding_error(self._model, self._left.pop(0))
             self.value = max(self.value, min(4 * own, _MOST_OF_ITS_OWN))
         return error <= self.value
 
@@ -197,7 +202,9 @@ def _computing_in_float64(model: keras.Model) -> Iterator[bool]:
             layer.dtype_policy = policy
 
 
-def errors_between(model: keras.Model, other: keras.Model, batches: list[Any], argument: str = "check") -> Errors:
+def errors_between(
+    model: keras.Model, other: keras.Model, batches: list[Any], argument: str = "check"
+) -> tuple[Errors, int]:
     """The largest over all batches, both models in inference mode; `other` counts relative to `model`.
 
     Args:
@@ -205,15 +212,20 @@ def errors_between(model: keras.Model, other: keras.Model, batches: list[Any], a
         batches: of inputs.
         argument: where a person gave them, or could.
 
+    Returns:
+        The errors, and of how many examples `model` made numbers that are not finite, which prove nothing.
+
     Raises:
-        ValueError: when `model` cannot compute with them, or gives nothing finite to compare with.
+        ValueError: when `model` cannot compute with them, gives nothing finite to compare with, or an example is not
+            finite.
     """
-    errors, finite = [], False
+    errors, finite, not_finite = [], False, 0
     for inputs in batches:
         # Restored, since recurrent layers may keep a state.
         with variables_restored(model), variables_restored(other), inference_mode(model), inference_mode(other):
             with computing_with(argument, model):
                 expected = model(inputs, training=False)
+            not_finite += rows_not_finite(argument, inputs, expected)
             errors.append(largest_errors(expected, other(inputs, training=False)))
         finite = finite or any(
             np.any(np.isfinite(np.asarray(output).astype("float64"))) for output in keras.tree.flatten(expected)
@@ -223,7 +235,7 @@ def errors_between(model: keras.Model, other: keras.Model, batches: list[Any], a
             f"`{argument}` must be inputs for which the model gives finite numbers; of others nothing can be proved. "
             "Received: outputs of NaN and infinities only."
         )
-    return Errors(*np.max(errors, axis=0).tolist())
+    return Errors(*np.max(errors, axis=0).tolist()), not_finite
 
 
 def proof_batches(model: keras.Model, check: Any = None, argument: str = "check") -> list[Any]:
@@ -243,21 +255,32 @@ def proof_batches(model: keras.Model, check: Any = None, argument: str = "check"
 
     structure = input_structure(model)
     is_free = any(None in list(leaf.shape)[1:] for leaf in keras.tree.flatten(structure))
-    asked: dict[Any, bool] = {}
+    refusals: dict[Any, Exception | None] = {}
 
     def run(inputs: Any) -> Any:
         with variables_restored(model), inference_mode(model):
             # Of fewer values than its kernel has, TensorFlow's convolution returns whatever is in memory.
             shapes = tuple(tuple(leaf.shape) for leaf in keras.tree.flatten(inputs))
-            if is_free and shapes not in asked:
-                specs = keras.tree.map_structure(tf.TensorSpec.from_tensor, inputs)
-                call = tf.function(lambda x: model(x, training=False), autograph=False)
-                asked[shapes] = leaves_nothing(call.get_concrete_function(specs).graph)
-            if asked.get(shapes):
-                raise ValueError(f"inputs of {' and '.join(map(str, shapes))} leave a layer no values")
+            if is_free and shapes not in refusals:
+                refusals[shapes] = _refusal(model, inputs)
+            refusal = refusals.get(shapes)
+            if refusal is not None:
+                raise refusal
             return model(inputs, training=False)
 
     return accepted_inputs(run, structure, argument)
+
+
+def _refusal(model: keras.Model, inputs: Any) -> Exception | None:
+    """What a model has against the sizes of `inputs`, whatever their numbers, as far as tracing tells."""
+    specs = keras.tree.map_structure(tf.TensorSpec.from_tensor, inputs)
+    call = tf.function(lambda x: model(x, training=False), autograph=False)
+    try:
+        graph = call.get_concrete_function(specs).graph
+    except Exception as error:  # Any: a model may raise what it likes.
+        return error
+    shapes = " and ".join(str(tuple(leaf.shape)) for leaf in keras.tree.flatten(inputs))
+    return ValueError(f"inputs of {shapes} leave a layer no values") if leaves_nothing(graph) else None
 
 
 def leaves_nothing(graph: tf.Graph) -> bool:

@@ -28,6 +28,7 @@ class FoldingReport(NamedTuple):
         relative_error: largest difference of an output, divided by the largest magnitude in that output.
         tolerance: what the relative error had to stay below.
         shared: names of the layers that could not be copied and belong to both models.
+        not_finite: of how many examples the model made numbers that are not finite. They prove nothing.
     """
 
     normalizations: list[FoldedNormalization]
@@ -35,6 +36,7 @@ class FoldingReport(NamedTuple):
     relative_error: float
     tolerance: float
     shared: list[str]
+    not_finite: int = 0
 
     @property
     def absorbed(self) -> int:
@@ -56,5 +58,10 @@ class FoldingReport(NamedTuple):
             f"{self.absorbed} of {len(self.normalizations)} normalizations absorbed; largest error "
             f"{self.absolute_error:.3g} absolute, {self.relative_error:.3g} relative (allowed: {self.tolerance:g}).\n"
             + table(["layer", "absorbed by", "why it stays"], rows)
+            + (
+                f"\nOf {self.not_finite} examples the model made numbers that are not finite: these prove nothing."
+                if self.not_finite
+                else ""
+            )
             + ("\nWhat stays is computed as one multiply-add, and everything else is as before." if stay else "")
         )

@@ -1,5 +1,6 @@
 """recalibrate(): the moving statistics become those of the whole population, exactly."""
 
+import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,13 +10,15 @@ import numpy as np
 from keras_bn import arguments
 from keras_bn.drift.figures import distance, plain, summary
 from keras_bn.model import check_model, required_batch_norms, set_statistics, statistics_of
+from keras_bn.names import listed
 from keras_bn.population.accumulator import METHODS
 from keras_bn.population.batches import Batches
 from keras_bn.population.measurement import measure_as_it_stands, measure_joint, measure_repeated, measure_sequential
+from keras_bn.population.moments import Moments
 from keras_bn.population.report import RecalibratedLayer, Recalibration
 from keras_bn.population.workers import Workers
 from keras_bn.state import variables_restored
-from keras_bn.statistics import Moments
+from keras_bn.warning import warn
 
 ORDERS = ("sequential", "joint")
 VERBOSE = (0, 1, 2, "auto")
@@ -44,8 +47,10 @@ def recalibrate(
     moving_mean = mean_b(mean_b), moving_variance = mean_b(sum((x - mean_b)**2) / (m_b - 1)) (unbiased, per batch)
 
     `"sequential"` measures each layer while those before it already normalize with population statistics, which is
-    exact for inference; it goes through the data once for each normalization, each time only as far as that layer.
-    `"joint"` goes through the data once, each layer fed by predecessors that normalize with batch statistics.
+    exact for inference; it goes through the data once for each of n normalizations, each time only as far as that
+    layer: about n / 2 forward passes. `"joint"` goes through the data once, each layer fed by predecessors that
+    normalize with batch statistics: one forward pass. Where sequential takes too long, fewer batches do (`steps`,
+    `tolerance`).
     All other layers (dropout, augmentation) run in inference mode, frozen normalizations are measured like the others.
     A layer that is called several times gets the statistics of all its calls; where one of them feeds another no order
     is exact, and the report says how far off it is.
@@ -73,7 +78,8 @@ def recalibrate(
             Default: all.
         tolerance: for batches of shuffled data: a layer is measured until the standard error of its mean, in standard
             deviations, and that of its variance, relative, are below this in every channel, estimated from ten batches
-            or more as draws of the population. Default: all batches.
+            or more as draws of the population. Where the data end before, the statistics are those of all of it, and
+            the report and a warning say so. Default: all batches.
         batch_size: for arrays.
         verbose: 0 for no progress, 1 for a bar, 2 for a line at its end; "auto" for a bar on terminals and in notebooks
             and else the line.
@@ -106,20 +112,34 @@ def recalibrate(
         for name, population in new.items():
             set_statistics(norms[name], population.mean, population.variance)
         seen = measure_repeated(model, norms, targets, batches, verbose) if order == "sequential" else {}
-    return Recalibration(
-        method=method,
-        order=order,
-        layers=[
-            RecalibratedLayer(name, *population, *old[name], norms[name].epsilon) for name, population in new.items()
-        ],
-        not_called=[name for name in targets if name not in new],
-        unsettled={
-            name: plain(summary(distance(one.mean, one.variance, *statistics_of(norms[name]), norms[name].epsilon)))[
-                "kl"
-            ]
-            for name, one in seen.items()
-        },
-    )
+        report = Recalibration(
+            method=method,
+            order=order,
+            layers=[
+                RecalibratedLayer(
+                    name,
+                    *population[:3],
+                    *old[name],
+                    norms[name].epsilon,
+                    *((None, None) if tolerance is None else population[3:]),
+                )
+                for name, population in new.items()
+            ],
+            not_called=[name for name in targets if name not in new],
+            unsettled={
+                name: plain(
+                    summary(distance(one.mean, one.variance, *statistics_of(norms[name]), norms[name].epsilon))
+                )["kl"]
+                for name, one in seen.items()
+            },
+            tolerance=tolerance,
+        )
+        if report.short_of_tolerance:
+            warn(
+                f"`tolerance` was not reached. {report.shortfall()} Give more batches of shuffled data, or a larger "
+                "tolerance; with None all batches are taken and nothing is asked of them."
+            )
+    return report
 
 
 def measure(
@@ -137,8 +157,8 @@ def measure(
 
     in float64, per channel. Moments of parts of the data, wherever they were measured, merge exactly with `+`, go
     through JSON with `to_dict` (and back with `keras_bn.Moments(**parsed)`), and become moving statistics with
-    `apply_statistics`. One layer after the other, in the
-    order they are called, that is `recalibrate` over data that is in several places:
+    `apply_statistics`. One layer after the other, in the order they are called, that is `recalibrate` over data that is
+    in several places:
 
     ```python
     for name in keras_bn.measure(model, shards[0], steps=1):
@@ -169,7 +189,8 @@ def measure(
     arguments.choice("verbose", verbose, VERBOSE)
     norms, targets = chosen(model, layers)
     with variables_restored(model):
-        return measure_as_it_stands(model, norms, targets, Batches(data, steps, batch_size).settled(model), verbose)
+        parts = measure_as_it_stands(model, norms, targets, Batches(data, steps, batch_size).settled(model), verbose)
+    return {name: Moments(*part) for name, part in parts.items()}
 
 
 def apply_statistics(model: keras.Model, *measured: Mapping[str, Moments]) -> None:
@@ -183,8 +204,8 @@ def apply_statistics(model: keras.Model, *measured: Mapping[str, Moments]) -> No
 
     Raises:
         TypeError: when `model` is no Keras model, or something measured is not a mapping of `keras_bn.Moments`.
-        ValueError: when the model has no layer of such a name with as many channels, nothing was measured or counted,
-            or what is given are no moments.
+        ValueError: when the model has no layer of such a name with as many channels, or nothing was measured or
+            counted.
     """
     check_model(model, built=True)
     norms = required_batch_norms(model)
@@ -205,24 +226,19 @@ def apply_statistics(model: keras.Model, *measured: Mapping[str, Moments]) -> No
         for name, moments in part.items():
             together[name] = together[name] + moments if name in together else moments
     for name, moments in together.items():
-        if (
-            name not in norms
-            or np.shape(moments.mean) != tuple(norms[name].moving_mean.shape)
-            or np.shape(moments.m2) != np.shape(moments.mean)
-        ):
-            known = {name: tuple(layer.moving_mean.shape) for name, layer in norms.items()}
+        if name not in norms or moments.mean.shape != tuple(norms[name].moving_mean.shape):
+            shape = f", which has shape {tuple(norms[name].moving_mean.shape)}" if name in norms else ""
             raise ValueError(
-                f"`measured` must be of the normalizations of the model, {known}. "
-                f"Received: {name!r} of shape {np.shape(moments.mean)}."
+                f"`measured` must be of the normalizations of the model, {listed(list(norms))}{shape}. "
+                f"Received: {name!r} of shape {moments.mean.shape}."
             )
-        count, mean, m2 = (np.asarray(value, "float64") for value in moments[:3])
-        if not (np.all(count > 0) and np.all(np.isfinite(mean)) and np.all((m2 >= 0) & np.isfinite(m2))):
+        if not np.all(np.asarray(moments.count) > 0):
             raise ValueError(
-                "`measured` must be finite, of values that count, with `m2` not negative. "
-                f"Received: {name!r} with count {moments.count}, mean {moments.mean} and m2 {moments.m2}."
+                "`measured` must be of values that count, in every channel. "
+                f"Received: {name!r} with count {moments.count}."
             )
     for name, moments in together.items():
-        set_statistics(norms[name], moments.mean, np.asarray(moments.variance))
+        set_statistics(norms[name], moments.mean, moments.variance)
 
 
 def chosen(model: keras.Model, layers: Any) -> tuple[dict[str, keras.layers.BatchNormalization], list[str]]:
@@ -231,8 +247,11 @@ def chosen(model: keras.Model, layers: Any) -> tuple[dict[str, keras.layers.Batc
     arguments.names("layers", layers)
     if layers is None:
         return norms, list(norms)
-    if not set(layers) <= set(norms):
-        raise ValueError(f"`layers` must be a list of some of {list(norms)}. Received: layers={layers!r}.")
+    unknown = [name for name in layers if name not in norms]
+    if unknown:
+        likely = difflib.get_close_matches(unknown[0], norms, 3)
+        known = [*likely, *(name for name in norms if name not in likely)]
+        raise ValueError(f"`layers` must be a list of some of {listed(known)}. Received: layers={layers!r}.")
     return norms, list(layers)
 
 

@@ -9,6 +9,8 @@ import tensorflow as tf
 from keras_bn.statistics import Moments, has_variance, merge
 
 METHODS = ("pooled", "algorithm2")
+# A standard error that is estimated from fewer batches is itself not known.
+FEWEST_BATCHES = 10
 
 
 class Population(NamedTuple):
@@ -19,11 +21,20 @@ class Population(NamedTuple):
         mean: shape `(C,)`, float64.
         variance: shape `(C,)`, float64; biased over all values for `"pooled"`, for `"algorithm2"` the mean of the
             batches' unbiased variances.
+        standard_error: as `Accumulator.standard_error`.
+        batches: how many there were.
     """
 
     count: Any
     mean: np.ndarray
     variance: np.ndarray
+    standard_error: float
+    batches: int
+
+
+def is_settled(standard_error: float, batches: int, tolerance: float) -> bool:
+    """Whether statistics of so many batches are known well enough."""
+    return batches >= FEWEST_BATCHES and standard_error < tolerance
 
 
 class Accumulator:
@@ -31,10 +42,14 @@ class Accumulator:
 
     Args:
         epsilon: the layer's.
+
+    Attributes:
+        batches: how many were measured in this process.
     """
 
     def __init__(self, epsilon: float):
         self._epsilon = epsilon
+        self.batches = 0
         self._calls: list[Moments] = []
         self._pooled: Moments | None = None
         self._means: Moments | None = None
@@ -51,6 +66,7 @@ class Accumulator:
         calls, self._calls = self._calls, []
         if not calls or not counts:
             return
+        self.batches += 1
         batch = merge(calls)
         count, m2, unit = (np.asarray(part) for part in (batch.count, batch.m2, batch.unit))
         several = np.asarray(has_variance(batch)).astype("float64")  # Of one value there is no unbiased variance.
@@ -106,6 +122,7 @@ class Accumulator:
     def merged(self, arrays: Sequence[np.ndarray]) -> "Accumulator":
         """One of all batches behind `arrays`, which others gave by `to_array`."""
         result = Accumulator(self._epsilon)
+        result.batches = self.batches
         parts = [[tf.constant(row) for row in array] for array in arrays]
         result._pooled = merge([Moments(*part[:4]) for part in parts])
         result._means = merge([Moments(*part[4:8]) for part in parts])
@@ -116,14 +133,16 @@ class Accumulator:
         """By the `method` of `recalibrate`."""
         pooled = self.pooled
         count = float(np.max(pooled.count))
+        certainty = self.standard_error, self.batches
         if method == "pooled":
-            return Population(count, pooled.mean, np.asarray(pooled.variance))
+            return Population(count, pooled.mean, np.asarray(pooled.variance), *certainty)
         if self._means is None or not np.all(self._means.count > 0):
             raise ValueError(
                 '`method="algorithm2"` needs batches with more than one value per channel; use `method="pooled"`. '
                 "Received: batches with one value only."
             )
-        return Population(count, np.asarray(self._means.mean), self._sum_unbiased / np.asarray(self._means.count))
+        variance = self._sum_unbiased / np.asarray(self._means.count)
+        return Population(count, np.asarray(self._means.mean), variance, *certainty)
 
     def batch_divergence(self, mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
         """Average over the batches of their divergence (Kullback-Leibler) from N(mean, variance), as `drift.figures`.

@@ -14,15 +14,12 @@ import tensorflow as tf
 from keras_bn.examples import computing_with
 from keras_bn.inference import calls_replaced, inference_mode, observed_call
 from keras_bn.model import check_weights_finite, input_moments, set_statistics
-from keras_bn.population.accumulator import Accumulator, Population
+from keras_bn.population.accumulator import Accumulator, Population, is_settled
 from keras_bn.population.batches import Batches
 from keras_bn.population.workers import Workers
 from keras_bn.statistics import Moments
 
 Layers = dict[str, keras.layers.BatchNormalization]
-
-# A standard error that is estimated from fewer batches is itself not known.
-_FEWEST_BATCHES = 10
 
 
 def measure_joint(
@@ -60,7 +57,7 @@ def measure_sequential(
     calls = workers.agreed(lambda: [name for name in _calls_in_order(model, layers, batches) if name in targets])
     is_one_batch = batches.length == 1 and workers.count == 1
     if is_one_batch and method == "pooled" and len(set(calls)) == len(calls):  # The batch is the population.
-        return measure_joint(model, layers, targets, batches, method, verbose)
+        return measure_joint(model, layers, targets, batches, method, verbose, tolerance)
     progress = _Progress(len(set(calls)), batches, verbose)
     others = set(layers) - set(targets)
     done: dict[str, Population] = {}
@@ -134,21 +131,36 @@ class _Stop(BaseException):
 
 
 class _Progress:
-    """Keras's progress over all passes: a bar, a line when they are through, or nothing, as `verbose` says."""
+    """Keras's progress over all passes: a bar, a line when they are through, or nothing, as `verbose` says.
+
+    Of data of unknown length the first pass tells how long the others are.
+    """
 
     def __init__(self, passes: int, batches: Batches, verbose: int | str):
-        self._passes, self._batches, self._verbose, self._done = passes, batches, verbose, 0
+        self._passes, self._length, self._verbose = passes, batches.length, verbose
+        self._passed = self._done = 0
         self._bar: Any = None
 
     def batch_done(self) -> None:
+        self._done += 1
+        self._show()
+
+    def pass_done(self) -> None:
+        """Also a pass that has ended early counts as whole."""
+        self._passed += 1
+        was_unknown, self._length = self._length is None, self._length or self._done
+        if was_unknown or self._done < self._passed * self._length:
+            self._done = self._passed * self._length
+            self._show()
+
+    def _show(self) -> None:
         if self._verbose == 0:
             return
         if self._bar is None:
-            length = self._batches.length
-            total = None if length is None else self._passes * length
             verbose = (1 if _is_watched() else 2) if self._verbose == "auto" else self._verbose
-            self._bar = keras.utils.Progbar(total, verbose=verbose, unit_name="batch")
-        self._done += 1
+            self._bar = keras.utils.Progbar(None, verbose=verbose, unit_name="batch")
+        if self._length is not None:
+            self._bar.target = self._passes * self._length
         self._bar.update(self._done)
 
 
@@ -218,17 +230,18 @@ def _one_pass(
             # Layers before the one that refuses have seen a whole batch.
             accumulator.end_batch(counts=stop is None or name != stop.non_finite)
         progress.batch_done()
-        if _are_settled(accumulators, tolerance, batches=index + 1):
+        if _are_settled(accumulators.values(), tolerance):
             break
     if index < 0 or (not accumulators and skipped is None):
         raise ValueError("`data` must hold at least one batch. Received: no batch.")
+    progress.pass_done()
     return accumulators
 
 
-def _are_settled(accumulators: dict[str, Accumulator], tolerance: float | None, batches: int) -> bool:
-    if tolerance is None or not accumulators or batches < _FEWEST_BATCHES:
+def _are_settled(accumulators: Collection[Accumulator], tolerance: float | None) -> bool:
+    if tolerance is None or not accumulators:
         return False
-    return all(accumulator.standard_error < tolerance for accumulator in accumulators.values())
+    return all(is_settled(one.standard_error, one.batches, tolerance) for one in accumulators)
 
 
 def _checked_moments(

@@ -9,6 +9,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_bn.names import listed
+
 T = TypeVar("T")
 
 
@@ -62,7 +64,7 @@ class Workers:
         if any(value[0] != known for value in self.gathered(np.array([known]))):
             raise ValueError(
                 "`model` must call the same normalizations in the same order on every worker, to be put together. "
-                f"Received: {names} on this one, others on another."
+                f"Received: {listed(names)} on this one, others on another."
             )
         return names
 

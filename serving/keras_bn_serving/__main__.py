@@ -133,7 +133,7 @@ def _read_configs(options: SimpleNamespace) -> list[ModelConfig]:
 
 
 def _fail(message: str, code: int) -> int:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    print("Error: " + " ".join(message.split()), file=sys.stderr)
     return code
 
 

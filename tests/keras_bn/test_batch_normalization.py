@@ -439,6 +439,31 @@ def test_fully_masked_batch_outputs_what_keras_does_and_moves_nothing(mode):
     np.testing.assert_array_equal(layer.moving_variance, np.ones(5))
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["bool", "int32", "float32"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({}, {"renorm": True}, {"zero_debias": True}, {"unbiased_variance": True}, {"virtual_batch_size": 2}),
+        {"momentum": None},
+    ],
+    ids=str,
+)
+def test_a_batch_of_which_no_value_counts_is_finite_and_leaves_everything_as_it_was(options, kind, mode):
+    x, mask = _x((4, 5, 3)), np.zeros((4, 5), kind)
+    layer, stock = keras_bn.BatchNormalization(**options), keras.layers.BatchNormalization()
+    for one in (layer, stock):
+        one(_x((4, 5, 3), seed=1), training=True)
+    before, expected = _state(layer), stock(x, training=True, mask=mask.astype(bool)).numpy()
+    y = np.asarray(_call(layer, mode, mask=mask)(x))
+    assert np.all(np.isfinite(y))
+    if not options.get("renorm"):
+        _close(y, expected)
+        _close(y, x / np.sqrt(layer.epsilon))
+    for name, value in _state(layer).items():
+        np.testing.assert_array_equal(value, before[name], err_msg=name)
+
+
 # Ragged tensors
 
 

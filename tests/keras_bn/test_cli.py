@@ -96,6 +96,21 @@ def test_recalibrate_writes_a_new_file_with_the_population_statistics(model_file
     assert keras.models.load_model(model_file).get_layer("norm").moving_mean.numpy().tolist() == [0, 0, 0]
 
 
+def test_recalibrate_takes_what_the_function_takes(model_file, data_file, tmp_path):
+    data = ("--data", tmp_path / "x.npy", "--batch-size", 2, "--json", "-o")
+    few = run("recalibrate", model_file, *data, tmp_path / "few.keras", "--steps", 3, "--layers", "norm")
+    assert json.loads(few.stdout)["layers"][0]["count"] == 3 * 2 * 16
+    said = run("recalibrate", model_file, *data, tmp_path / "all.keras", "--tolerance", 1e-6)
+    assert said.stderr.startswith("Warning: `tolerance` was not reached.")
+    assert len(said.stderr.splitlines()) == 1
+    assert json.loads(said.stdout)["short_of_tolerance"] == ["norm"]
+    stopped = run("recalibrate", model_file, *data, tmp_path / "soon.keras", "--tolerance", 10)
+    assert json.loads(stopped.stdout)["layers"][0]["batches"] == 10
+    other = run("recalibrate", model_file, *data, tmp_path / "no.keras", "--layers", "norm", "--layers", "x", code=1)
+    assert "`layers` must be a list of some of ['norm']. Received: layers=('norm', 'x')." in other.stderr
+    assert not (tmp_path / "no.keras").exists()
+
+
 def test_fold_writes_a_model_without_normalizations(model_file, data_file, tmp_path):
     report = json.loads(run("fold", model_file, "-o", tmp_path / "folded.keras", "--json").stdout)
     assert (report["absorbed"], report["normalizations"][0]["into"]) == (1, ["conv"])

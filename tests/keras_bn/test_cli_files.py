@@ -197,6 +197,24 @@ def test_a_text_that_is_called_npy_is_no_pickle_to_be_trusted(tmp_path):
     assert "pickle" not in said
 
 
+@pytest.mark.parametrize("suffix", ["npy", "npz"])
+@pytest.mark.parametrize("command", ["drift", "ask"])
+def test_objects_of_python_are_named_and_not_read(command, suffix, tmp_path):
+    content = np.array([{"a": 1}, None], object)
+    file = tmp_path / f"objects.{suffix}"
+    if suffix == "npy":
+        np.save(file, content)
+    else:
+        np.savez(file, x=content)
+    small_model().save(tmp_path / "model.keras")
+    words = ("ask", file) if command == "ask" else ("drift", tmp_path / "model.keras", "--data", file)
+    result = CliRunner().invoke(main, [str(word) for word in words])
+    assert result.exit_code != 0
+    assert result.stderr.startswith(f"Error: {file} cannot be read as .")
+    assert "it holds Python objects, which are never read; save an array of numbers" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"model": "m"}'])
 def test_a_broken_card_is_named(content, tmp_path):
     (tmp_path / "assets.extra").mkdir()

@@ -1,5 +1,6 @@
 """What the keras-bn command leaves behind: a whole file or the old one, and nothing half done."""
 
+import errno
 import os
 import resource
 import signal
@@ -14,7 +15,7 @@ from click.testing import CliRunner
 
 import keras_bn
 from keras_bn import exporting
-from keras_bn_cli import main
+from keras_bn_cli import main, shell
 from keras_bn_cli.files import written_whole
 
 ROOT = Path(keras_bn.__file__).parent.parent
@@ -93,6 +94,38 @@ def test_where_the_disk_is_full_there_is_no_version(files, full_disk):
     assert said.startswith("Error: served cannot be written: ")
     assert "File too large" in said
     assert not Path("served").exists()
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_where_no_folder_can_be_made_it_is_named_with_the_way_out(number, files, monkeypatch):
+    def refuse(path, *_, **__):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    said = run("export", "model.keras", "served", code=1).stderr
+    assert said == (f"Error: served cannot be written: {os.strerror(number)}. Give another folder, or mend this one.\n")
+
+
+def test_an_error_of_the_system_is_told_without_its_number(files, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "somewhere")
+
+    monkeypatch.setattr(keras_bn, "drift", refuse)
+    said = run("drift", "model.keras", "--data", "x.npy", code=1).stderr
+    assert said == "Error: somewhere: Read-only file system.\n"
+
+
+def test_a_folder_on_a_file_system_that_is_read_only_is_named_before_the_work(files, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    monkeypatch.setattr(shell, "_is_read_only", lambda folder: folder == files)
+    said = run("export", "model.keras", "served", code=2).stderr
+    assert f"give another folder. Received: served; {files} is on a file system that is read-only." in said
+
+
+def test_a_file_in_the_place_of_a_folder_is_named(files):
+    said = run("export", "model.keras", "x.npy", code=2).stderr
+    assert f"MODEL_BASE_PATH must be where a file can be written; give another folder. Received: x.npy; {files}" in said
+    assert "x.npy is no folder." in said
 
 
 @pytest.mark.parametrize("suffix", ["h5", "hdf5"])

@@ -589,3 +589,42 @@ def test_dtype_policies_are_as_before_when_a_layer_refuses_float64():
     before = [layer.dtype_policy for layer in model._flatten_layers()]
     assert proof.rounding_error(model, np.ones((2, 4), "float32")) == 0.0
     assert [layer.dtype_policy for layer in model._flatten_layers()] == before
+
+
+def test_sizes_that_are_too_small_are_asked_of_a_model_once_and_not_for_numbers_of_each_kind():
+    traced = []
+
+    class Watching(keras.layers.Layer):
+        def call(self, x):
+            if tf.is_symbolic_tensor(x):
+                traced.append(x.shape[1])
+            return x
+
+    layers = [keras.layers.Conv1D(3, 1), keras.layers.BatchNormalization(), Watching(), keras.layers.Cropping1D(100)]
+    model = keras.Sequential([keras.Input((None, 4)), *layers])
+    traced.clear()
+    (batch, *_) = proof.proof_batches(model)
+    assert batch.shape == (3, 256, 4)
+    assert traced == [64, 128, 256]
+
+
+def test_of_what_a_model_rounds_only_as_much_is_measured_as_it_takes(monkeypatch):
+    asked = []
+
+    def rounding_error(model, inputs):
+        asked.append(inputs)
+        return {"little": 1e-5, "more": 1e-3, "most": 1e-2}[inputs]
+
+    monkeypatch.setattr(proof, "rounding_error", rounding_error)
+    tolerance = proof.Tolerance(keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)]))
+    batches = ["little", "more", "most"]
+    assert tolerance.allows(5e-5, batches)
+    assert asked == []
+    assert tolerance.allows(3e-3, batches)
+    assert asked == ["little", "more"]
+    assert tolerance.value == 4e-3
+    assert tolerance.allows(9e-3, ["others"])
+    assert asked == batches
+    assert not tolerance.allows(2e-2, batches)
+    assert not tolerance.allows(float("nan"), batches)
+    assert asked == batches

@@ -212,6 +212,16 @@ for variable in model.trainable_variables:
 """
 
 
+def test_of_many_weights_that_an_optimizer_has_no_room_for_some_are_named():
+    layers = [layer for n in range(20) for layer in (keras.layers.Dense(3), keras_bn.BatchNormalization(name=f"n{n}"))]
+    model = keras.Sequential([keras.Input((3,)), *layers])
+    keras_bn.freeze(model)
+    model.compile("sgd", "mse")
+    model.fit(np.ones((4, 3)), np.ones((4, 3)), verbose=0)
+    with pytest.raises(ValueError, match=r"made without \['.*/n0/gamma', .*/n2/gamma'\] and 35 more\.$"):
+        keras_bn.unfreeze(model)
+
+
 @pytest.mark.slow
 def test_replicas_stay_equal_after_unfreezing_outside_of_the_scope():
     done = subprocess.run([sys.executable, "-c", REPLICAS], cwd=ROOT, capture_output=True, text=True, check=False)

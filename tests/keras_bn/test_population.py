@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 
 import keras
 import numpy as np
@@ -461,6 +462,27 @@ def test_the_progress_bar_counts_passes_times_batches(capsys):
     assert "12/12" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("data", ["generator", "unknown length"])
+def test_the_progress_bar_tells_the_remaining_time_from_the_second_pass_on(data, capsys, monkeypatch):
+    monkeypatch.setattr(keras.utils.Progbar.__init__, "__defaults__", (20, 1, 0.0, None, None, "step"))
+    x = pictures(12)
+    batches = tf.data.Dataset.from_tensor_slices(x).batch(4).filter(lambda part: True)
+    given = (x[i : i + 4] for i in (0, 4, 8)) if data == "generator" else batches
+    keras_bn.recalibrate(four_layer_cnn(), given, verbose=1)
+    shown = re.sub(r"\x1b\[\d+m", "", capsys.readouterr().out)
+    assert shown.count("3/Unknown") == 1
+    assert all(f"{done:2}/12" in shown for done in range(3, 13))
+    assert shown.endswith("\n")
+    assert shown.count("\n") == 1
+
+
+def test_the_progress_bar_is_whole_where_a_tolerance_ends_each_pass(capsys):
+    keras_bn.recalibrate(four_layer_cnn(), pictures(120), batch_size=4, tolerance=100.0, verbose=1)
+    shown = re.sub(r"\x1b\[\d+m", "", capsys.readouterr().out)
+    assert "120/120" in shown
+    assert shown.count("\n") == 1
+
+
 def test_wrong_arguments_are_named():
     model = four_layer_cnn()
     with pytest.raises(ValueError, match=r"`method` must be one of 'pooled', 'algorithm2'. Received: method='mean'."):
@@ -509,6 +531,60 @@ def test_measuring_stops_where_the_standard_error_is_small_enough(order):
     assert layer.count == 500
 
 
+def _noise(count, **options):
+    """The report on values of N(3, 2), whose standard errors are 1 / sqrt(count) and sqrt(2 / count)."""
+    x = np.random.default_rng(0).normal(3, 2, (count, 4)).astype("float32")
+    inputs = keras.Input((4,))
+    norm = keras_bn.BatchNormalization(name="first")(inputs)
+    model = keras.Model(inputs, keras_bn.BatchNormalization(name="second")(norm))
+    return keras_bn.recalibrate(model, x, batch_size=50, verbose=0, **options)
+
+
+@pytest.mark.parametrize("order", ["sequential", "joint"])
+def test_data_that_end_before_the_tolerance_is_reached_are_told_of(order):
+    with pytest.warns(UserWarning, match=r"`tolerance` was not reached.*below 0.01.*first 0.0\d+ after 40") as warned:
+        report = _noise(2_000, tolerance=0.01, order=order)
+    assert [warning.filename for warning in warned] == [__file__]
+    # In joint order the second is fed what its batch has normalized: each of mean 0 and variance 1.
+    short = ["first", "second"][: 1 if order == "joint" else 2]
+    assert report.short_of_tolerance == short
+    assert [layer.batches for layer in report.layers] == [40, 40]
+    for layer in report.layers[: len(short)]:
+        assert 0.02 < layer.standard_error < 0.05
+    assert "The data ended before the standard errors were below 0.01" in str(report)
+    sent = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert (sent["tolerance"], sent["short_of_tolerance"]) == (0.01, short)
+    assert sent["layers"][0]["standard_error"] == report.layers[0].standard_error
+
+
+@pytest.mark.parametrize("count", [50, 200])
+def test_of_few_batches_no_tolerance_is_known_to_be_reached(count):
+    with pytest.warns(UserWarning, match=f"takes 10 batches at least: .* after {count // 50}"):
+        report = _noise(count, tolerance=100.0)
+    assert report.short_of_tolerance == ["first", "second"]
+    json.dumps(report.to_dict(), allow_nan=False)
+
+
+def test_a_tolerance_that_is_reached_or_not_asked_for_is_no_matter_for_a_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reached, unasked = _noise(20_000, tolerance=0.05), _noise(100)
+    assert reached.short_of_tolerance == unasked.short_of_tolerance == []
+    assert all(layer.standard_error < 0.05 for layer in reached.layers)
+    assert [layer.standard_error for layer in unasked.layers] == [None, None]
+    assert "standard error" not in f"{reached}{unasked}"
+
+
+def test_a_warning_that_is_an_error_leaves_the_model_as_it_was():
+    model = four_layer_cnn()
+    before = snapshot(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match=r"`tolerance` was not reached.*, and 1 more"):
+            keras_bn.recalibrate(model, pictures(8), tolerance=0.01, verbose=0)
+    assert snapshot(model) == before
+
+
 def test_moments_of_parts_merged_in_any_place_are_those_of_the_whole_and_survive_json():
     rng = np.random.default_rng(0)
     x = rng.normal([0, 1e3, 1e6], 1, (30, 3))
@@ -522,8 +598,37 @@ def test_moments_of_parts_merged_in_any_place_are_those_of_the_whole_and_survive
         np.testing.assert_allclose(merged.variance, whole.channels(whole.biased_variance), rtol=1e-9)
     with pytest.raises(ValueError, match=r"as many channels.*\(3,\) and \(2,\)"):
         sent[0] + keras_bn.Moments(1.0, np.zeros(2), np.zeros(2))
-    with pytest.raises(TypeError):
-        sent[0] + (1.0,)
+    for other in ((1.0,), 1.0, None, np.zeros(3)[0]):
+        with pytest.raises(TypeError, match=r"Moments can be added to Moments only.*Received: .* of type"):
+            sent[0] + other
+    for other in ((1.0,), 0, None):
+        with pytest.raises(TypeError, match=r"Moments can be added to Moments only.*Received: .* of type"):
+            other + sent[0]
+
+
+@pytest.mark.parametrize("given", [lambda values: values, np.array, tf.constant, lambda values: np.float32(values)])
+def test_moments_are_float64_before_and_behind_json_to_the_last_bit(given):
+    moments = keras_bn.Moments(7, given([1, 2, 3]), given([1.0, 2.0, 0.1]))
+    behind = keras_bn.Moments(**json.loads(json.dumps(moments.to_dict())))
+    for one, other in zip((*moments, moments.variance), (*behind, behind.variance), strict=True):
+        np.testing.assert_array_equal(one, other, strict=True)
+        assert np.asarray(one).dtype == "float64"
+    np.testing.assert_array_equal(moments.variance, np.asarray(given([1.0, 2.0, 0.1]), "float64") / 7)
+
+
+def test_measured_moments_are_float64_before_and_behind_json_to_the_last_bit():
+    model = four_layer_cnn()
+    for moments in keras_bn.measure(model, pictures(8), verbose=0).values():
+        behind = keras_bn.Moments(**json.loads(json.dumps(moments.to_dict())))
+        np.testing.assert_array_equal(moments.variance, behind.variance, strict=True)
+        assert behind.variance.dtype == "float64"
+
+
+def test_moments_do_not_follow_the_arrays_they_were_made_of():
+    mean = np.ones(3)
+    moments = keras_bn.Moments(1.0, mean, np.zeros(3))
+    mean[0] = np.nan
+    np.testing.assert_array_equal(moments.mean, np.ones(3))
 
 
 def test_layer_by_layer_shards_that_were_measured_apart_are_recalibrated_as_one():
@@ -549,7 +654,6 @@ def test_layer_by_layer_shards_that_were_measured_apart_are_recalibrated_as_one(
         ({"nobody": keras_bn.Moments(1.0, np.zeros(4), np.zeros(4))}, ValueError, "Received: 'nobody' of shape (4,)"),
         ({"bn": keras_bn.Moments(1.0, np.zeros(3), np.zeros(3))}, ValueError, "Received: 'bn' of shape (3,)"),
         ({"bn": keras_bn.Moments(0.0, np.zeros(4), np.zeros(4))}, ValueError, "Received: 'bn' with count 0.0"),
-        ({"bn": keras_bn.Moments(1.0, np.full(4, np.nan), np.zeros(4))}, ValueError, "mean [nan nan nan nan]"),
         ({"bn": (1.0, np.zeros(4), np.zeros(4))}, TypeError, "as `keras_bn.measure` returns"),
         ([1.0], TypeError, "Received: [1.0]"),
         ({}, ValueError, "the moments of a normalization at least"),
@@ -584,6 +688,18 @@ def test_what_to_measure_is_checked(options, error, text):
         keras_bn.recalibrate(model, np.zeros((8, 4), "float32"), **options)
 
 
+def test_of_many_normalizations_the_likely_ones_are_named():
+    layers = [keras_bn.BatchNormalization(name=f"block{n}_norm") for n in range(30)]
+    model = keras.Sequential([keras.Input((3,)), *layers])
+    some = r"some of \['block17_norm', .*'\] and 25 more\. Received"
+    with pytest.raises(ValueError, match=some):
+        keras_bn.recalibrate(model, np.ones((4, 3)), layers=["blok17_norm"])
+    with pytest.raises(ValueError, match=r"'block4_norm'\] and 25 more\. Received: 'other' of shape \(3,\)\."):
+        keras_bn.apply_statistics(model, {"other": keras_bn.Moments(1.0, np.ones(3), np.ones(3))})
+    with pytest.raises(ValueError, match=r"which has shape \(3,\)\. Received: 'block9_norm' of shape \(2,\)\."):
+        keras_bn.apply_statistics(model, {"block9_norm": keras_bn.Moments(1.0, np.ones(2), np.ones(2))})
+
+
 @pytest.mark.parametrize(
     "weights", [[1.0, 1.0, 1.0, -1.0], [1.0, np.nan, 1.0, 1.0], [-1.0] * 4, [np.inf, 1.0, 1.0, 1.0]]
 )
@@ -596,14 +712,45 @@ def test_sample_weights_that_are_none_are_named(weights):
             take(model, (x, np.zeros(4), np.array(weights)), verbose=0)
 
 
-@pytest.mark.parametrize("spoilt", [{"m2": [-5.0, 1.0]}, {"m2": [1.0]}, {"count": -1.0}, {"mean": [np.nan, 0.0]}, None])
-def test_moments_that_are_none_are_refused(spoilt):
+@pytest.mark.parametrize(
+    ("spoilt", "error", "text"),
+    [
+        ({"m2": [-5.0, 1.0]}, ValueError, "`m2` must not be negative. Received: m2=[-5.0, 1.0]."),
+        ({"m2": [1.0]}, ValueError, "`m2` must have the shape of `mean`, (2,). Received: m2 of shape (1,)."),
+        ({"m2": [np.inf, 1.0]}, ValueError, "`m2` must be finite. Received: m2=[inf, 1.0]."),
+        ({"mean": [np.nan, 0.0]}, ValueError, "`mean` must be finite. Received: mean=[nan, 0.0]."),
+        ({"mean": 1.0}, ValueError, "`mean` must have a number for each channel, one at least. Received: mean of sh"),
+        ({"mean": [None, 1.0]}, TypeError, "`mean` must be real numbers, of one shape. Received: mean=[None, 1.0] of"),
+        ({"mean": [[1.0], [1.0, 2.0]]}, TypeError, "`mean` must be real numbers, of one shape."),
+        ({"count": -1.0}, ValueError, "`count` must not be negative. Received: count=-1.0."),
+        ({"count": np.nan}, ValueError, "`count` must be finite. Received: count=nan."),
+        ({"count": "1 value"}, TypeError, "`count` must be real numbers, of one shape. Received: count='1 value' of"),
+        ({"count": [1.0, 2.0, 3.0]}, ValueError, "broadcasts to that of `mean`, (2,). Received: count of shape (3,)."),
+        ({"unit": [[1.0, 1.0]]}, ValueError, "broadcasts to that of `mean`, (2,). Received: unit of shape (1, 2)."),
+    ],
+)
+def test_moments_that_are_none_are_refused_where_they_are_made(spoilt, error, text):
     inputs = keras.Input((2,))
     model = keras.Model(inputs, keras_bn.BatchNormalization(name="norm")(inputs))
-    measured = keras_bn.measure(model, np.random.default_rng(0).normal(size=(8, 2)).astype("float32"), verbose=0)
-    parts = [] if spoilt is None else [{"norm": keras_bn.Moments(**{**measured["norm"].to_dict(), **spoilt})}]
-    with pytest.raises(ValueError, match="`measured` must be"):
-        keras_bn.apply_statistics(model, *parts)
+    moments = keras_bn.measure(model, np.random.default_rng(0).normal(size=(8, 2)).astype("float32"), verbose=0)["norm"]
+    with pytest.raises(error, match=re.escape(text)):
+        keras_bn.Moments(**{**moments.to_dict(), **spoilt})
+    with pytest.raises(error, match=re.escape(text)):
+        moments._replace(**spoilt)
+    assert keras_bn.Moments(**moments.to_dict())._fields == ("count", "mean", "m2", "unit")
+
+
+def test_moments_of_no_values_may_be_merged_and_count_nothing():
+    none, one = keras_bn.Moments(0, [5.0], [0.0]), keras_bn.Moments(2, [1.0], [4.0])
+    np.testing.assert_array_equal(none.variance, [0.0])
+    for field, expected in zip(none + one, one, strict=True):
+        np.testing.assert_array_equal(field, np.broadcast_to(expected, (1,)))
+
+
+def test_nothing_measured_is_refused():
+    model = keras.Sequential([keras.Input((2,)), keras_bn.BatchNormalization()])
+    with pytest.raises(ValueError, match=r"`measured` must be what `keras_bn.measure` returned, once at least"):
+        keras_bn.apply_statistics(model)
 
 
 def test_weights_that_diverged_are_named_and_not_the_data():

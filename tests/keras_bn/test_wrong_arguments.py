@@ -6,6 +6,7 @@ import itertools
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import keras_bn
 
@@ -124,6 +125,15 @@ def made(tmp_path_factory):
                 "measured": (keras_bn.measure(model, _X, verbose=0), set()),
             },
         ),
+        "Moments": (
+            keras_bn.Moments,
+            {
+                "count": (2.0, NUMBERS | {"too flat"}),
+                "mean": (np.ones(4), {"too flat"}),
+                "m2": (np.ones(4), {"too flat"}),
+                "unit": (1.0, NUMBERS | {"too flat"}),
+            },
+        ),
         "load_torch_weights": (
             keras_bn.load_torch_weights,
             {
@@ -175,7 +185,7 @@ OF_KERAS = (
 NAMES = (
     *("drift", "drift of a version", "recalibrate", "measure", "health", "Recalibrate", "fold", "convert", "revert"),
     *("freeze", "unfreeze", "use_statistics", "apply_statistics", "load_torch_weights", "load_tf_keras_weights"),
-    *("BatchNormalization", "export"),
+    *("BatchNormalization", "export", "Moments"),
 )
 
 
@@ -204,8 +214,8 @@ def test_what_is_wrong_is_said_of_the_argument(name, made, monkeypatch, tmp_path
 
 def test_every_public_function_and_argument_is_in_the_table(made):
     covered = {name.split()[0] for name in NAMES}
-    # `compiled` takes nothing, moments are what `measure` returns, and the arguments of the layer have their own table.
-    assert set(keras_bn.__all__) - covered == {"Moments", "__version__", "compiled"}
+    # `compiled` takes nothing, and the arguments of the layer have their own table.
+    assert set(keras_bn.__all__) - covered == {"__version__", "compiled"}
     for name in sorted(covered - {"BatchNormalization", "apply_statistics"}):
         parameters = inspect.signature(getattr(keras_bn, name)).parameters.values()
         named = {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
@@ -256,9 +266,63 @@ def test_weights_below_0_or_not_finite_are_refused_where_they_are_seen(weights):
         keras_bn.BatchNormalization()(np.ones((3, 4), "float32"), training=True, mask=mask)
 
 
-def test_moments_that_are_no_numbers_are_refused_when_they_are_merged():
-    with pytest.raises(TypeError, match=r"Moments must be numbers to be merged. Received: Moments\(count='1 value'"):
-        keras_bn.Moments("1 value", np.zeros(3), np.zeros(3)) + keras_bn.Moments(1.0, np.zeros(3), np.zeros(3))
+def _log_model():
+    """Makes a NaN of an example with a negative sum, and finite numbers of a NaN in the last place."""
+    x = keras.Input((4,))
+    known = keras.layers.Lambda(
+        lambda v: tf.where(tf.math.is_nan(v) & [False, False, False, True], tf.zeros_like(v), v)
+    )(x)
+    y = keras_bn.BatchNormalization()(keras.layers.Dense(1, kernel_initializer="ones")(known))
+    return keras.Model(x, keras.layers.Lambda(lambda v: tf.math.log(v))(y))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_examples_that_are_not_finite_are_named_where_something_is_proved_on_them(value, tmp_path):
+    x = np.ones((8, 4), "float32")
+    x[[2, 5], 1] = value
+    ours, stock = _log_model(), keras_bn.revert(_log_model())
+    for argument, use in (
+        ("check", lambda: keras_bn.fold(ours, x)),
+        ("check", lambda: keras_bn.revert(ours, x)),
+        ("check", lambda: keras_bn.convert(stock, x)),
+        ("warmup", lambda: keras_bn.export(ours, tmp_path, warmup=x)),
+        ("warmup", lambda: keras_bn.export(ours, tmp_path, warmup=x, fold=False)),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"`{argument}` must be finite: .*example 2 \(.*\) with {value}, and 1 more such"
+        ):
+            use()
+
+
+def test_of_several_inputs_the_one_that_is_not_finite_is_named():
+    a, b = keras.Input((2,), name="a"), keras.Input((2,), name="b")
+    model = keras.Model([a, b], keras_bn.BatchNormalization()(keras.layers.Add()([a, b])))
+    x = np.ones((3, 2), "float32")
+    with pytest.raises(ValueError, match=r"example 1 \(counted from 0\) of input 1, counted from 0, with nan\."):
+        keras_bn.fold(model, [x, np.where(np.arange(3)[:, None] == 1, np.nan, x)])
+
+
+def test_finite_examples_of_which_the_model_makes_none_are_counted(tmp_path):
+    x = np.ones((8, 4), "float32")
+    x[[1, 2, 6]] = -1
+    model = _log_model()
+    report = keras_bn.fold(model, x).report
+    assert report.not_finite == report.to_dict()["not_finite"] == 3
+    assert "Of 3 examples the model made numbers that are not finite" in str(report)
+    for argument, use in (
+        ("check", lambda: keras_bn.revert(model, x)),
+        ("warmup", lambda: keras_bn.export(model, tmp_path, warmup=x)),
+    ):
+        with pytest.warns(UserWarning, match=f"`{argument}` should be examples of .* Received: 3 of which it does"):
+            use()
+
+
+def test_a_nan_that_the_model_takes_for_a_missing_value_may_be_given(tmp_path):
+    x = np.ones((8, 4), "float32")
+    x[:, 3] = np.nan
+    report = keras_bn.fold(_log_model(), x).report
+    assert report.not_finite == 0
+    assert "not finite" not in str(report)
 
 
 def test_labels_that_are_blank_are_refused_and_those_of_one_name_warned_of(tmp_path):

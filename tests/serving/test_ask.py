@@ -177,7 +177,7 @@ def test_who_interrupts_is_told_so_in_a_line(ask, monkeypatch: pytest.MonkeyPatc
         raise KeyboardInterrupt
 
     monkeypatch.setattr(command, "_ask", interrupt)
-    assert ask("1", code=130) == "error: Interrupted.\n"
+    assert ask("1", code=130) == "Error: Interrupted.\n"
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ def assert_one_clear_line(result: subprocess.CompletedProcess[str], *words: str)
     lines = result.stderr.splitlines()
     assert len(lines) == 1, result.stderr
     assert result.returncode != 0
-    assert lines[0].startswith("error: ")
+    assert lines[0].startswith("Error: ")
     for word in words:
         assert word in lines[0]
 
@@ -68,7 +68,7 @@ def test_who_interrupts_before_the_server_listens_is_told_so_in_a_line(tmp_path:
     result = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60
     )
-    assert (result.returncode, result.stderr) == (130, "error: Interrupted.\n")
+    assert (result.returncode, result.stderr) == (130, "Error: Interrupted.\n")
 
 
 def test_a_taken_port_is_one_line(models_folder: Path):

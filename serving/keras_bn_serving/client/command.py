@@ -99,7 +99,7 @@ def _seconds(text: str) -> float:
 
 
 def _fail(error: Exception | str, code: int) -> int:
-    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    print("Error: " + " ".join(str(error).split()), file=sys.stderr)
     return code
 
 
@@ -151,7 +151,9 @@ def _read(inputs: list[str]) -> Any:
         return content if isinstance(content, np.ndarray) else dict(content)
     except Exception as error:  # zipfile, zlib and numpy have their own.
         # NumPy takes whatever is none of its files for a pickle, which is never read here.
-        reason = "it is none" if "pickle" in str(error) else error
+        reason: Any = "it is none" if "pickle" in str(error) else error
+        if str(error).startswith("Object arrays"):
+            reason = "it holds Python objects, which are never read; save an array of numbers or strings"
         raise _InputError(f"{path} cannot be read as {suffix}: {reason}") from error
 
 

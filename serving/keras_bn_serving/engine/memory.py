@@ -9,6 +9,7 @@ from types import TracebackType
 import numpy as np
 
 from keras_bn_serving.errors import ResourceExhaustedError, UnavailableError
+from keras_bn_serving.sizes import size_text
 
 # A part of what is set aside is left to the allocator, which does not fill its pages.
 _FILLED = 0.8
@@ -92,8 +93,8 @@ class Share:
         """
         if size + beside > self._memory.limit:
             raise ResourceExhaustedError(
-                f"The request needs {size + beside} bytes of memory; {self._memory.limit} are set aside for all "
-                "requests together (--request_memory_in_mb)."
+                f"The request needs {size_text(size + beside)} of memory; {size_text(self._memory.limit)} are set "
+                "aside for all requests together (--request_memory_in_mb)."
             )
         if not self._memory._add(size - self._held):
             raise BusyError

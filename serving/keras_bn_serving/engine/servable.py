@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -205,7 +206,19 @@ def _load(path: str, options: LoadOptions) -> tuple[meta_graph_pb2.MetaGraphDef,
             return tf.compat.v1.saved_model.loader.load(session, [_TAG], path), session
     except tf.errors.OpError as error:
         session.close()
-        raise ServingError(error.message, Code(error.error_code)) from error
+        # Of the files of weights TensorFlow says at most which part of which of them it was reading.
+        text = f"Cannot load the SavedModel at {path}: {_reason(error)}"
+        if re.search(r"\{\{node [^}]*Restore", error.message):
+            weights = os.path.join(path, "variables")
+            text = f"Cannot load the weights in {weights}: {_reason(error)}; copy or export the version anew"
+        raise ServingError(text, Code(error.error_code)) from error
     except (OSError, DecodeError, ValueError, TypeError, KeyError, RuntimeError) as error:
         session.close()
         raise ServingError(f"Cannot load the SavedModel at {path}: {error}", Code.DATA_LOSS) from error
+
+
+def _reason(error: tf.errors.OpError) -> str:
+    """What TensorFlow says, without where in its graph it was."""
+    text = re.sub(r"\[\[\{\{.*?\}\}\]\]", "", error.message, flags=re.DOTALL)
+    lines = [line.strip() for line in text.splitlines()]
+    return " ".join(line for line in lines if line and not line.startswith("Graph execution error"))

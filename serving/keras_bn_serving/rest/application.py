@@ -13,6 +13,7 @@ from keras_bn_serving.rest.inflating import Inflater
 from keras_bn_serving.rest.messages import Request, Response
 from keras_bn_serving.rest.predictions import SMALL_BYTES
 from keras_bn_serving.rest.server import RestServer
+from keras_bn_serving.sizes import size_text
 
 # An extension of ASGI's scope: the request's target as it came.
 TARGET = "keras_bn.target"
@@ -200,7 +201,7 @@ class Application:
 
     def _too_large(self) -> _Refused:
         limit = self._limits.body_bytes
-        return _Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"A body may take {limit} bytes.")
+        return _Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"A body may take {size_text(limit)}.")
 
 
 def _target(scope: _Scope) -> str:

@@ -14,6 +14,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from keras_bn_serving.codec.answer import encode_error
 from keras_bn_serving.rest.application import TARGET, Application
 from keras_bn_serving.rest.messages import Response, html_error
+from keras_bn_serving.sizes import size_text
 
 _log = logging.getLogger(__name__)
 _BACKLOG = 1024
@@ -220,7 +221,7 @@ class _Protocol(HttpToolsProtocol):
     def _count(self, size: int) -> None:
         self._header_bytes += size
         if self._header_bytes > _HEADER_BYTES:
-            raise _TooLarge(f"Request line and headers may take {_HEADER_BYTES} bytes.")
+            raise _TooLarge(f"Request line and headers may take {size_text(_HEADER_BYTES)}.")
 
     def _refuse(self, status: HTTPStatus, reason: str = "") -> None:
         """Answers what cannot be read, in words or with a page, and closes.
