@@ -96,15 +96,20 @@ def recalibrate(
     Reference: Ioffe & Szegedy 2015 (arXiv 1502.03167), Algorithm 2; Wu & Johnson 2021 (arXiv 2105.07576), "precise BN".
     """
     check_model(model, built=True)
-    tolerance = check_options(method, order, verbose, tolerance, layers)
-    if tolerance is not None and Workers(model).count > 1:
-        raise ValueError(
-            "`tolerance` must be None for a model that several workers train: each would stop at another batch. Take "
-            f"as many batches on each with `steps`. Received: tolerance={tolerance}."
-        )
-    norms, targets = chosen(model, layers)
-    batches = data if isinstance(data, Batches) else Batches(data, steps, batch_size)
-    batches.settled(model)
+    workers = Workers(model)
+
+    def prepared() -> tuple[float | None, dict[str, keras.layers.BatchNormalization], list[str], Batches]:
+        bound = check_options(method, order, verbose, tolerance, layers)
+        if bound is not None and workers.count > 1:
+            raise ValueError(
+                "`tolerance` must be None for a model that several workers train: each would stop at another batch. "
+                f"Take as many batches on each with `steps`. Received: tolerance={bound}."
+            )
+        batches = data if isinstance(data, Batches) else Batches(data, steps, batch_size)
+        return bound, *chosen(model, layers), batches.settled(model)
+
+    # What is wrong with the arguments of one worker, an empty share say, the others hear of, and wait for nothing.
+    tolerance, norms, targets, batches = workers.together(prepared)
     old = {name: statistics_of(norms[name]) for name in targets}
     measure_all = measure_joint if order == "joint" else measure_sequential
     with variables_restored(model, only_on_error=True):

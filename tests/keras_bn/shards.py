@@ -123,6 +123,8 @@ def worker(strategy):
     last = index == count - 1
     results["error/non-finite"] = error_of(data=share * np.float32("nan") if last else share)
     results["error/empty"] = error_of(data=share[:0] if last else share)
+    results["error/option"] = error_of(data=share, **({"method": "mean"} if last else {}))
+    results["error/tolerance"] = error_of(data=share, tolerance=0.1 if last else None)
     results["error/layers"] = error_of(data=share, layers=["first" if last else "second"])
     results["error/nothing changed"] = all(np.array_equal(before[k], v) for k, v in statistics(network).items())
     batches = tf.data.Dataset.from_tensor_slices(data()[0]).batch(BATCH)

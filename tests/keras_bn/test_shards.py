@@ -84,9 +84,11 @@ def test_an_error_on_one_worker_is_raised_on_all_and_leaves_the_model_as_it_was(
     *others, last = of_workers
     assert "`data` must be finite" in str(last["error/non-finite"])
     assert "must hold at least one batch" in str(last["error/empty"])
+    assert "`method` must be one of" in str(last["error/option"])
+    assert "`tolerance` must be None" in str(last["error/tolerance"])
     for other in others:
-        for kind in ("non-finite", "empty"):
-            assert f"Received: an error on worker {len(others)}, which says" in str(other[f"error/{kind}"])
+        for kind in ("non-finite", "empty", "option", "tolerance"):
+            assert f"Received: an error on worker {len(others)}, which says" in str(other[f"error/{kind}"]), kind
     for worker in of_workers:
         assert "call the same normalizations in the same order on every worker" in str(worker["error/layers"])
         assert worker["error/nothing changed"]
