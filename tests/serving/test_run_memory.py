@@ -44,6 +44,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             lambda x, shift: {"y": wide(x)["y"] + shift},
             [table, tf.TensorSpec([], tf.float32, name="shift")],
         ),
+        "meeting": (lambda x: {"y": tf.reduce_sum(tf.matmul(x, x, transpose_b=True), 1)}, [table]),
+        "broadcast": (
+            lambda a, b: {"y": a + b[:, None]},
+            [tf.TensorSpec([None, 2], tf.float32, name="a"), tf.TensorSpec([None], tf.float32, name="b")],
+        ),
         "named": (lambda x: {"name": tf.strings.as_string(wide(x)["y"])}, [table]),
     }
     return saved_models.export(tmp_path_factory.mktemp("wide") / "1", signatures)
@@ -116,6 +121,25 @@ def test_rows_that_depend_on_each_other_are_refused_where_they_are_too_many(boun
     assert len(bounded.run(mixing, {"x": rows(20)})["y"]) == 20
     with pytest.raises(ResourceExhaustedError, match=r"400 rows, which cannot be run in parts.*--run_memory_in_mb"):
         bounded.run(mixing, {"x": rows(400)})
+
+
+def test_rows_that_meet_each_other_take_more_the_more_there_are(bounded: Servable):
+    most = int((32 * WIDE_BYTES / 4) ** 0.5)
+    signature = bounded.signature("meeting")
+    # What each takes of a thousand is enough for a few rows, and far too little for many.
+    assert len(bounded.run(signature, {"x": rows(400)})["y"]) == 400
+    bounded.run(signature, {"x": rows(most - 20)})
+    with pytest.raises(ResourceExhaustedError, match=f"{2 * most} rows, which cannot be run in parts, need 5 MiB"):
+        bounded.run(signature, {"x": rows(2 * most)})
+
+
+@pytest.mark.parametrize(("a", "b"), [((1000,), (1000,)), ((1, 1000), (1, 1000, 1)), ((1000, 2), (1000, 1, 1))])
+def test_shapes_that_are_not_the_signatures_and_multiply_are_refused(bounded: Servable, a: Any, b: Any):
+    signature = bounded.signature("broadcast")
+    fits = bounded.run(signature, {"a": np.ones([100], "float32"), "b": np.ones([50], "float32")})
+    assert fits["y"].shape == (50, 100)
+    with pytest.raises(ResourceExhaustedError, match=r"cannot be run in parts, need \d+ MiB"):
+        bounded.run(signature, {"a": np.ones(a, "float32"), "b": np.ones(b, "float32")})
 
 
 def test_an_input_beside_the_rows_keeps_them_together(bounded: Servable):

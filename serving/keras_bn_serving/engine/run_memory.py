@@ -74,23 +74,38 @@ class RunMemory:
         """
         batches = {name: array for name, array in inputs.items() if array.ndim and _is_open(signature.inputs[name])}
         rows = max((len(array) for array in batches.values()), default=0)
+        misfits = bool(signature.misfit(inputs))
         # A single row cannot be parted, and is the least that a model is there for.
-        if not self._limit or rows < 2:
+        if not self._limit or (rows < 2 and not misfits):
+            return []
+        if misfits or not signature.rows_stand_alone:
+            self._check_at_once(signature, inputs, max(rows, 1))
             return []
         shapes = {name: (_ROWS, *a.shape[1:]) if name in batches else a.shape for name, a in inputs.items()}
-        # Reading a graph takes long: not for every length of a text.
-        near = {name: _rounded(shape, signature.inputs[name]) for name, shape in shapes.items()}
-        need = self._need(signature, near) or self._need(signature, shapes)
+        need = self._need_about(signature, shapes)
         if need is None or need.run * rows <= self._limit:
             return []
-        alone = signature.rows_stand_alone and len(batches) == len(inputs) and not signature.misfit(inputs)
-        if not alone or any(len(array) != rows for array in batches.values()):
+        if len(batches) < len(inputs) or any(len(array) != rows for array in batches.values()):
             raise self._refusal(f"{rows} rows, which cannot be run in parts, need", need.run * rows)
         # One half for what has been computed, one for what is being computed.
         if need.outputs * rows > self._limit / 2:
             raise self._refusal(f"{rows} rows have outputs that need, twice,", 2 * need.outputs * rows)
         step = max(1, int(self._limit / 2 / need.run))
         return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+    def _check_at_once(self, signature: Signature, inputs: Mapping[str, np.ndarray], rows: int) -> None:
+        """Refuses what takes too much; of rows that meet each other, twice as many may take four times as much."""
+        shapes = {name: array.shape for name, array in inputs.items()}
+        for reckon in (self._need_about, self._need):
+            need = reckon(signature, shapes)
+            if need is None or need.run * rows <= self._limit:
+                return
+        raise self._refusal(f"{rows} rows, which cannot be run in parts, need", need.run * rows)
+
+    def _need_about(self, signature: Signature, shapes: Mapping[str, tuple[int, ...]]) -> Need | None:
+        """Of open sizes that are rounded up: reading a graph takes long, and is not for every length of a text."""
+        near = {name: _rounded(shape, signature.inputs[name]) for name, shape in shapes.items()}
+        return self._need(signature, near) or self._need(signature, shapes)
 
     def _refusal(self, what: str, size: float) -> ResourceExhaustedError:
         return ResourceExhaustedError(
@@ -111,7 +126,9 @@ class RunMemory:
         inputs, outputs = signature.tensors["inputs"], list(signature.tensors["outputs"].values())
         try:
             flat = flat_graph.of_signature(self._meta_graph, inputs, outputs, shapes)
-            return Need(_most_at_once(flat) / _ROWS, sum(map(_size, flat.outputs)) / _ROWS)
+            lengths = [shape[0] for name, shape in shapes.items() if shape and _is_open(signature.inputs[name])]
+            rows = max([1, *lengths])
+            return Need(_most_at_once(flat, rows) / rows, sum(_size(tensor, rows) for tensor in flat.outputs) / rows)
         except ValueError as error:
             # TensorFlow says so when it runs, or knows more than the graph tells.
             _log.debug("signature %s: what a run takes is not known: %s", signature.name, error)
@@ -129,7 +146,7 @@ def _rounded(shape: Sequence[int], spec: TensorSpec) -> tuple[int, ...]:
     return tuple(-(-size // step) * step for size, step in zip(shape, steps, strict=True))
 
 
-def _most_at_once(flat: flat_graph.FlatGraph) -> int:
+def _most_at_once(flat: flat_graph.FlatGraph, rows: int) -> int:
     """Returns how many bytes there are at once at most where operations run as soon as they can."""
     place: dict[str, str] = {}
     level: dict[str, int] = {}
@@ -148,25 +165,26 @@ def _most_at_once(flat: flat_graph.FlatGraph) -> int:
     for position, operation in enumerate(operations):
         if operation.type in _LOADED or operation.type in _SHARING:
             continue
-        within[position] = _within(operation, flat)
+        within[position] = _within(operation, flat, rows)
         for tensor in operation.outputs:
-            begun[position] += _size(tensor)
-            ended[last.get(tensor.name, position)] += _size(tensor)
+            begun[position] += _size(tensor, rows)
+            ended[last.get(tensor.name, position)] += _size(tensor, rows)
     held = itertools.accumulate(begin - end for begin, end in zip(begun, [0, *ended], strict=False))
     return max((now + inside for now, inside in zip(held, within, strict=True)), default=0)
 
 
-def _within(operation: tf.Operation, flat: flat_graph.FlatGraph) -> int:
+def _within(operation: tf.Operation, flat: flat_graph.FlatGraph, rows: int) -> int:
     """Returns what the functions of a loop or condition take while it runs: once, of a loop."""
     arguments = list(operation.inputs)[1 if operation.type.endswith("If") else 0 :]
     names = [operation.get_attr(attribute).name for attribute in _FUNCTIONS.get(operation.type, ())]
-    return max((_most_at_once(flat_graph.of_function(flat.library, name, arguments)) for name in names), default=0)
+    bodies = (flat_graph.of_function(flat.library, name, arguments) for name in names)
+    return max((_most_at_once(body, rows) for body in bodies), default=0)
 
 
-def _size(tensor: tf.Tensor) -> int:
+def _size(tensor: tf.Tensor, rows: int) -> int:
     """Returns the bytes of a tensor; a size that is not known is taken to be the number of rows, once."""
     if tensor.shape.rank is None:
         return 0
     sizes = tensor.shape.as_list()
     known = math.prod(size for size in sizes if size is not None)
-    return known * (_ROWS if None in sizes else 1) * tensor.dtype.size
+    return known * (rows if None in sizes else 1) * tensor.dtype.size
