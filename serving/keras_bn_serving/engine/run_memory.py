@@ -96,11 +96,11 @@ class RunMemory:
     def _check_at_once(self, signature: Signature, inputs: Mapping[str, np.ndarray], rows: int) -> None:
         """Refuses what takes too much; of rows that meet each other, twice as many may take four times as much."""
         shapes = {name: array.shape for name, array in inputs.items()}
-        for reckon in (self._need_about, self._need):
-            need = reckon(signature, shapes)
-            if need is None or need.run * rows <= self._limit:
-                return
-        raise self._refusal(f"{rows} rows, which cannot be run in parts, need", need.run * rows)
+        need = self._need_about(signature, shapes)
+        if need is not None and need.run * rows > self._limit:
+            need = self._need(signature, shapes)
+        if need is not None and need.run * rows > self._limit:
+            raise self._refusal(f"{rows} rows, which cannot be run in parts, need", need.run * rows)
 
     def _need_about(self, signature: Signature, shapes: Mapping[str, tuple[int, ...]]) -> Need | None:
         """Of open sizes that are rounded up: reading a graph takes long, and is not for every length of a text."""
