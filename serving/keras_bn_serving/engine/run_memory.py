@@ -78,12 +78,17 @@ class RunMemory:
         # A single row cannot be parted, and is the least that a model is there for.
         if not self._limit or (rows < 2 and not misfits):
             return []
-        if misfits or not signature.rows_stand_alone:
+        if misfits:
             self._check_at_once(signature, inputs, max(rows, 1))
             return []
         shapes = {name: (_ROWS, *a.shape[1:]) if name in batches else a.shape for name, a in inputs.items()}
         need = self._need_about(signature, shapes)
-        if need is None or need.run * rows <= self._limit:
+        # A row of fewer takes no more than one of many, and the same where each stands alone.
+        known = rows <= _ROWS or signature.rows_stand_alone
+        if need is None or (known and need.run * rows <= self._limit):
+            return []
+        if not signature.rows_stand_alone:
+            self._check_at_once(signature, inputs, rows)
             return []
         if len(batches) < len(inputs) or any(len(array) != rows for array in batches.values()):
             raise self._refusal(f"{rows} rows, which cannot be run in parts, need", need.run * rows)
