@@ -24,8 +24,8 @@ from tests.serving.servers import ROOT, RunningServer, running_server
 SHAPE_WORDS = ("shape", "rank", "size", "level", "list", "parsing", "instances")
 CALLER_AT_FAULT = {
     grpc.StatusCode[name]
-    # ABORTED: what oneDNN cannot do with the sizes given, a pool larger than the picture. RESOURCE_EXHAUSTED: sizes that
-    # broadcast to more than --run_memory_in_mb, for which TensorFlow Serving would take all memory there is.
+    # ABORTED: what oneDNN cannot do with the sizes given, a pool larger than the picture.
+    # RESOURCE_EXHAUSTED: what broadcasts to more than --run_memory_in_mb; TensorFlow Serving would take all there is.
     for name in ("INVALID_ARGUMENT", "FAILED_PRECONDITION", "OUT_OF_RANGE", "ABORTED", "RESOURCE_EXHAUSTED")
 }
 
