@@ -53,7 +53,7 @@ def convert(model: keras.Model, check: Any = None, **options: Any) -> Any:
         check: inputs, as `model` takes them, to prove the copy on. Has to be given where random numbers are not fit for
             the model.
         **options: how the new layers train: arguments of `keras_bn.BatchNormalization` such as `synchronized=True`,
-            `virtual_batch_size=32` or `momentum=None`.
+            `virtual_batch_size=32` or `momentum=None`. Layers that are ours already stay as they are.
 
     Returns:
         The new model. `model` is left as it is.
@@ -61,7 +61,8 @@ def convert(model: keras.Model, check: Any = None, **options: Any) -> Any:
     Raises:
         TypeError: when `model` is no Keras model.
         ValueError: when `model` is not built, has a layer that cannot be made anew, makes normalizations in its own
-            code, where no configuration reaches, or takes no random inputs; or when an option is none of training.
+            code, where no configuration reaches, or takes no random inputs; or when an option is none of training,
+            or there is no layer that it would be for.
 
     Example:
 
@@ -75,13 +76,23 @@ def convert(model: keras.Model, check: Any = None, **options: Any) -> Any:
         raise ValueError(f"`options` must be of {', '.join(_TRAINING_OPTIONS)}. Received: {', '.join(unknown)}.")
     BatchNormalization(**options)  # Says at once what is wrong with them.
 
+    converted = 0
+
     def rewrite(config: dict[str, Any], alone: bool) -> list[keras.Layer]:
+        nonlocal converted
         if config.get("module") == _STOCK["module"]:
             config.update(_OURS)
             config["config"].update(options)
+            converted += 1
         return []
 
-    return _proved(model, clone(model, keras.layers.BatchNormalization, rewrite), check)
+    copy = clone(model, keras.layers.BatchNormalization, rewrite)
+    if options and not converted:
+        raise ValueError(
+            f"`options` must be for stock normalizations that become ours, and {model.name!r} has none. Received: "
+            f"{', '.join(options)}. `keras_bn.revert` makes those that are ours stock again; then convert."
+        )
+    return _proved(model, copy, check)
 
 
 def revert(model: keras.Model, check: Any = None) -> Any:

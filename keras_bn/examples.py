@@ -180,6 +180,8 @@ def reason(error: Exception) -> str:
     """The one line of a message that says it, without colours, nodes and what Keras puts around it."""
     message = error.message if isinstance(error, tf.errors.OpError) else str(error)
     text = re.sub(r"\x1b\[[0-9;]*m|\{\{.*?\}\}|\[Op:.*", "", message)
+    # Keras prints the values where their shape is meant.
+    text = re.sub(r"Invalid input shape for input .*?\. Expected shape", "Expected shape", text, flags=re.DOTALL)
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     around = ("Exception encountered", "Graph execution", "Detected at", "Arguments received")
     said = [line for line in lines if not line.startswith(around)]

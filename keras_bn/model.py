@@ -162,6 +162,25 @@ def statistics_of(layer: keras.layers.BatchNormalization) -> tuple[np.ndarray, n
     return layer.moving_mean.numpy().astype("float64"), layer.moving_variance.numpy().astype("float64")
 
 
+def check_statistics(
+    argument: str, name: str, layer: keras.layers.BatchNormalization, mean: Any, variance: Any
+) -> None:
+    """Refuses finite statistics that are not finite any more in the dtype of the layer's weights.
+
+    Raises:
+        ValueError: naming the argument that they are of, the layer and its dtype.
+    """
+    for what, values, variable in (("mean", mean, layer.moving_mean), ("variance", variance, layer.moving_variance)):
+        dtype = tf.as_dtype(variable.dtype)
+        largest = float(np.max(np.abs(np.asarray(values, "float64")), initial=0.0))
+        if np.isfinite(largest) and largest > float(dtype.max):
+            raise ValueError(
+                f"`{argument}` must have statistics that the layer can hold: {name!r} keeps them in {dtype.name}, up "
+                f"to {float(dtype.max):g}. Received: a {what} of {largest:g}. Scale the data, or give the layer "
+                'dtype="float32".'
+            )
+
+
 def set_statistics(layer: keras.layers.BatchNormalization, mean: Any, variance: Any) -> None:
     """Gives `layer` these moving statistics, and what its options derive from them."""
     layer.moving_mean.assign(np.asarray(mean, layer.moving_mean.dtype))

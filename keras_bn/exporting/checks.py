@@ -88,7 +88,9 @@ def check_outputs(
     if not tolerance.allows(worst.relative, model_batches):
         raise ValueError(
             "`model` must compute the same when it is called and when it is served. Received: outputs that differ by "
-            f"{worst.relative:.3g} relative, {worst.absolute:.3g} absolute; allowed is {tolerance.value:g} relative."
+            f"{worst.relative:.3g} relative, {worst.absolute:.3g} absolute; allowed is {tolerance.value:g} relative. "
+            "Something in it is random, or is settled when Python runs and not by the data: sizes that an Input leaves "
+            "open, as of a `TimeDistributed`, may have to be given."
         )
     return worst
 

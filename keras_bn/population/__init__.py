@@ -9,7 +9,7 @@ import numpy as np
 
 from keras_bn import arguments
 from keras_bn.drift.figures import distance, plain, summary
-from keras_bn.model import check_model, required_batch_norms, set_statistics, statistics_of
+from keras_bn.model import check_model, check_statistics, required_batch_norms, set_statistics, statistics_of
 from keras_bn.names import listed
 from keras_bn.population.accumulator import METHODS
 from keras_bn.population.batches import Batches
@@ -115,6 +115,7 @@ def recalibrate(
     with variables_restored(model, only_on_error=True):
         new = measure_all(model, norms, targets, batches, method, verbose, tolerance)
         for name, population in new.items():
+            check_statistics("data", name, norms[name], population.mean, population.variance)
             set_statistics(norms[name], population.mean, population.variance)
         seen = measure_repeated(model, norms, targets, batches, verbose) if order == "sequential" else {}
         report = Recalibration(
@@ -242,6 +243,7 @@ def apply_statistics(model: keras.Model, *measured: Mapping[str, Moments]) -> No
                 "`measured` must be of values that count, in every channel. "
                 f"Received: {name!r} with count {moments.count}."
             )
+        check_statistics("measured", name, norms[name], moments.mean, moments.variance)
     for name, moments in together.items():
         set_statistics(norms[name], moments.mean, moments.variance)
 

@@ -34,6 +34,8 @@ class Batches:
             steps = arguments.whole_number("steps", steps, alternative=", or None for all batches")
         batch_size = arguments.whole_number("batch_size", batch_size)
         _refuse_numbers(data)
+        if isinstance(data, tuple) and len(data) > 3 and all(map(_is_arrays, data)):
+            _unpacked(data)  # Refuses it: batches are in a list.
         if isinstance(data, str | bytes) or not (
             _is_arrays(data) or isinstance(data, Iterable | keras.utils.PyDataset)
         ):

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from keras_bn.examples import computing_with
 from keras_bn.inference import calls_replaced, inference_mode, observed_call
-from keras_bn.model import check_weights_finite, input_moments, set_statistics
+from keras_bn.model import check_statistics, check_weights_finite, input_moments, set_statistics
 from keras_bn.population.accumulator import Accumulator, Population, is_settled
 from keras_bn.population.batches import Batches
 from keras_bn.population.workers import Workers
@@ -73,6 +73,7 @@ def measure_sequential(
             tolerance=tolerance,
         )
         done[name] = accumulators[name].population(method)
+        check_statistics("data", name, layers[name], done[name].mean, done[name].variance)
         set_statistics(layers[name], done[name].mean, done[name].variance)
     return done
 

@@ -168,6 +168,13 @@ def test_options_of_training_go_into_every_converted_layer():
     np.testing.assert_allclose(ours(batch()), model(batch()), rtol=1e-5)
 
 
+def test_options_for_a_model_whose_layers_are_ours_already_are_refused():
+    model = keras.Sequential([keras.Input((3,)), keras_bn.BatchNormalization()])
+    with pytest.raises(ValueError, match=r"`options` must be for stock normalizations .* has none.*Received: momentum"):
+        keras_bn.convert(model, momentum=None)
+    keras_bn.convert(model)
+
+
 def test_options_that_are_not_of_training_or_wrong_are_refused_at_once():
     with pytest.raises(ValueError, match=r"`options` must be of momentum, renorm, .* Received: epsilon, momentun\."):
         keras_bn.convert(nested_model(), momentun=0.9, epsilon=0.1)

@@ -800,3 +800,38 @@ def test_a_bar_is_drawn_where_someone_looks_on_and_else_a_line_is_written(verbos
         assert re.match(r"(\d+)/\1 - ", lines[0])
     if verbose == 0:
         assert lines == []
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [("float32", 1e30), ("float16", 400.0)])
+@pytest.mark.parametrize("order", ["sequential", "joint"])
+def test_statistics_that_the_layer_cannot_hold_are_refused(dtype, scale, order):
+    model = keras.Sequential([keras.Input((4,)), keras_bn.BatchNormalization(dtype=dtype, name="norm")])
+    before = model.get_weights()
+    x = (scale * np.random.default_rng(0).normal(size=(64, 4))).astype("float32")
+    with pytest.raises(ValueError, match=rf"`data` must have statistics .*'norm' keeps them in {dtype}.*a variance of"):
+        keras_bn.recalibrate(model, x, order=order, verbose=0)
+    for old, new in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(new, old)
+
+
+def test_moments_that_a_layer_cannot_hold_change_none_of_them():
+    layers = [keras_bn.BatchNormalization(name=name) for name in ("first", "second")]
+    model = keras.Sequential([keras.Input((1,)), *layers])
+    measured = {"first": keras_bn.Moments(2.0, [3.0], [1.0]), "second": keras_bn.Moments(1.0, [1e300], [0.0])}
+    with pytest.raises(ValueError, match=r"`measured` must have statistics .*'second' keeps .*a mean of 1e\+300"):
+        keras_bn.apply_statistics(model, measured)
+    assert float(layers[0].moving_mean[0]) == 0.0
+
+
+def test_four_arrays_in_a_tuple_are_no_batches():
+    x = pictures(8)
+    with pytest.raises(ValueError, match=r"`data` must have batches of inputs.* Received: a batch of 4 parts"):
+        keras_bn.recalibrate(four_layer_cnn(), (x, x, x, x), verbose=0)
+
+
+def test_a_wrong_shape_is_said_and_not_the_values():
+    with pytest.raises(
+        ValueError, match=r"Received: Expected shape \(None, 8, 8, 3\), .* shape \(8, 8, 8\)$"
+    ) as raised:
+        keras_bn.recalibrate(four_layer_cnn(), pictures(8)[..., 0], verbose=0)
+    assert "[[" not in str(raised.value)
