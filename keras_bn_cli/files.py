@@ -76,7 +76,7 @@ class Data(NamedTuple):
         import keras
 
         examples = self.by_name(model)
-        if not isinstance(examples, dict):
+        if not isinstance(examples, dict) or not getattr(model, "inputs", None):
             return examples
         return keras.tree.map_structure(lambda tensor: examples[tensor.name], model.input)
 
@@ -89,7 +89,7 @@ class Data(NamedTuple):
         """The examples for inputs of some names, each with the shape of one example or None.
 
         Returns:
-            An array; or for several inputs, arrays by name.
+            An array; or for several inputs, arrays by name: all there are, where `shapes` has none.
         """
         import numpy as np
 
@@ -109,6 +109,8 @@ class Data(NamedTuple):
                     f"--divide-by. Received: {sorted(filter(None, arrays)) or 'one array'}."
                 )
             chosen = {name: arrays[name] for name in shapes}
+        elif not shapes and len(arrays) > 1 and self.divide_by is None and self.array_name is None:
+            chosen = arrays  # A model of an own class, which does not tell what it takes.
         else:
             if "" in arrays and self.array_name is not None:
                 raise ValueError(

@@ -234,7 +234,9 @@ def _image_data(arrays: dict[str, np.ndarray], origin: str) -> ImageData:
     labels = {name: _labels(array, name, origin) for name, array in arrays.items() if name.startswith("y_")}
     for part in ("train", "test"):
         counts = len(images[f"x_{part}"]), len(labels[f"y_{part}"])
-        if counts[0] != counts[1] or not counts[0]:
+        if not counts[0]:
+            raise ValueError(f"{origin} must hold {part} images. Received: none")
+        if counts[0] != counts[1]:
             raise ValueError(f"{origin} must hold one label for each {part} image. Received: {counts[0]}, {counts[1]}")
     return ImageData(**images, **labels, origin=origin)
 
@@ -244,8 +246,13 @@ def _images(array: np.ndarray, name: str, origin: str) -> np.ndarray:
         raise ValueError(f"`{name}` in {origin} must have shape (n, 28, 28) or (n, 28, 28, 1). Received: {array.shape}")
     if array.dtype == np.uint8:
         array = array / np.float32(255)
-    elif not (np.issubdtype(array.dtype, np.floating) and array.min() >= 0 and array.max() <= 1):
+    elif not np.issubdtype(array.dtype, np.floating):
         raise ValueError(f"`{name}` in {origin} must be uint8, or floating in [0, 1]. Received: {array.dtype}")
+    elif array.size and not (array.min() >= 0 and array.max() <= 1):
+        raise ValueError(
+            f"`{name}` in {origin} must be uint8, or floating in [0, 1]. "
+            f"Received: {array.dtype} from {array.min():g} to {array.max():g}"
+        )
     return array.astype(np.float32).reshape(-1, 28, 28, 1)
 
 

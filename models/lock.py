@@ -33,9 +33,14 @@ def held(folder: Path, launcher: int | None = None) -> Iterator[int | None]:
         The descriptor of the lock, for processes that this one starts and that hold it too; None where there is none.
 
     Raises:
-        ValueError: Another process holds it.
+        ValueError: Another process holds it, or it cannot be made.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"`output` must be a folder, or nothing yet. Received: {folder}, which cannot be made: {error.strerror}"
+        ) from error
     path = folder / LOCK
     descriptor = _lock(folder, path, launcher)
     try:

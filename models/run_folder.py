@@ -23,17 +23,20 @@ def claim(folder: Path, settings: Settings, images: ImageData) -> None:
     """Write down whose folder this is; make it where it is missing.
 
     Raises:
-        ValueError: Another run's settings stand there.
+        ValueError: Another run's settings stand there, or the images are too few for these.
     """
+    settings.used_images(len(images.x_train))
     fingerprint = {
         "training_images": len(images.x_train),
         "crc32": zlib.crc32(np.ascontiguousarray(images.x_train).data),
+        "labels_crc32": zlib.crc32(np.ascontiguousarray(images.y_train).data),
     }
     wanted = {**dataclasses.asdict(settings), "data": fingerprint}
     path = folder / SETTINGS
     if path.exists():
         # A setting that came later had its default before.
         found = {**dataclasses.asdict(Settings()), **json.loads(path.read_text())}
+        found["data"] = {"labels_crc32": fingerprint["labels_crc32"], **found.get("data", {})}
         other = [
             f"{name}: {found.get(name)}, now {value}" for name, value in wanted.items() if found.get(name) != value
         ]

@@ -61,6 +61,26 @@ class Settings:
         if self.erase and not self.augment:
             raise ValueError(f"`erase` needs `augment`. Received: erase={self.erase}, augment={self.augment}")
 
+    def used_images(self, count: int) -> int:
+        """How many of so many training images are trained on.
+
+        Raises:
+            ValueError: There are too few.
+        """
+        available = count - self.validation_images
+        if available < self.batch_size:
+            raise ValueError(
+                f"`validation_images` must leave a batch of {self.batch_size} of the {count} training images. "
+                f"Received: validation_images={self.validation_images}"
+            )
+        used = available if self.training_images is None else self.training_images
+        if not self.batch_size <= used <= available:
+            raise ValueError(
+                f"`training_images` must be from {self.batch_size}, a batch, to {available}, what there is less "
+                f"{self.validation_images} held out. Received: training_images={used}"
+            )
+        return used
+
     def flags(self) -> list[str]:
         """The words after `python -m models.train` that make these settings: what differs from the defaults."""
         words = []

@@ -103,14 +103,8 @@ def split(
     settings: Settings, images: data.ImageData
 ) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray] | None]:
     """The images to train on, their labels as one-hot rows, and the validation data (None for none)."""
+    used = settings.used_images(len(images.x_train))
     available = len(images.x_train) - settings.validation_images
-    used = available if settings.training_images is None else settings.training_images
-    if not settings.batch_size <= used <= available:
-        raise ValueError(
-            f"`batch_size` <= `training_images` <= {available} must hold, with {len(images.x_train)} images of which "
-            f"{settings.validation_images} are held out. Received: batch_size={settings.batch_size}, "
-            f"training_images={used}"
-        )
     labels = keras.utils.to_categorical(images.y_train, len(data.CLASS_NAMES))
     validation = (images.x_train[available:], labels[available:]) if settings.validation_images else None
     return images.x_train[:used], labels[:used], validation

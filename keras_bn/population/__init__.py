@@ -110,6 +110,7 @@ def recalibrate(
 
     # What is wrong with the arguments of one worker, an empty share say, the others hear of, and wait for nothing.
     tolerance, norms, targets, batches = workers.together(prepared)
+    workers.check_same(method=method, order=order)
     old = {name: statistics_of(norms[name]) for name in targets}
     measure_all = measure_joint if order == "joint" else measure_sequential
     with variables_restored(model, only_on_error=True):

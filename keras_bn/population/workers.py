@@ -42,7 +42,7 @@ class Workers:
             return own()
         try:
             result = own()
-        except Exception:
+        except BaseException:  # Ctrl-C in one process alone, too.
             self.gathered(np.ones(1))
             raise
         failed = [number for number, value in enumerate(self.gathered(np.zeros(1))) if value[0]]
@@ -60,13 +60,29 @@ class Workers:
             ValueError: when it is not; otherwise as `together`.
         """
         names = self.together(own)
-        known = zlib.crc32("\n".join(names).encode())
-        if any(value[0] != known for value in self.gathered(np.array([known]))):
+        if self._differ("\n".join(names)):
             raise ValueError(
                 "`model` must call the same normalizations in the same order on every worker, to be put together. "
                 f"Received: {listed(names)} on this one, others on another."
             )
         return names
+
+    def check_same(self, **options: str) -> None:
+        """Refuses options that are others on another worker, which would ask other questions.
+
+        Raises:
+            ValueError: on every worker.
+        """
+        own = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        if self._differ(own):
+            names = " and ".join(f"`{name}`" for name in options)
+            raise ValueError(
+                f"{names} must be the same on every worker. Received: {own} on this one, others on another."
+            )
+
+    def _differ(self, text: str) -> bool:
+        known = zlib.crc32(text.encode())
+        return any(value[0] != known for value in self.gathered(np.array([known])))
 
     def gathered(self, values: np.ndarray) -> list[np.ndarray]:
         """What each worker hands over, float64 of one shape, in one order everywhere."""

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import functools
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -40,10 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if flags.data and flags.dataset != DATASETS[0]:
         parser.error(f"--data is where {DATASETS[0]} is, and goes with no other --dataset. Received: {flags.dataset}")
     names = [name for name in NAMES if name in flags.names or "all" in flags.names]
-    output = flags.output or _default_output(setting, flags.dataset)
+    dataset = re.sub(r"\W+", "_", Path(flags.data).stem) if flags.data else flags.dataset
+    output = flags.output or _default_output(setting, dataset)
     if output.exists() and not output.is_dir():
         parser.error(f"`--output` must be a folder, or nothing yet. Received: {output}, which is a file")
-    plan = Plan(setting, flags.dataset, output / "results")
+    plan = Plan(setting, dataset, output / "results", is_own=bool(flags.data))
     missing = [name for name in names if not set(range(seeds)) <= set(plan.seeds(name))]
     if flags.again and missing:
         parser.error(
@@ -86,9 +88,10 @@ def _run(plan: Plan, names: Sequence[str], seeds: Sequence[int], source: str | N
     done = len(names) * len(seeds) - len(todo)
     if done:
         print(f"{done} of {done + len(todo)} runs are there already: {plan.folder}", file=sys.stderr)
-    if not todo:
+    if not todo and not source:
         return
-    dataset = images.load(plan.dataset, source)
+    dataset = images.load(DATASETS[0] if plan.is_own else plan.dataset, source)
+    runs.check_images(plan, names, dataset)
     with _bar(sum(setting.cost for _, _, setting, _ in todo)) as bar:
         for name, module, setting, seed in todo:
             bar.set_description(f"{name}, seed {seed}")
@@ -161,7 +164,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dataset", choices=DATASETS, default=DATASETS[0], help="default: %(default)s")
     parser.add_argument(
-        "--data", metavar="PATH", help="where Fashion-MNIST is, a folder of IDX files or .npz; by default it is found"
+        "--data",
+        metavar="PATH",
+        help="a folder of IDX files or .npz, named on the page; by default Fashion-MNIST is found",
     )
     parser.add_argument("--redraw", action="store_true", help="draw figures and page of the results; no training")
     return parser

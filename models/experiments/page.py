@@ -130,8 +130,9 @@ def _agreement(plan: Plan, results: Sequence[Results], again: dict[str, Results]
     parts = [
         "## A second run with the same seeds",
         f"`{_command('all', plan)} --again`: {alike} of {claims} outcomes are the same. The others are named where "
-        "they stand. Numbers are equal if all five digits that are kept are; what was timed is left out. Threads add "
-        "in an order of their own, and training makes much of a last digit. It took "
+        "they stand. Numbers are all that the JSON has but times, and equal in all five digits that are kept. "
+        "Threads add in an order of their own, of which training makes much; changes of the library between the two "
+        "count as well. It took "
         f"{sum(second.minutes for _, second in twice):.0f} minutes where the first took "
         f"{sum(first.minutes for first, _ in twice):.0f}, with what else the machine had to do.",
         figures.markdown(header, rows),
@@ -176,7 +177,10 @@ def _took(result: Results) -> str:
 
 def _command(name: str, plan: Plan) -> str:
     flags = " --quick" if plan.setting == "quick" else ""
-    flags += f" --dataset {plan.dataset}" if plan.dataset != "fashion_mnist" else ""
+    if plan.is_own:
+        flags += " --data PATH"
+    elif plan.dataset != "fashion_mnist":
+        flags += f" --dataset {plan.dataset}"
     return f"python -m models.experiments {name}{flags}"
 
 

@@ -1,9 +1,12 @@
 """The results of experiments: one JSON file for each run, there when the run is whole and not before."""
 
 import dataclasses
+import functools
+import itertools
 import json
 import math
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,13 +27,15 @@ class Plan:
 
     Attributes:
         setting: "full" or "quick".
-        dataset: One of `models.experiments.DATASETS`.
+        dataset: One of `models.experiments.DATASETS`, or what a person's own is called.
         folder: Where the JSON files are.
+        is_own: Whether it is a person's own.
     """
 
     setting: str
     dataset: str
     folder: Path
+    is_own: bool = False
 
     @property
     def again(self) -> "Plan":
@@ -99,20 +104,44 @@ def perform(
         tick: Called `module.parts(setting)` times.
     """
     begin, processor = time.perf_counter(), time.process_time()
+    plan.folder.mkdir(parents=True, exist_ok=True)
     numbers = module.run(setting, images, seed, tick)
     record = {
         "experiment": experiment,
         "dataset": plan.dataset,
         "setting": described(setting),
         "seed": seed,
+        "images_crc32": fingerprint(images),
         "seconds": round(time.perf_counter() - begin, 1),
         # Of all threads: what it takes where nothing else is done, times the cores that are kept busy.
         "processor_seconds": round(time.process_time() - processor, 1),
         "numbers": plain(numbers),
     }
-    plan.folder.mkdir(parents=True, exist_ok=True)
     with whole(plan.path(experiment, seed)) as path:
         path.write_text(json.dumps(record, allow_nan=False, separators=(",", ":")) + "\n")
+
+
+def fingerprint(images: ImageData) -> int:
+    """By which images and labels are known again."""
+    arrays = (images.x_train, images.y_train, images.x_test, images.y_test)
+    return functools.reduce(lambda crc, array: zlib.crc32(np.ascontiguousarray(array).data, crc), arrays, 0)
+
+
+def check_images(plan: Plan, experiments: Sequence[str], images: ImageData) -> None:
+    """Refuses to go on with runs on other images; those from before this was written down pass.
+
+    Raises:
+        ValueError: There are such runs.
+    """
+    known = fingerprint(images)
+    both = [dataclasses.replace(plan, folder=plan.folder.with_name(name)) for name in ("results", "again")]
+    for each, experiment in itertools.product(both, experiments):
+        for record in each.records(experiment):
+            if record.get("images_crc32", known) != known:
+                raise ValueError(
+                    f"{each.folder} must hold runs on the same images. Received: others than those of {experiment}, "
+                    f"seed {record['seed']}. Choose another `--output`, or delete them."
+                )
 
 
 def described(setting: Any) -> dict[str, Any]:

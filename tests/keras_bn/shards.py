@@ -115,8 +115,12 @@ def worker(strategy):
     def error_of(**options):
         try:
             keras_bn.recalibrate(network, batch_size=BATCH, verbose=0, **options)
-        except ValueError as error:
-            return np.array(str(error))
+        except (ValueError, KeyboardInterrupt) as error:
+            return np.array(f"{type(error).__name__}: {error}")
+
+    def interrupted(batches):
+        yield batches[:BATCH]
+        raise KeyboardInterrupt
 
     results |= {f"bytes/{synchronized}": bytes_sent(strategy, synchronized) for synchronized in (True, False)}
     before = statistics(network)
@@ -125,6 +129,9 @@ def worker(strategy):
     results["error/empty"] = error_of(data=share[:0] if last else share)
     results["error/option"] = error_of(data=share, **({"method": "mean"} if last else {}))
     results["error/tolerance"] = error_of(data=share, tolerance=0.1 if last else None)
+    results["error/method"] = error_of(data=share, method="algorithm2" if last else "pooled")
+    results["error/order"] = error_of(data=share, order="joint" if last else "sequential")
+    results["error/interrupted"] = error_of(data=interrupted(share) if last else share)
     results["error/layers"] = error_of(data=share, layers=["first" if last else "second"])
     results["error/nothing changed"] = all(np.array_equal(before[k], v) for k, v in statistics(network).items())
     batches = tf.data.Dataset.from_tensor_slices(data()[0]).batch(BATCH)

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 import keras_bn
 from keras_bn_cli import main
+from keras_bn_cli.files import Data
 
 ROOT = Path(keras_bn.__file__).parent.parent
 SHIFTED = """
@@ -222,3 +223,23 @@ def test_a_broken_card_is_named(content, tmp_path):
     said = run("inspect", tmp_path, code=1).stderr
     assert f"{tmp_path / 'assets.extra' / 'keras_bn.json'} is broken; export the version anew." in said
     assert len(said.splitlines()) == 1
+
+
+def test_a_model_that_does_not_tell_its_inputs_gets_all_arrays_by_name(tmp_path):
+    class Both(keras.Model):
+        def call(self, inputs):
+            return inputs["u"] + inputs["v"]
+
+    u, v = np.ones((4, 2), "float32"), np.zeros((4, 2), "float32")
+    np.savez(tmp_path / "both.npz", u=u, v=v)
+    model = Both()
+    model({"u": u, "v": v})
+    given = Data(tmp_path / "both.npz", None).for_model(model)
+    assert sorted(given) == ["u", "v"]
+    np.testing.assert_array_equal(model(given), u)
+    np.testing.assert_array_equal(Data(tmp_path / "both.npz", "v").for_model(model), v)
+
+
+def test_the_command_runs_as_a_module_too():
+    done = subprocess.run([sys.executable, "-m", "keras_bn_cli", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()[0]) == (0, "keras-bn")

@@ -86,9 +86,12 @@ def test_an_error_on_one_worker_is_raised_on_all_and_leaves_the_model_as_it_was(
     assert "must hold at least one batch" in str(last["error/empty"])
     assert "`method` must be one of" in str(last["error/option"])
     assert "`tolerance` must be None" in str(last["error/tolerance"])
+    assert str(last["error/interrupted"]).startswith("KeyboardInterrupt")
     for other in others:
-        for kind in ("non-finite", "empty", "option", "tolerance"):
+        for kind in ("non-finite", "empty", "option", "tolerance", "interrupted"):
             assert f"Received: an error on worker {len(others)}, which says" in str(other[f"error/{kind}"]), kind
     for worker in of_workers:
+        for kind in ("method", "order"):
+            assert "`method` and `order` must be the same on every worker" in str(worker[f"error/{kind}"])
         assert "call the same normalizations in the same order on every worker" in str(worker["error/layers"])
         assert worker["error/nothing changed"]

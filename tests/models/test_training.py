@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -120,11 +121,36 @@ def test_a_run_on_other_images_is_refused(images, uninterrupted):
     _, folder = uninterrupted
     with pytest.raises(ValueError, match=r"data: .*crc32"):
         run(SMALL, dataclasses.replace(images, x_train=images.x_train[::-1]), folder)
+    with pytest.raises(ValueError, match=r"data: .*labels_crc32"):
+        run(SMALL, dataclasses.replace(images, y_train=9 - images.y_train), folder)
 
 
-def test_more_images_than_there_are_is_refused(images, tmp_path):
-    with pytest.raises(ValueError, match=r"`training_images` <= 400 must hold.*training_images=401"):
-        run(Settings(training_images=401, validation_images=100), images, tmp_path)
+def test_a_run_from_before_labels_were_written_down_goes_on(images, uninterrupted, tmp_path, capsys):
+    _, folder = uninterrupted
+    shutil.copytree(folder, tmp_path / "old")
+    path = tmp_path / "old" / "settings.json"
+    found = json.loads(path.read_text())
+    del found["data"]["labels_crc32"]
+    path.write_text(json.dumps(found))
+    run(SMALL, images, tmp_path / "old")
+    assert "Trained already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"training_images": 401, "validation_images": 100}, r"must be from 128, .*, to 400, .*training_images=401"),
+        ({"training_images": 100}, r"`training_images` must be from 128.*training_images=100"),
+        (
+            {"validation_images": 400},
+            r"`validation_images` must leave a batch of 128 of the 500 .*validation_images=400",
+        ),
+    ],
+)
+def test_images_that_are_too_few_are_refused_and_leave_no_folder(images, tmp_path, setting, message):
+    with pytest.raises(ValueError, match=message):
+        run(Settings(**setting), images, tmp_path / "run")
+    assert not (tmp_path / "run" / "settings.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from models import experiments
@@ -145,6 +146,26 @@ def test_a_second_run_that_was_interrupted_is_not_compared(committed):
     text = page.text(committed, page.collect(committed))
     assert not re.search(r"^\| drift \| \d of \d \|", text, re.MULTILINE)
     assert re.search(r"^\| why \| 5 of 5 \|", text, re.MULTILINE)
+
+
+def test_results_of_other_images_are_not_gone_on_with(tmp_path, fashion_mnist, monkeypatch, capsys):
+    module = experiments.load("drift")
+    monkeypatch.setattr(module, "QUICK", dataclasses.replace(module.QUICK, **SMALL))
+    parts = {name: getattr(fashion_mnist, name) for name in ("x_train", "y_train", "x_test", "y_test")}
+    np.savez(tmp_path / "mine.npz", **parts)
+    arguments = ["drift", "--quick", "--data", str(tmp_path / "mine.npz"), "--output", str(tmp_path / "out")]
+    command.main(arguments)
+    assert _files(tmp_path / "out" / "results") == ["drift-quick-mine-0.json"]
+    assert "Data: mine." in (tmp_path / "out" / "README.md").read_text()
+    command.main(arguments)
+    np.savez(tmp_path / "mine.npz", **{**parts, "y_train": 9 - fashion_mnist.y_train})
+    for again in ([], ["--again"]):
+        with pytest.raises(SystemExit) as ended:
+            command.main([*arguments, *again])
+        assert ended.value.code == 1
+        assert (
+            "must hold runs on the same images. Received: others than those of drift, seed 0" in capsys.readouterr().err
+        )
 
 
 def test_numbers_of_two_records_are_counted_where_they_are_equal():
