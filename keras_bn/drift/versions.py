@@ -1,5 +1,7 @@
 """An exported version, asked for the figures of examples."""
 
+import hashlib
+import json
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,19 +15,22 @@ from keras_bn.examples import as_arrays, check_kind, reason
 from keras_bn.names import argument
 
 SIGNATURE = "batch_norm_drift"
+_CARD = "assets.extra/keras_bn.json"
 FiguresOf = Callable[[list[Any]], dict[str, RowFigures]]
 
 
 def asked_of_version(folder: str | os.PathLike[str], inputs: Any) -> tuple[FiguresOf, list[Any]]:
     _check_version(os.fspath(folder))
     folder = os.fspath(folder)
+    whole = (
+        f"`model` must be the folder of a whole version; copy or export it anew. Received: model={folder!r}, of which"
+    )
+    if changed := _changed_file(folder):
+        raise ValueError(f"{whole} {changed} is not as it was written.")
     try:
         loaded = tf.saved_model.load(folder)
     except Exception as error:  # Whatever TensorFlow's readers have against a file that is broken.
-        raise ValueError(
-            "`model` must be the folder of a whole version; copy or export it anew. "
-            f"Received: model={folder!r}, of which {_broken_part(folder)} cannot be read: {reason(error)}"
-        ) from error
+        raise ValueError(f"{whole} {_broken_part(folder)} cannot be read: {reason(error)}") from error
     if SIGNATURE not in loaded.signatures:
         raise ValueError(
             f"`model` must be a version with the signature {SIGNATURE} (a normalization, and `drift=True`). "
@@ -74,6 +79,28 @@ def _check_version(folder: str) -> None:
     raise ValueError(
         f"`model` must be a `keras.Model` or the folder of an exported version. Received: model={folder!r}{hint}."
     )
+
+
+def _changed_file(folder: str) -> str | None:
+    """A file that the card of the version says was written otherwise: TensorFlow reads many a changed graph as one."""
+    card = os.path.join(folder, _CARD)
+    if not tf.io.gfile.exists(card):
+        return None
+    try:
+        with tf.io.gfile.GFile(card) as file:
+            files = dict(json.load(file).get("files", {}))
+    except (ValueError, AttributeError):
+        return _CARD
+    return next(
+        (name for name, written in files.items() if _sum(os.path.join(folder, name)) != written["sha256"]), None
+    )
+
+
+def _sum(path: str) -> str | None:
+    if not tf.io.gfile.exists(path):
+        return None
+    with tf.io.gfile.GFile(path, "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()
 
 
 def _broken_part(folder: str) -> str:

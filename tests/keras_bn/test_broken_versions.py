@@ -66,6 +66,17 @@ def test_a_broken_file_of_a_version_is_named(name, break_file, exported, tmp_pat
         assert f"of which {name.split('/')[0]}" in said
 
 
+def test_a_graph_that_still_loads_with_another_byte_in_it_is_not_asked(exported, tmp_path):
+    version = shutil.copytree(exported[0], tmp_path / "1")
+    path = version / GRAPH
+    assert path.read_bytes().count(b"batch_norm_drift") > 0
+    # A field that nobody has: all readers pass over it.
+    path.write_bytes(path.read_bytes() + b"\xfa\x3f\x01x")
+    assert "batch_norm_drift" in tf.saved_model.load(str(version)).signatures
+    with pytest.raises(ValueError, match=r"of which saved_model.pb is not as it was written"):
+        keras_bn.drift(version, np.ones((3, 4), "float32"))
+
+
 def test_a_version_whose_card_says_nothing_of_its_files_is_inspected_as_before(exported, tmp_path):
     version = shutil.copytree(exported[0], tmp_path / "1")
     card = version / "assets.extra/keras_bn.json"
