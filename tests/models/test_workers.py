@@ -38,7 +38,9 @@ def _rows(folder):
 
 def _run(folder, count, kind, *killed):
     command = [sys.executable, str(PROGRAM), str(folder), kind, *killed]
-    assert local_workers.run(command, count, folder) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # The checkout's packages, which pytest has found.
+        assert local_workers.run(command, count, folder) == 0
     return folder
 
 

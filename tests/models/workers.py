@@ -57,14 +57,14 @@ def uneven_model(synchronized):
     return model
 
 
-def train_on_uneven_batches(strategy):
+def train_on_uneven_batches(strategy, epochs=1, callbacks=()):
     batches = uneven_batches()
     spec = (tf.TensorSpec([None, 28, 28, 1]), tf.TensorSpec([None, 10], batches[0][1].dtype))
     with strategy.scope():
         model = uneven_model(synchronized=True)
         model.optimizer.build(model.trainable_variables)
-    dataset = tf.data.Dataset.from_generator(lambda: iter(batches), output_signature=spec)
-    distributed.fit(strategy, model, dataset, epochs=range(1), steps=len(SIZES))
+    dataset = tf.data.Dataset.from_generator(lambda: iter(batches * epochs), output_signature=spec)
+    distributed.fit(strategy, model, dataset, epochs=range(epochs), steps=len(SIZES), callbacks=callbacks)
     return model
 
 
@@ -81,14 +81,8 @@ class Stop(keras.callbacks.Callback):
 
 
 def epochs_until_the_chief_stops(strategy):
-    batches = uneven_batches()
-    spec = (tf.TensorSpec([None, 28, 28, 1]), tf.TensorSpec([None, 10], batches[0][1].dtype))
-    with strategy.scope():
-        model = uneven_model(synchronized=True)
-        model.optimizer.build(model.trainable_variables)
-    dataset = tf.data.Dataset.from_generator(lambda: iter(batches * 5), output_signature=spec)
     stop = Stop(distributed.is_chief(strategy))
-    distributed.fit(strategy, model, dataset, epochs=range(5), steps=len(SIZES), callbacks=[stop])
+    train_on_uneven_batches(strategy, epochs=5, callbacks=[stop])
     return stop.epochs
 
 
