@@ -10,7 +10,7 @@ import numpy as np
 from keras_bn import arguments
 from keras_bn.cloning import clone
 from keras_bn.examples import warn_of_rows
-from keras_bn.folding.proof import Tolerance, errors_between, proof_batches
+from keras_bn.folding.proof import Tolerance, check_repeats, errors_between, proof_batches
 from keras_bn.layer import BatchNormalization
 from keras_bn.model import check_model, check_weights_finite, graph_of, set_statistics
 
@@ -196,6 +196,7 @@ def _proved(model: keras.Model, new: Any, check: Any) -> Any:
         check_weights_finite(model)
         raise
     if not allowed.allows(errors.relative, batches):
+        check_repeats(model, batches)
         raise ValueError(
             "`model` must have layers that are what their configuration says; the copy of it computes something else. "
             f"Received: model={model.name!r}, relative error {errors.relative:.3g} (allowed: {allowed.value:g})."

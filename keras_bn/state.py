@@ -15,6 +15,11 @@ def _recurrent_states(model: keras.Layer) -> list[keras.Variable]:
     return [v for layer in layers for v in keras.tree.flatten(layer.states) if isinstance(v, keras.Variable)]
 
 
+def seeds_of(model: keras.Layer) -> list[keras.Variable]:
+    """The states of Keras's generators of random numbers in `model`, which it names so."""
+    return [variable for variable in model.non_trainable_variables if variable.name == "seed_generator_state"]
+
+
 @contextlib.contextmanager
 def variables_restored(model: keras.Layer, only_on_error: bool = False) -> Iterator[None]:
     """Puts every variable that an optimizer does not train back, bit for bit: at the end, or only when the body raises.

@@ -13,8 +13,10 @@ from keras_bn.drift.rows import row_figures
 from keras_bn.exporting import inputs as _inputs
 from keras_bn.exporting import pictures as _pictures
 from keras_bn.exporting.preprocessing import Preprocessing
+from keras_bn.folding.proof import refuse_random
 from keras_bn.inference import inference_mode
 from keras_bn.names import argument, identifier, unique
+from keras_bn.state import seeds_of
 
 Tensors = Mapping[str, tf.Tensor]
 SERVING, BYTES = "serving_default", "image_bytes"
@@ -69,6 +71,9 @@ class Serving:
             return keras.tree.flatten(structures[-1])
 
         flat = self.concrete(run, self.inputs)
+        for seed in seeds_of(model):
+            if any(seed.value is variable for variable in flat.graph.variables):
+                refuse_random(model, f"calls of it advance {seed.path!r}")
         self.output_names = _output_names(model, flat, _keys(structures[-1]))
 
     def predict(self, tensors: Tensors) -> dict[str, tf.Tensor]:

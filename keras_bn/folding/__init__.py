@@ -7,7 +7,7 @@ import keras
 from keras_bn import arguments
 from keras_bn.folding.folder import Folder
 from keras_bn.folding.graph import Graph
-from keras_bn.folding.proof import Tolerance, errors_between, proof_batches
+from keras_bn.folding.proof import Tolerance, check_repeats, errors_between, proof_batches
 from keras_bn.folding.report import FoldedNormalization, FoldingReport
 from keras_bn.model import check_finite, check_model, named_batch_norms
 
@@ -81,6 +81,7 @@ def fold_proved_on(model: keras.Model, check: Any, argument: str, tolerance: flo
     batches, allowed = proof_batches(model, check, argument), Tolerance(model, tolerance)
     errors, not_finite = errors_between(model, new, batches, argument)
     if not allowed.allows(errors.relative, batches):
+        check_repeats(model, batches)
         random = f" It was tried on random inputs; give real ones, as `{argument}`." if check is None else ""
         export = " `fold=False` exports the normalizations as they are." if argument == "warmup" else ""
         raise ValueError(

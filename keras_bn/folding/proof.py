@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import keras
 import numpy as np
@@ -11,7 +11,8 @@ import tensorflow as tf
 from keras_bn.examples import as_arrays, computing_with, reason, rows_not_finite
 from keras_bn.inference import inference_mode
 from keras_bn.model import default_tolerance, input_structure, layers_below
-from keras_bn.state import variables_restored
+from keras_bn.state import seeds_of, variables_restored
+from keras_bn.warning import warn
 
 
 class Errors(NamedTuple):
@@ -73,6 +74,7 @@ class _InFloat64(keras.DTypePolicy):
 
 KINDS = ("normal", "pixels", "zeros and ones")
 _FREE_SIZE = 64
+_CLOSE = 1e-3
 # Of all free sizes together: pictures of 512 by 512, or series of 262,144.
 _MOST_POSITIONS = 2**18
 
@@ -115,6 +117,9 @@ def accepted_inputs(run: Callable[[Any], Any], structure: Any, argument: str, ba
         run: what takes them. It accepts a batch if it raises nothing and all its outputs have values.
         structure, argument, batch: as for `random_inputs`.
 
+    Batches of which all outputs are saturated are left out where there are others; of them nothing is proved, and
+    where there are no others, that is warned of.
+
     Raises:
         ValueError: when it takes none; says why, and what to give.
     """
@@ -126,7 +131,7 @@ def accepted_inputs(run: Callable[[Any], Any], structure: Any, argument: str, ba
     kinds = KINDS if any(tf.as_dtype(leaf.dtype).is_floating for leaf in leaves) else KINDS[:1]
     refusals = []
     for size in sizes:
-        accepted = []
+        accepted, telling = [], []
         for kind in kinds:
             inputs = random_inputs(structure, kind, argument, batch, size=size)
             try:
@@ -134,18 +139,34 @@ def accepted_inputs(run: Callable[[Any], Any], structure: Any, argument: str, ba
             except Exception as error:  # Any: a model may raise what it likes.
                 refusals.append(f"{type(error).__name__}: {reason(error)}"[:300])
                 continue
-            if all(int(tf.size(output)) for output in outputs):
-                accepted.append(inputs)
-            else:
+            if not all(int(tf.size(output)) for output in outputs):
                 refusals.append("outputs without values")
+                continue
+            accepted.append(inputs)
+            if not _is_saturated(outputs):
+                telling.append(inputs)
+        if accepted and not telling:
+            warn(
+                f"`{argument}` should be given, a batch of what the model takes: of random inputs it makes nothing but "
+                "0, 1 and -1, as a softmax, a sigmoid or a ReLU does that is saturated, and that proves little. "
+                f"Received: {argument}=None."
+            )
         if accepted:
-            return accepted
+            return telling or accepted
     shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves)
     raise ValueError(
         f"`{argument}` must be given, a batch of what the model takes: it takes none of the random ones that were tried"
         f"{f' (free sizes from {sizes[0]} to {sizes[-1]})' if free else ''}. "
         f"Received: {argument}=None, and a model of inputs {shapes} that answered: {refusals[-1]}"
     )
+
+
+def _is_saturated(outputs: list[Any]) -> bool:
+    """Whether all floating outputs are at the ends of a softmax, sigmoid, tanh or ReLU, whatever made them."""
+    floating = [np.abs(np.asarray(output).astype("float64")) for output in outputs if output.dtype.is_floating]
+    at_ends = all(np.all(np.minimum(values, np.abs(values - 1)) <= _CLOSE) for values in floating)
+    # Probabilities of very many classes are all small.
+    return bool(floating) and at_ends and all(np.max(values) > 0.5 or not np.any(values) for values in floating)
 
 
 def largest_errors(expected: Any, got: Any) -> Errors:
@@ -236,6 +257,35 @@ def errors_between(
             "Received: outputs of NaN and infinities only."
         )
     return Errors(*np.max(errors, axis=0).tolist()), not_finite
+
+
+def check_repeats(model: keras.Model, batches: list[Any]) -> None:
+    """Refuses a model that draws random numbers in inference mode, as no other can compute what it does.
+
+    Raises:
+        ValueError: when it advances a seed, or answers a batch differently when it is asked again.
+    """
+    seeds = seeds_of(model)
+    for inputs in batches:
+        answers, before = [], [seed.numpy() for seed in seeds]
+        for _ in range(2):
+            # Restored each time, as recurrent layers may keep a state.
+            with variables_restored(model), inference_mode(model):
+                answers.append(model(inputs, training=False))
+                advanced = [seed for seed, state in zip(seeds, before, strict=True) if np.any(seed.numpy() != state)]
+        if advanced:
+            refuse_random(model, f"calls of it advance {advanced[0].path!r}")
+        error = largest_errors(*answers).relative
+        if not error <= default_tolerance(model):
+            refuse_random(model, f"two answers to the same inputs differ by {error:.3g} relative")
+
+
+def refuse_random(model: keras.Model, what: str) -> NoReturn:
+    """Says that a model draws random numbers in inference mode, and by what it is known."""
+    raise ValueError(
+        "`model` must compute the same each time it is called in inference mode. A layer of it draws random numbers "
+        f"there; let it do so only where `training` is true. Received: model={model.name!r}; {what}."
+    )
 
 
 def proof_batches(model: keras.Model, check: Any = None, argument: str = "check") -> list[Any]:

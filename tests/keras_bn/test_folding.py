@@ -628,3 +628,63 @@ def test_of_what_a_model_rounds_only_as_much_is_measured_as_it_takes(monkeypatch
     assert not tolerance.allows(2e-2, batches)
     assert not tolerance.allows(float("nan"), batches)
     assert asked == batches
+
+
+@pytest.mark.parametrize(("last", "ends"), [("softmax", (1, 0, 0)), ("tanh", (1, -1, 1)), ("relu", (0, 0, 0))])
+def test_random_inputs_whose_outputs_are_all_saturated_are_warned_of(last, ends):
+    dense = keras.layers.Dense(3, activation=last)
+    model = chain((4,), keras.layers.BatchNormalization(), dense)
+    assert norms_in(keras_bn.fold(model).model) == []
+    dense.bias.assign([1e6 if end > 0 else -1e6 for end in ends])
+    with pytest.warns(UserWarning, match=r"`check` should be given, .* nothing but 0, 1 and -1.*check=None"):
+        assert keras_bn.fold(model).report.absolute_error == 0.0
+
+
+def test_of_random_inputs_those_that_saturate_a_model_are_left_out():
+    dense = keras.layers.Dense(3, activation="sigmoid")
+    model = keras.Sequential([keras.Input((40,)), dense])
+    for slope, largest in ((0.001, [False, True, False]), (0.1, [False, False])):
+        dense.kernel.assign(np.full((40, 3), slope))
+        assert [np.max(batch) > 100 for batch in proof.proof_batches(model)] == largest
+
+
+def test_probabilities_of_many_classes_are_not_taken_for_saturated():
+    proof.proof_batches(keras.Sequential([keras.Input((4,)), keras.layers.Dense(5000, activation="softmax")]))
+
+
+class Drawing(keras.layers.Layer):
+    """As the middle of a variational autoencoder that samples in inference too."""
+
+    def __init__(self, seeded, **options):
+        super().__init__(**options)
+        self.seeded = seeded
+        self.generator = keras.random.SeedGenerator() if seeded else None
+
+    def call(self, x):
+        return x + keras.random.normal(tf.shape(x), seed=self.generator) if self.seeded else x + tf.random.normal([3])
+
+    def get_config(self):
+        return {**super().get_config(), "seeded": self.seeded}
+
+
+@pytest.mark.parametrize(
+    ("seeded", "known_by"), [(True, "advance '.*seed_generator_state'"), (False, "same inputs differ by [0-9.]+ relat")]
+)
+def test_a_model_that_draws_random_numbers_is_called_that(tmp_path, seeded, known_by):
+    model = chain((4,), keras.layers.Dense(3), keras.layers.BatchNormalization(), Drawing(seeded))
+    refused = pytest.raises(ValueError, match=rf"`model` must compute the same each time.*draws random.*{known_by}")
+    with refused:
+        proof.check_repeats(model, [np.zeros((2, 4), "float32")])
+    with refused:
+        keras_bn.export(model, tmp_path)
+    if not seeded:
+        with refused:
+            keras_bn.fold(model)
+        with refused:
+            keras_bn.convert(model)
+
+
+def test_a_layer_that_draws_in_training_only_or_keeps_a_state_repeats_itself():
+    layers = [keras.layers.Dropout(0.5), keras.layers.GaussianNoise(1.0), keras.layers.GRU(3, stateful=True)]
+    model = keras.Sequential([keras.Input((5, 4), batch_size=2), *layers])
+    proof.check_repeats(model, [np.ones((2, 5, 4), "float32")])
