@@ -102,6 +102,12 @@ class Data(NamedTuple):
             if str(error).startswith("Object arrays"):
                 reason = "it holds Python objects, which are never read; save an array of numbers"
             raise ValueError(f"{self.path} cannot be read as .npy or .npz of numbers: {reason}.") from error
+        strangers = sorted(name for name, content in arrays.items() if not isinstance(content, np.ndarray))
+        if strangers:
+            raise ValueError(
+                f"{self.path} cannot be read as .npy or .npz of numbers: it is an archive with {strangers[0]!r}, which "
+                "is no array."
+            )
         if len(shapes) > 1:
             if not shapes.keys() <= arrays.keys() or self.divide_by is not None or self.array_name is not None:
                 raise ValueError(
@@ -269,7 +275,12 @@ def _custom_objects(modules: Sequence[str]) -> dict[str, Any]:
         try:
             module = importlib.import_module(name)
         except (Exception, SystemExit) as error:  # Whatever a module of somebody's does.
-            raise ValueError(f"--import must name a module that can be imported. Received: {name}: {error}") from error
+            file = Path(name)
+            where = "" if file.parent == Path() else f", started in {file.parent}"
+            hint = f" Did you mean --import {file.stem}{where}?" if file.suffix == ".py" else ""
+            raise ValueError(
+                f"--import must name a module that can be imported, not a file. Received: {name}: {error}.{hint}"
+            ) from error
         objects.update({key: value for key, value in vars(module).items() if callable(value) and key[0] != "_"})
     return objects
 

@@ -123,6 +123,8 @@ def test_several_inputs_come_from_a_npz_file_by_name(tmp_path):
     np.savez(tmp_path / "one.npz", a=values["a"])
     said = run("health", tmp_path / "two.keras", "--data", tmp_path / "one.npz", code=1).stderr
     assert "must hold an array for each input, ['a', 'b']" in said
+    said = run("health", tmp_path / "two.keras", "--data", tmp_path / "two.keras", code=1).stderr
+    assert "it is an archive with 'config.json', which is no array" in said
 
 
 def test_layers_of_ones_own_are_imported_by_name(here, data):
@@ -135,6 +137,8 @@ def test_layers_of_ones_own_are_imported_by_name(here, data):
     run("recalibrate", "own.keras", "--import", "shifted_layers", "--data", data, "-o", "exact.keras")
     assert "norm" in run("health", "exact.keras", "--import", "shifted_layers").stdout
     assert "--import must name a module" in run("health", "own.keras", "--import", "nowhere", code=1).stderr
+    said = run("health", "own.keras", "--import", "shifted_layers.py", code=1).stderr
+    assert said.endswith(" Did you mean --import shifted_layers?\n")
 
 
 @pytest.mark.parametrize("suffix", ["keras", "h5"])

@@ -194,3 +194,11 @@ def test_over_grpc_stderr_stays_empty(server: RunningServer):
         cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert (asked.returncode, asked.stdout, asked.stderr) == (0, "y: [4.0]\n", "")
+
+
+def test_where_no_server_of_models_answers_it_is_asked_whether_the_port_is_right(ask, server: RunningServer):
+    grpc_url = f"grpc://{server.url.removeprefix('http://')}"
+    for url, right in ((f"http://{server.grpc_target}", "REST"), (grpc_url, "gRPC")):
+        said = ask("1", "--timeout=5", url=url, code=1)
+        assert said.startswith("Error: UNAVAILABLE: ")
+        assert said.endswith(f"Is a server there, and is this its port for {right}?\n")

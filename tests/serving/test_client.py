@@ -302,3 +302,38 @@ def test_no_more_is_asked_than_the_attempts_allow(flaky_url: str):
             client.status("m")
         assert caught.value.code is Code.UNAVAILABLE
         assert Flaky.asked == 2
+
+
+class Page(http.server.BaseHTTPRequestHandler):
+    """Answers every question with a page of its own, or JSON of its own."""
+
+    def do_GET(self) -> None:
+        is_missing = "missing" in self.path
+        body = b"[1]" if "json" in self.path else b"<html><title>My\n site</title></html>"
+        self.send_response(404 if is_missing else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_POST = do_GET
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "said"),
+    [
+        ("missing", Code.NOT_FOUND, "HTTP status 404 from what is no server of models: My site"),
+        ("there", Code.UNKNOWN, "HTTP status 200 from what is no server of models: My site"),
+        ("json", Code.UNKNOWN, r"HTTP status 200 from what is no server of models: \[1\]"),
+    ],
+)
+def test_what_is_no_server_of_models_is_called_that(name: str, code: Code, said: str):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Page) as site:
+        thread = threading.Thread(target=site.serve_forever)
+        thread.start()
+        with Client(f"http://127.0.0.1:{site.server_address[1]}") as client:
+            for ask in (client.status, client.metadata, lambda name: client.predict(name, [1.0])):
+                with pytest.raises(ServingError, match=said) as caught:
+                    ask(name)
+                assert caught.value.code is code
+        site.shutdown()
+        thread.join()

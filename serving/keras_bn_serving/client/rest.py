@@ -76,7 +76,7 @@ class RestProtocol:
             body = _predict_body(inputs, signature, signature_name)
         names = signature.get("outputs", {})
         reply = yield Call("POST", f"{place}:predict", body)
-        outputs = _loads(reply.body)["outputs"]
+        outputs = _member(reply, "outputs")
         if len(names) != 1 and not (isinstance(outputs, dict) and outputs.keys() == names.keys()):
             # Another version has come since.
             self._signatures.forget(place)
@@ -89,13 +89,13 @@ class RestProtocol:
         """Asks for a classification; returns a list of labels with scores for every example."""
         body = _examples_body(examples, context, signature_name)
         reply = yield Call("POST", f"{_place(target)}:classify", body)
-        return [[(label, float(score)) for label, score in classes] for classes in _loads(reply.body)["results"]]
+        return [[(label, float(score)) for label, score in classes] for classes in _member(reply, "results")]
 
     def regress(self, target: Target, examples: Any, context: Any, signature_name: str) -> Operation:
         """Asks for a regression; returns an array."""
         body = _examples_body(examples, context, signature_name)
         reply = yield Call("POST", f"{_place(target)}:regress", body)
-        return np.array(_loads(reply.body)["results"], np.float32)
+        return np.array(_member(reply, "results"), np.float32)
 
     def status(self, target: Target) -> Operation:
         """Asks for a model's versions; returns them newest first."""
@@ -107,13 +107,13 @@ class RestProtocol:
                 Code[each["status"]["error_code"]],
                 each["status"]["error_message"],
             )
-            for each in _loads(reply.body)["model_version_status"]
+            for each in _member(reply, "model_version_status")
         ]
 
     def metadata(self, target: Target) -> Operation:
         """Asks for a model's signatures; returns them by name."""
         reply = yield Call("GET", f"{_place(target)}/metadata")
-        return _loads(reply.body)["metadata"]["signature_def"]["signature_def"]
+        return _member(reply, "metadata")["signature_def"]["signature_def"]
 
     def _signature(self, place: str, target: Target, signature_name: str) -> Generator[Call, Reply, dict[str, Any]]:
         signatures = self._signatures.find(place)
@@ -212,7 +212,10 @@ def _translated(url: str, call: Call) -> Iterator[None]:
     except (httpx.TimeoutException, asyncio.TimeoutError) as error:
         raise DeadlineExceededError(f"{call.method} {url}{call.path}: no answer in time.") from error
     except httpx.TransportError as error:
-        raise UnavailableError(f"{call.method} {url}{call.path}: {error}") from error
+        reason = str(error).rstrip(".") or type(error).__name__
+        raise UnavailableError(
+            f"{call.method} {url}{call.path}: {reason}. Is a server there, and is this its port for REST?"
+        ) from error
 
 
 def _place(target: Target) -> str:
@@ -268,14 +271,23 @@ def check(reply: Reply) -> Reply:
     """
     if reply.status == 200:
         return reply
+    raise error_of(_CODES.get(reply.status, Code.UNKNOWN), str(_member(reply, "error")))
+
+
+def _member(reply: Reply, name: str) -> Any:
+    """Returns what a server of models answers under `name`.
+
+    Raises:
+        ServingError: When it is not there: something else answers, or the path is none of the server's own.
+    """
     try:
-        message = str(_loads(reply.body)["error"])
-    except (ValueError, KeyError, TypeError):
-        # No server of models, or a path that is none of its own.
+        return _loads(reply.body)[name]
+    except (ValueError, KeyError, TypeError) as error:
         page = re.search(rb"<title>(.*?)</title>", reply.body, re.IGNORECASE | re.DOTALL)
         said = page[1] if page else reply.body[:200]
-        message = " ".join(said.decode(errors="replace").split()) or f"HTTP status {reply.status}"
-    raise error_of(_CODES.get(reply.status, Code.UNKNOWN), message)
+        words = " ".join(said.decode(errors="replace").split())
+        message = f"HTTP status {reply.status} from what is no server of models{words and f': {words}'}"
+        raise error_of(_CODES.get(reply.status, Code.UNKNOWN), message) from error
 
 
 def _jsonable(value: Any) -> Any:

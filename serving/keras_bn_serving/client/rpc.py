@@ -168,7 +168,10 @@ def _translated() -> Iterator[None]:
     try:
         yield
     except grpc.RpcError as error:
-        raise error_of(Code(error.code().value[0]), error.details() or "") from error
+        message = error.details() or ""
+        if message.startswith("failed to connect"):
+            message = f"{message}. Is a server there, and is this its port for gRPC?"
+        raise error_of(Code(error.code().value[0]), message) from error
 
 
 def _spec(target: Target, signature_name: str) -> Any:
