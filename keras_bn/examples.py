@@ -143,13 +143,18 @@ def _broken_rows(structure: Any) -> set[int]:
 
 def _dense(leaf: Any) -> np.ndarray:
     """The numbers of an array, as many rows as it has; of what is no number, zeros."""
-    if isinstance(leaf, tf.RaggedTensor):
-        leaf = leaf.to_tensor()
-    elif isinstance(leaf, tf.SparseTensor):
-        leaf = tf.sparse.to_dense(leaf)
     if not tf.as_dtype(leaf.dtype).is_floating:
-        return np.zeros(np.shape(leaf)[:1])
-    return np.asarray(leaf).astype("float64")
+        return np.zeros(np.shape(dense(leaf))[:1])
+    return dense(leaf).astype("float64")
+
+
+def dense(tensor: Any) -> np.ndarray:
+    """As an array, where it is ragged or sparse with zeros for what is not there."""
+    if isinstance(tensor, tf.RaggedTensor):
+        tensor = tensor.to_tensor()
+    elif isinstance(tensor, tf.SparseTensor):
+        tensor = tf.sparse.to_dense(tensor)
+    return np.asarray(tensor)
 
 
 @contextlib.contextmanager

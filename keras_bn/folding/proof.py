@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_bn.examples import as_arrays, computing_with, reason, rows_not_finite
+from keras_bn.examples import as_arrays, computing_with, dense, reason, rows_not_finite
 from keras_bn.inference import inference_mode
 from keras_bn.model import default_tolerance, input_structure, layers_below
 from keras_bn.state import seeds_of, variables_restored
@@ -163,7 +163,7 @@ def accepted_inputs(run: Callable[[Any], Any], structure: Any, argument: str, ba
 
 def _is_saturated(outputs: list[Any]) -> bool:
     """Whether all floating outputs are at the ends of a softmax, sigmoid, tanh or ReLU, whatever made them."""
-    floating = [np.abs(np.asarray(output).astype("float64")) for output in outputs if output.dtype.is_floating]
+    floating = [np.abs(dense(output).astype("float64")) for output in outputs if output.dtype.is_floating]
     at_ends = all(np.all(np.minimum(values, np.abs(values - 1)) <= _CLOSE) for values in floating)
     # Probabilities of very many classes are all small.
     return bool(floating) and at_ends and all(np.max(values) > 0.5 or not np.any(values) for values in floating)
@@ -179,7 +179,7 @@ def largest_errors(expected: Any, got: Any) -> Errors:
     """
     absolute, relative = [0.0], [0.0]
     for a, b in zip(keras.tree.flatten(expected), keras.tree.flatten(got), strict=True):
-        a, b = (np.asarray(v).astype("float64") for v in (a, b))
+        a, b = (dense(v).astype("float64") for v in (a, b))
         same = (a == b) | (np.isnan(a) & np.isnan(b))
         difference = np.where(same, 0.0, np.abs(np.where(same, 0.0, a) - np.where(same, 0.0, b)))
         error = np.max(difference, initial=0.0)
@@ -249,7 +249,7 @@ def errors_between(
             not_finite += rows_not_finite(argument, inputs, expected)
             errors.append(largest_errors(expected, other(inputs, training=False)))
         finite = finite or any(
-            np.any(np.isfinite(np.asarray(output).astype("float64"))) for output in keras.tree.flatten(expected)
+            np.any(np.isfinite(dense(output).astype("float64"))) for output in keras.tree.flatten(expected)
         )
     if not finite:
         raise ValueError(

@@ -630,6 +630,15 @@ def test_of_what_a_model_rounds_only_as_much_is_measured_as_it_takes(monkeypatch
     assert asked == batches
 
 
+def test_what_ragged_inputs_become_is_compared():
+    x = keras.Input((None, 4), ragged=True)
+    model = unsettled(keras.Model(x, keras_bn.BatchNormalization()(x)))
+    ragged = tf.RaggedTensor.from_row_lengths(tf.ones((9, 4)), [2, 3, 4])
+    assert proof.errors_between(model, keras_bn.revert(model, ragged), [ragged])[0].relative < 1e-6
+    other = unsettled(keras.models.clone_model(model), seed=1)
+    assert proof.errors_between(model, other, [ragged])[0].relative > 1e-2
+
+
 @pytest.mark.parametrize(("last", "ends"), [("softmax", (1, 0, 0)), ("tanh", (1, -1, 1)), ("relu", (0, 0, 0))])
 def test_random_inputs_whose_outputs_are_all_saturated_are_warned_of(last, ends):
     dense = keras.layers.Dense(3, activation=last)
