@@ -110,7 +110,7 @@ def rows_not_finite(argument: str, inputs: Any, outputs: Any) -> int:
         given = made & _broken_rows(leaf)
         if given:
             row = min(given)
-            values = _dense(leaf)[row]
+            values = numbers(leaf)[row]
             kinds = ", ".join(f"{value:g}" for value in np.unique(values[~np.isfinite(values)]))
             which = f" of input {number}, counted from 0," if len(keras.tree.flatten(inputs)) > 1 else ""
             raise ValueError(
@@ -130,19 +130,8 @@ def warn_of_rows(argument: str, count: int) -> None:
         )
 
 
-def _broken_rows(structure: Any) -> set[int]:
-    """Along the first axis of all arrays, those with a NaN or an infinity."""
-    rows: set[int] = set()
-    for leaf in keras.tree.flatten(structure):
-        values = np.zeros(0) if leaf is None else _dense(leaf)
-        if values.ndim:
-            finite = np.isfinite(values).reshape(len(values), -1).all(axis=1)
-            rows |= set(np.flatnonzero(~finite).tolist())
-    return rows
-
-
-def _dense(leaf: Any) -> np.ndarray:
-    """The numbers of an array, as many rows as it has; of what is no number, zeros."""
+def numbers(leaf: Any) -> np.ndarray:
+    """The floating-point numbers of an array, as many rows as it has; of any other, zeros."""
     if not tf.as_dtype(leaf.dtype).is_floating:
         return np.zeros(np.shape(dense(leaf))[:1])
     return dense(leaf).astype("float64")
@@ -155,6 +144,17 @@ def dense(tensor: Any) -> np.ndarray:
     elif isinstance(tensor, tf.SparseTensor):
         tensor = tf.sparse.to_dense(tensor)
     return np.asarray(tensor)
+
+
+def _broken_rows(structure: Any) -> set[int]:
+    """Along the first axis of all arrays, those with a NaN or an infinity."""
+    rows: set[int] = set()
+    for leaf in keras.tree.flatten(structure):
+        values = np.zeros(0) if leaf is None else numbers(leaf)
+        if values.ndim:
+            finite = np.isfinite(values).reshape(len(values), -1).all(axis=1)
+            rows |= set(np.flatnonzero(~finite).tolist())
+    return rows
 
 
 @contextlib.contextmanager

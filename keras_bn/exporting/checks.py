@@ -142,8 +142,9 @@ def _rows_of(
     return outputs
 
 
-def _numbers(tensors: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-    return {name: value for name, value in tensors.items() if value.dtype != tf.string}
+def _numbers(tensors: Mapping[str, tf.Tensor]) -> Mapping[str, tf.Tensor]:
+    """Of what is answered the numbers, or where there are none all of it."""
+    return {name: value for name, value in tensors.items() if value.dtype != tf.string} or tensors
 
 
 def _meta_graph(folder: Path) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bn import arguments
-from keras_bn.examples import check_kind, computing_with, rows_not_finite, warn_of_rows
+from keras_bn.examples import check_kind, computing_with, numbers, rows_not_finite, warn_of_rows
 from keras_bn.exporting.checks import ROWS
 from keras_bn.exporting.signatures import Serving
 from keras_bn.names import argument
@@ -73,7 +73,7 @@ def examples(
     with computing_with("warmup", model):
         outputs = original.predict(tensors).values()
     not_finite = rows_not_finite("warmup", list(tensors.values()), list(outputs))
-    if not any(np.any(np.isfinite(np.asarray(output, "float64"))) for output in outputs if output.dtype != tf.string):
+    if not any(np.any(np.isfinite(numbers(output))) for output in outputs):
         raise ValueError(
             "`warmup` must be examples for which the model gives finite numbers, as it is checked on them. "
             "Received: outputs of NaN and infinities only."

@@ -639,6 +639,41 @@ def test_what_ragged_inputs_become_is_compared():
     assert proof.errors_between(model, other, [ragged])[0].relative > 1e-2
 
 
+def test_both_parts_of_complex_numbers_are_compared():
+    one, other = tf.constant([3 + 4j]), tf.constant([3 + 5j])
+    assert proof.largest_errors(one, one) == (0.0, 0.0)
+    assert proof.largest_errors(one, other) == (1.0, 0.2)
+
+
+class Named(keras.layers.Layer):
+    """The name of the likeliest class."""
+
+    def call(self, x):
+        return tf.gather(tf.constant(["a", "b", "c"]), tf.argmax(x, -1))
+
+    def compute_output_spec(self, x):
+        return keras.KerasTensor(x.shape[:1], "string")
+
+
+@pytest.mark.parametrize("numbers_too", [True, False])
+def test_models_that_name_the_class_are_folded_converted_and_exported(tmp_path, numbers_too):
+    x = keras.Input((4,))
+    scores = keras.layers.Dense(3)(keras.layers.BatchNormalization()(x))
+    name = Named(name="name")(scores)
+    model = unsettled(keras.Model(x, {"scores": scores, "name": name} if numbers_too else name))
+    examples = np.random.default_rng(0).normal(size=(9, 4)).astype("float32")
+    for options in ({}, {"check": examples}):
+        assert norms_in(keras_bn.fold(model, **options).model) == []
+        keras_bn.convert(model, **options)
+    for options in ({}, {"warmup": examples}):
+        served = tf.saved_model.load(keras_bn.export(model, tmp_path, **options).path).signatures["serving_default"]
+        name = served(tf.constant(examples))["name"]
+        np.testing.assert_array_equal(name, model(examples)["name"] if numbers_too else model(examples))
+    mirrored = keras.Model(x, Named()(-scores))
+    if not numbers_too:
+        assert proof.errors_between(model, mirrored, [examples])[0].absolute == 1.0
+
+
 @pytest.mark.parametrize(("last", "ends"), [("softmax", (1, 0, 0)), ("tanh", (1, -1, 1)), ("relu", (0, 0, 0))])
 def test_random_inputs_whose_outputs_are_all_saturated_are_warned_of(last, ends):
     dense = keras.layers.Dense(3, activation=last)
