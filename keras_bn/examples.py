@@ -43,6 +43,8 @@ def as_arrays(argument: str, examples: Any, model: keras.Model | None = None, le
         )
     for leaf, spec in _beside_inputs(arrays, model):
         check_kind(argument, spec.name, leaf, tf.as_dtype(spec.dtype))
+    if any(map(tf.is_tensor, there)):  # Keras takes arrays or tensors, and not both; strings are tensors.
+        return keras.tree.map_structure(lambda leaf: None if leaf is None else _as_tensor(leaf), arrays)
     return arrays
 
 
@@ -214,6 +216,10 @@ def _as_array(argument: str, value: Any) -> Any:
             f"`{argument}` must be arrays of numbers, booleans or strings, each of one shape for all examples. "
             f"Received: {value!r} of type {type(value).__name__}."
         ) from error
+
+
+def _as_tensor(leaf: Any) -> Any:
+    return leaf if tf.is_tensor(leaf) else tf.convert_to_tensor(leaf)
 
 
 def _kind(dtype: tf.DType) -> str:

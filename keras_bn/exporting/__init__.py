@@ -1,8 +1,10 @@
 """export(): a trained model becomes a numbered SavedModel that a server can load and a person can query."""
 
+import contextlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +18,14 @@ from keras_bn.exporting import signatures as _signatures
 from keras_bn.exporting import versions as _versions
 from keras_bn.exporting import warmup as _warmup
 from keras_bn.exporting.card import CARD, describe
-from keras_bn.exporting.checks import ROWS, check_graph, check_outputs, check_rows, check_shapes
+from keras_bn.exporting.checks import (
+    ROWS,
+    check_graph,
+    check_keeps_no_state,
+    check_outputs,
+    check_rows,
+    check_shapes,
+)
 from keras_bn.exporting.signatures import BYTES, SERVING
 from keras_bn.folding import FoldingReport, fold_proved_on
 from keras_bn.folding.proof import Errors, Tolerance, accepted_inputs
@@ -114,9 +123,9 @@ def export(
             channels): such as `keras.applications.resnet50.preprocess_input`, other TensorFlow operations, or a Keras
             layer. With it, pixels are posted as they are, uint8. What is served is compared with this function and the
             model, called one after the other.
-        warmup: examples of what `serving_default` takes (with `preprocess`, uint8 pictures): an array, or a dictionary
-            by input name, as served or as in `keras.Input(name=...)`. They are what is checked; without, random numbers
-            are, of sizes that the model takes.
+        warmup: examples of what `serving_default` takes (with `preprocess`, uint8 pictures): an array; for several
+            inputs a dictionary by input name, as served or as in `keras.Input(name=...)`, or for a model that takes a
+            list a list. They are what is checked; without, random numbers are, of sizes that the model takes.
         jit_compile: whether XLA compiles the model in the signatures; a server has to be started to allow that. Inputs
             are checked before it and pictures decoded, as XLA can do neither.
         overwrite: whether a given version that is there is replaced.
@@ -157,6 +166,7 @@ def export(
             f"Received: recalibration={recalibration!r} of type {type(recalibration).__name__}."
         )
     check_finite(model)
+    check_keeps_no_state(model)
     if fold and graph_of(model) is None:
         raise ValueError(
             "`fold` must be False for a subclassed model, as what it does is known to its own `call` only: its "
@@ -183,7 +193,7 @@ def export(
         root = tf.Module()
         root.kept = _resources(served_model, observed, preprocess)
         options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
-        with _versions.writing(base):
+        with _versions.writing(base), _tracked():
             tf.saved_model.save(root, os.fspath(folder), signatures=signatures, options=options)
         _reached("model written")
         card = describe(model, signatures, labels, folding, accuracy, recalibration, folder)
@@ -227,6 +237,21 @@ def _resources(*owners: Any) -> list[Any]:
     ]
     variables = {id(v): v.value for owner in owners if isinstance(owner, keras.Layer) for v in owner.variables}
     return [*variables.values(), *tables]
+
+
+@contextlib.contextmanager
+def _tracked() -> Iterator[None]:
+    """Around what saves a graph: what this uses has to be found among the attributes of layers."""
+    try:
+        yield
+    except AssertionError as error:
+        captured = re.search(r"Trackable referencing this tensor = (.*)", str(error))
+        if captured is None:
+            raise
+        raise ValueError(
+            "`model` must have layers with all variables and tables that they use as attributes, made in `__init__` or "
+            f"`build`, so that they are saved. Received: {captured[1]}, which is an attribute of no layer."
+        ) from error
 
 
 def _check(

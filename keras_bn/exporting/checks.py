@@ -4,11 +4,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 
 from keras_bn.folding.proof import Errors, Tolerance, largest_errors
+from keras_bn.model import layers_below
 
 # Of a batch to check with: 1, 2 and 4 rows together.
 ROWS = 7
@@ -16,6 +18,21 @@ ROWS = 7
 # TensorFlow has them, a server has no Python to run them in.
 _PYTHON_OPS = {"PyFunc", "PyFuncStateless", "EagerPyFunc"}
 _WRITES = ("Assign", "ResourceApply", "ResourceScatter", "ResourceSparseApply", "ResourceStridedSliceAssign")
+
+
+def check_keeps_no_state(model: keras.Model) -> None:
+    """Before anything is written: that no request would be answered by what another one left behind.
+
+    Raises:
+        ValueError: where a recurrent layer is stateful.
+    """
+    for layer in layers_below(model):
+        if isinstance(layer, keras.layers.RNN) and layer.stateful:
+            raise ValueError(
+                "`model` must keep no state from one batch to the next, as a server answers everybody. "
+                f"Received: layer {layer.name!r} with stateful=True; make the model with stateful=False and give it "
+                "the weights, `new.set_weights(model.get_weights())`."
+            )
 
 
 def check_graph(folder: Path, signature: str, compiled_is_fine: bool) -> None:

@@ -11,7 +11,7 @@ import tensorflow as tf
 from keras_bn import arguments
 from keras_bn.examples import check_kind, computing_with, numbers, rows_not_finite, warn_of_rows
 from keras_bn.exporting.checks import ROWS
-from keras_bn.exporting.signatures import Serving
+from keras_bn.exporting.signatures import Serving, input_structure
 from keras_bn.names import argument
 from keras_bn.warning import warn
 
@@ -61,13 +61,19 @@ def examples(
 ) -> dict[str, tf.Tensor]:
     """What was given to warm a server up with, by input name, once the model has computed with it."""
     inputs = original.inputs
-    by_name = warmup if isinstance(warmup, Mapping) else dict(zip(inputs, [warmup], strict=False))
+    structure = input_structure(model)
+    takes_list = isinstance(structure, list | tuple) and len(inputs) > 1
+    in_order = warmup if takes_list and isinstance(warmup, list | tuple) else [warmup]
+    by_name = warmup if isinstance(warmup, Mapping) else dict(zip(inputs, in_order, strict=False))
     if by_name.keys() != inputs.keys():
-        by_name = {argument(name): value for name, value in by_name.items()}
-    if by_name.keys() != inputs.keys() or (len(inputs) > 1 and not isinstance(warmup, Mapping)):
+        served = dict(zip((leaf.name for leaf in keras.tree.flatten(structure)), inputs, strict=True))
+        by_name = {served.get(name, argument(name)): value for name, value in by_name.items()}
+    if by_name.keys() != inputs.keys() or len(in_order) > len(inputs):
+        alternative = "a list of arrays in their order" if takes_list else "an array where there is one input"
+        got = sorted(warmup) if isinstance(warmup, Mapping) else type(warmup).__name__
         raise ValueError(
-            f"`warmup` must be a dictionary with the inputs {sorted(inputs)}, or an array where there is one input. "
-            f"Received: warmup={sorted(warmup) if isinstance(warmup, Mapping) else type(warmup).__name__}."
+            f"`warmup` must be a dictionary with the inputs {list(inputs)}, or {alternative}. Received: warmup={got}"
+            f"{f' of {len(warmup)}' if isinstance(warmup, list | tuple) else ''}."
         )
     tensors = {name: _example(name, by_name[name], spec, least[name]) for name, spec in inputs.items()}
     with computing_with("warmup", model):

@@ -83,6 +83,23 @@ def test_a_model_that_writes_a_variable_is_refused(tmp_path):
     refused(tmp_path, keras.Model(x, Counting()(x)), r"`model` must not change in inference.*writes a variable")
 
 
+@pytest.mark.parametrize("wrap", [lambda layer: layer, keras.layers.Bidirectional])
+def test_a_model_that_keeps_a_state_is_refused(tmp_path, wrap):
+    x = keras.Input((5, 3), batch_size=2)
+    model = keras.Model(x, wrap(keras.layers.GRU(4, stateful=True, name="keeper"))(x))
+    refused(
+        tmp_path, model, r"`model` must keep no state .*Received: layer '.*keeper' with stateful=True; make the model"
+    )
+
+
+def test_a_model_that_uses_what_no_layer_has_is_refused(tmp_path):
+    outside = tf.Variable([1.0, 2.0, 3.0, 4.0], name="outside")
+    table = tf.lookup.StaticHashTable(tf.lookup.KeyValueTensorInitializer([1], [3.0]), 0.0)
+    refused(tmp_path, model_of(lambda x: x * outside), r"variables and tables that they use as attributes.*'outside:0'")
+    looked_up = model_of(lambda x: table.lookup(tf.cast(x, tf.int32)))
+    refused(tmp_path, looked_up, r"variables and tables that they use as attributes.*StaticHashTable")
+
+
 def test_a_model_that_computes_batch_statistics_is_refused(tmp_path):
     def normalize(x):
         picture = x[:, None, None, :]

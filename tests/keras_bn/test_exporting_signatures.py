@@ -276,6 +276,32 @@ def test_warmup_has_to_fit_the_inputs(tmp_path, model):
         keras_bn.export(model, tmp_path, warmup=np.ones((2, 8, 8, 1)), preprocess=scaled, fold=False)
 
 
+def test_warmup_of_several_inputs_is_a_dictionary_or_for_a_model_that_takes_a_list_a_list(tmp_path):
+    pytest.importorskip("tensorflow_serving.apis")
+    a, b = keras.Input((3,)), keras.Input((2,), name="größe")
+    model = keras.Model([a, b], keras.layers.Concatenate()([a, b]))
+    left, right = np.ones((2, 3), "float32"), np.zeros((2, 2), "float32")
+    by_name = {a.name: left, "größe": right}
+    served = dict(zip(keras_bn.export(model, tmp_path).inputs, (left, right), strict=True))
+    for warmup in ([left, right], by_name, served):
+        folder = keras_bn.export(model, tmp_path, warmup=warmup).path
+        (record,) = tf.data.TFRecordDataset(str(folder / "assets.extra/tf_serving_warmup_requests")).skip(1)
+        from tensorflow_serving.apis import prediction_log_pb2
+
+        sent = prediction_log_pb2.PredictionLog.FromString(record.numpy()).predict_log.request.inputs
+        for name, values in served.items():
+            np.testing.assert_array_equal(tf.make_ndarray(sent[name]), values)
+    wrong = r"`warmup` must be a dictionary with the inputs .*, or a list of arrays in their order. Received: warmup="
+    with pytest.raises(ValueError, match=wrong + "list of 3"):
+        keras_bn.export(model, tmp_path, warmup=[left, right, right])
+    with pytest.raises(ValueError, match=wrong + r"\['left', 'right'\]"):
+        keras_bn.export(model, tmp_path, warmup={"left": left, "right": right})
+    c, d = keras.Input((3,), name="c"), keras.Input((2,), name="d")
+    named = keras.Model({"c": c, "d": d}, model([c, d]))
+    with pytest.raises(ValueError, match=r"`warmup` must be a dictionary .*, or an array where there is one input"):
+        keras_bn.export(named, tmp_path, warmup=[left, right])
+
+
 def test_the_card_says_what_was_exported(tmp_path, model):
     report = keras_bn.recalibrate(model, scaled(pictures(64)), verbose=0)
     path = keras_bn.export(model, tmp_path, labels=LABELS, accuracy=0.93, recalibration=report).path

@@ -645,6 +645,17 @@ def test_both_parts_of_complex_numbers_are_compared():
     assert proof.largest_errors(one, other) == (1.0, 0.2)
 
 
+def test_strings_and_numbers_are_given_together():
+    kinds, sizes = keras.Input((1,), dtype="string", name="kind"), keras.Input((2,), name="size")
+    one_hot = keras.layers.StringLookup(vocabulary=["hat", "shoe"], output_mode="one_hot")(kinds)
+    dense = keras.layers.Dense(3)(keras.layers.Concatenate()([one_hot, sizes]))
+    model = unsettled(keras.Model({"kind": kinds, "size": sizes}, keras.layers.BatchNormalization()(dense)))
+    examples = {"kind": np.array([["hat"], ["shoe"], ["?"]], object), "size": np.ones((3, 2))}
+    assert norms_in(keras_bn.fold(model, examples).model) == []
+    assert len(norms_in(keras_bn.convert(model, examples))) == 1
+    assert len(keras_bn.drift(model, examples)) == 1
+
+
 class Named(keras.layers.Layer):
     """The name of the likeliest class."""
 
