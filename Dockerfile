@@ -126,7 +126,10 @@ RUN exported=$(sed -n 's/.*"tensorflow": "\(.*\)".*/\1/p' /models/fashion_cnn/1/
     echo "The network was exported with TensorFlow ${exported:-?}, and the server of TF_SERVING_IMAGE holds ${server:-?}:" \
         "TF_SERVING_VERSION must be the version of TF_SERVING_IMAGE, or an older one" >&2; \
     exit 1; }
-ENV MODEL_NAME=fashion_cnn MODEL_BASE_PATH=/models
+# Where oneDNN is on, TensorFlow takes as much memory for tensors as the machine has, whatever the container may have, and
+# gives none back: over gRPC a hundred bytes that claim a shape of gigabytes make it do so, and the container is killed.
+# Beyond these bytes the answer is an error instead. A larger model or batch: `--env TF_MKL_ALLOC_MAX_BYTES=...`.
+ENV MODEL_NAME=fashion_cnn MODEL_BASE_PATH=/models TF_MKL_ALLOC_MAX_BYTES=1073741824
 USER 65532:65532
 EXPOSE 8500 8501
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 CMD ["model-available", "fashion_cnn"]

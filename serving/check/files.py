@@ -96,11 +96,21 @@ def command_line(root: Path, stage: str) -> list[str]:
     Raises:
         CheckError: The stage has not one command in exec form.
     """
-    (text,) = re.findall(rf"^FROM \S+ AS {stage}$(.*?)(?=^FROM |\Z)", _dockerfile(root), re.MULTILINE | re.DOTALL)
-    commands = re.findall(r"^ENTRYPOINT (\[.*\])$", text, re.MULTILINE)
+    commands = re.findall(r"^ENTRYPOINT (\[.*\])$", _stage(root, stage), re.MULTILINE)
     if len(commands) != 1:
         raise CheckError(f"stage {stage} has {len(commands)} ENTRYPOINTs in exec form, where 1 is wanted")
     return json.loads(commands[0])
+
+
+def environment(root: Path, stage: str) -> dict[str, str]:
+    """The variables that an image of a stage of the Dockerfile sets."""
+    lines = re.findall(r"^ENV (.*)$", _stage(root, stage), re.MULTILINE)
+    return dict(word.split("=", 1) for line in lines for word in shlex.split(line))
+
+
+def _stage(root: Path, stage: str) -> str:
+    (text,) = re.findall(rf"^FROM \S+ AS {stage}$(.*?)(?=^FROM |\Z)", _dockerfile(root), re.MULTILINE | re.DOTALL)
+    return text
 
 
 def build_argument(name: str, root: Path = ROOT) -> str:

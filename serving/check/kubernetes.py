@@ -108,7 +108,19 @@ def _pod_problems(pod: dict[str, Any], root: Path) -> Iterator[str]:
     for kind in ("intra", "inter"):
         if f"--tensorflow_{kind}_op_parallelism=$(CPU_LIMIT)" not in container["args"] or limit not in container["env"]:
             yield f"--tensorflow_{kind}_op_parallelism must be CPU_LIMIT, and that the container's limits.cpu"
+    for_tensors = next((one["value"] for one in container["env"] if one["name"] == "TF_MKL_ALLOC_MAX_BYTES"), None)
+    memory = _bytes(container["resources"]["limits"]["memory"])
+    if for_tensors is None or 2 * int(for_tensors) != memory:
+        yield (
+            "TF_MKL_ALLOC_MAX_BYTES must be half of limits.memory, or a request can have the server killed. "
+            f"Received: {for_tensors} of {memory}"
+        )
     yield from _probe_problems(container, root)
+
+
+def _bytes(quantity: str) -> int:
+    number, unit = re.fullmatch(r"(\d+)([KMG]i)?", quantity).groups()  # type: ignore[union-attr]
+    return int(number) << {None: 0, "Ki": 10, "Mi": 20, "Gi": 30}[unit]
 
 
 def _probe_problems(container: dict[str, Any], root: Path) -> Iterator[str]:

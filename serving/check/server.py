@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from . import MODEL, ROOT, CheckError
-from .files import command_line, run
+from .files import command_line, environment, run
 
 _SECONDS_TO_LOAD = 120
 # TensorFlow Serving tries a version that does not load again, a minute apart: its first word is enough.
@@ -128,7 +129,11 @@ def _number(version: str) -> list[int]:
 
 @contextlib.contextmanager
 def running(binary: Path | None, base_path: Path) -> Iterator[Server]:
-    """Runs the image's command line until the block ends: paths mapped, ports that are free; None: the embedded server.
+    """Runs the image's command line in its environment until the block ends, with paths mapped and ports that are free.
+
+    Args:
+        binary: Of the server; None for the embedded one.
+        base_path: Of the model.
 
     Raises:
         CheckError: It ends, or the model is not AVAILABLE in time.
@@ -147,6 +152,7 @@ def running(binary: Path | None, base_path: Path) -> Iterator[Server]:
             started = subprocess.Popen(
                 [*program, *flags, f"--port={grpc_port}", f"--rest_api_port={rest_port}"],
                 cwd=ROOT / "serving",
+                env=os.environ | environment(ROOT, "serving"),
                 stdout=output,
                 stderr=output,
             )

@@ -108,6 +108,8 @@ SPOILT_RULES = [
         "must be CPU_LIMIT",
     ),
     (kubernetes.check_pods, DEPLOYMENT, "resource: limits.cpu", "resource: limits.memory", "must be CPU_LIMIT"),
+    (kubernetes.check_pods, DEPLOYMENT, "memory: 1Gi", "memory: 768Mi", "half of limits.memory"),
+    (kubernetes.check_pods, KSERVE, "TF_MKL_ALLOC_MAX_BYTES", "TF_MKL_ALLOC", "Received: None of 1073741824"),
     (kubernetes.check_pods, DEPLOYMENT, "timeoutSeconds: 5", "timeoutSeconds: 4", "ends by itself"),
     (
         kubernetes.check_pods,

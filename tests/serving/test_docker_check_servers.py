@@ -69,6 +69,12 @@ def test_a_server_that_ends_is_told_with_its_last_words(tmp_path):
         pass
 
 
+def test_a_server_gets_the_images_environment(tmp_path):
+    printing = a_binary(tmp_path, "env")
+    with pytest.raises(CheckError, match=r"(?m)^TF_MKL_ALLOC_MAX_BYTES=\d+$"), server.running(printing, tmp_path):
+        pass
+
+
 def test_a_server_gets_the_images_flags_with_paths_of_this_machine(tmp_path):
     printing = a_binary(tmp_path, 'for flag; do echo "$flag"; done; cat "${3#*=}"')
     with pytest.raises(CheckError) as raised, server.running(printing, tmp_path / "models"):
