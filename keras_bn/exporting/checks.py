@@ -56,8 +56,9 @@ def check_graph(folder: Path, signature: str, compiled_is_fine: bool) -> None:
         compiled = node.attr["_XlaMustCompile"].b or (function is not None and function.attr["_XlaMustCompile"].b)
         if compiled and not compiled_is_fine:
             raise ValueError(
-                "`model` must not hold compiled functions (`jit_compile=True` inside a layer), which a server "
-                f"refuses unless it is told otherwise; or pass `jit_compile=True`. Received: {where} is compiled."
+                "`model` must not hold compiled functions (`jit_compile=True` inside a layer, or grouped convolutions, "
+                "which Keras compiles on a CPU), as a server without `--xla_cpu_compilation_enabled` refuses them; for "
+                f"one with it pass `jit_compile=True`. Received: {where} is compiled."
             )
 
 
