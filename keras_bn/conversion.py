@@ -10,7 +10,8 @@ import numpy as np
 from keras_bn import arguments
 from keras_bn.cloning import clone
 from keras_bn.examples import warn_of_rows
-from keras_bn.folding.proof import Tolerance, check_repeats, errors_between, proof_batches
+from keras_bn.folding.proof import Tolerance, check_repeats, errors_between
+from keras_bn.folding.trials import proof_batches
 from keras_bn.layer import BatchNormalization
 from keras_bn.model import check_model, check_weights_finite, graph_of, set_statistics
 

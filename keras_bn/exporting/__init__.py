@@ -28,7 +28,8 @@ from keras_bn.exporting.checks import (
 )
 from keras_bn.exporting.signatures import BYTES, SERVING
 from keras_bn.folding import FoldingReport, fold_proved_on
-from keras_bn.folding.proof import Errors, Tolerance, accepted_inputs
+from keras_bn.folding.proof import Errors, Tolerance
+from keras_bn.folding.trials import accepted_inputs
 from keras_bn.model import batch_norms_below, check_finite, check_model, graph_of, layers_below
 from keras_bn.population.report import Recalibration
 

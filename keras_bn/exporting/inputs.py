@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 import tensorflow as tf
 
-from keras_bn.folding.proof import leaves_nothing
+from keras_bn.folding.trials import leaves_nothing
 
 Specs = Mapping[str, tf.TensorSpec]
 _LARGEST_LEAST = 4096

@@ -7,8 +7,9 @@ import keras
 from keras_bn import arguments
 from keras_bn.folding.folder import Folder
 from keras_bn.folding.graph import Graph
-from keras_bn.folding.proof import Tolerance, check_repeats, errors_between, proof_batches
+from keras_bn.folding.proof import Tolerance, check_repeats, errors_between
 from keras_bn.folding.report import FoldedNormalization, FoldingReport
+from keras_bn.folding.trials import proof_batches
 from keras_bn.model import check_finite, check_model, named_batch_norms
 
 __all__ = ["Folded", "FoldedNormalization", "FoldingReport", "fold"]

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 import keras_bn
-from keras_bn.folding import proof, weights
+from keras_bn.folding import proof, trials, weights
 from keras_bn.folding.weights import Affine
 from models import networks
 
@@ -603,7 +603,7 @@ def test_sizes_that_are_too_small_are_asked_of_a_model_once_and_not_for_numbers_
     layers = [keras.layers.Conv1D(3, 1), keras.layers.BatchNormalization(), Watching(), keras.layers.Cropping1D(100)]
     model = keras.Sequential([keras.Input((None, 4)), *layers])
     traced.clear()
-    (batch, *_) = proof.proof_batches(model)
+    (batch, *_) = trials.proof_batches(model)
     assert batch.shape == (3, 256, 4)
     assert traced == [64, 128, 256]
 
@@ -700,11 +700,11 @@ def test_of_random_inputs_those_that_saturate_a_model_are_left_out():
     model = keras.Sequential([keras.Input((40,)), dense])
     for slope, largest in ((0.001, [False, True, False]), (0.1, [False, False])):
         dense.kernel.assign(np.full((40, 3), slope))
-        assert [np.max(batch) > 100 for batch in proof.proof_batches(model)] == largest
+        assert [np.max(batch) > 100 for batch in trials.proof_batches(model)] == largest
 
 
 def test_probabilities_of_many_classes_are_not_taken_for_saturated():
-    proof.proof_batches(keras.Sequential([keras.Input((4,)), keras.layers.Dense(5000, activation="softmax")]))
+    trials.proof_batches(keras.Sequential([keras.Input((4,)), keras.layers.Dense(5000, activation="softmax")]))
 
 
 class Drawing(keras.layers.Layer):
