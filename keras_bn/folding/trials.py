@@ -87,12 +87,12 @@ def random_inputs(structure: Any, kind: str, argument: str, batch: int = 3, seed
 def accepted_inputs(run: Callable[[Any], Any], structure: Any, argument: str, batch: int = 3) -> list[Any]:
     """Batches of random numbers, those of each kind that `run` takes, with free sizes as large as it needs them.
 
+    Batches of which all outputs are saturated prove little: they are left out where there are others, and where there
+    are none, that is warned of.
+
     Args:
         run: what takes them. It accepts a batch if it raises nothing and all its outputs have values.
         structure, argument, batch: as for `random_inputs`.
-
-    Batches of which all outputs are saturated are left out where there are others; of them nothing is proved, and
-    where there are no others, that is warned of.
 
     Raises:
         ValueError: when it takes none; says why, and what to give.
