@@ -271,7 +271,8 @@ def _check(
     if examples is None:
         # Asked of what was written: it refuses sizes below the least, of which the model makes numbers all the same.
         served = loaded.signatures[SERVING]
-        batches = accepted_inputs(lambda inputs: served(**inputs), original.inputs, "warmup", ROWS)
+        normalized = original.normalized_inputs()
+        batches = accepted_inputs(lambda inputs: served(**inputs), original.inputs, "warmup", ROWS, normalized)
     else:
         batches = [given.seven_rows(examples)]
     of_model = [original.model_inputs(batch) for batch in batches]

@@ -14,6 +14,7 @@ from keras_bn.exporting import inputs as _inputs
 from keras_bn.exporting import pictures as _pictures
 from keras_bn.exporting.preprocessing import Preprocessing
 from keras_bn.folding.proof import refuse_random
+from keras_bn.folding.trials import Normalized, normalized_inputs
 from keras_bn.inference import inference_mode
 from keras_bn.names import argument, identifier, unique
 from keras_bn.state import seeds_of
@@ -146,6 +147,11 @@ class Serving:
             "channels": in_each_row(widths),
             **{name: tf.concat(parts, 1) for name, parts in columns},
         }
+
+    def normalized_inputs(self) -> Normalized:
+        """What is known of the numbers of each input, in the order of the names; nothing of pictures."""
+        by_name = {} if self._preprocess else dict(zip(self.inputs, normalized_inputs(self._model), strict=False))
+        return [by_name.get(name) for name in sorted(self.inputs)]
 
     def least_sizes(self) -> dict[str, list[int]]:
         """By input name the smallest size of each axis, see `inputs.least_sizes`."""

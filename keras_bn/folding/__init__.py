@@ -42,7 +42,8 @@ def fold(model: keras.Model, check: Any = None, tolerance: float | None = None) 
 
     into all the Dense and convolutions after it, where they do not pad with zeros. Biases are made where there are
     none, shared layers are folded if all their uses allow it, nested models are laid out flat, and layers that do
-    nothing in inference (dropout, noise) are left out. What nobody can absorb stays as one multiply-add, a `Rescaling`.
+    nothing in inference (dropout, noise) are left out. What nobody can absorb stays as one multiply-add, a `Rescaling`,
+    or where its mean is so many standard deviations from zero that digits would be lost, as a subtraction and that.
     A subclass of a normalization may compute something else and stays as it is. The new model holds Keras's own layers,
     is for inference only, and is proved: both models run on `check`, or on random inputs where it is not given.
     The proof runs `model` in inference mode; until it is through, do not use the model in another thread.

@@ -26,6 +26,8 @@ from keras_bn.model import affine_weights, channel_axes, is_plain_batch_norm, st
 from keras_bn.state import copy_state
 
 _LINEAR = keras.activations.linear
+# What rounding may add, relative to a standard deviation.
+_MOST_ADDED = 1e-5
 
 
 class Folder:
@@ -144,6 +146,8 @@ class Folder:
             return "its output is an output of the model"
         takers = [taker for step in uses for taker in self.graph.consumers(step.outputs[0])]
         following = list(dict.fromkeys(taker.op for taker in takers))
+        if self._is_far_from_zero(layer):
+            return "its mean is too many standard deviations from zero: the digits of its inputs would be lost"
         affine = self._affines[layer]
         for op in following:
             label = _label(op)
@@ -177,6 +181,17 @@ class Folder:
     def _activation(self, layer: Any) -> Any:
         return self._activations.get(layer, _activation_of(layer))
 
+    def _is_far_from_zero(self, layer: BatchNormalization) -> bool:
+        """Whether digits are lost unless the mean is subtracted first, as the layer does it.
+
+        Of a layer before, whose sum was rounded in front of the normalization already, they are not.
+        """
+        mean, variance = statistics_of(layer)
+        deviations = np.max(np.abs(mean) / np.sqrt(variance + layer.epsilon), initial=0.0)
+        # In half precision the mean itself would be rounded.
+        is_half = layer.compute_dtype in ("float16", "bfloat16")
+        return bool(not is_half and deviations * np.finfo(layer.compute_dtype).eps / 2 > _MOST_ADDED)
+
     def _multiply_add(self, layer: BatchNormalization, name: str) -> list[Any]:
         rank = layer.input_spec.ndim
         known = {axis % rank: size for axis, size in layer.input_spec.axes.items()}
@@ -185,14 +200,24 @@ class Folder:
         # has fewer than three axes for channels of pictures.
         sizes = [known[axis] if axis in channels else 1 for axis in range(0 if rank > 2 else 1, rank)]
         scale, shift = (np.reshape(v, sizes) for v in self._affines[layer])
-        made: list[Any]
+        multiply_add = _rescaling
         if rank == 2 and keras.config.image_data_format() == "channels_first":
-            made = [_matrix_multiply_add(scale, shift, name, layer.dtype_policy)]
+            multiply_add = _matrix_multiply_add
+        if self._is_far_from_zero(layer):
+            mean = np.reshape(statistics_of(layer)[0], sizes)
+            made = [
+                multiply_add(np.ones_like(mean), -mean, f"{name}_mean", layer.dtype_policy),
+                multiply_add(scale, shift + mean * scale, name, layer.dtype_policy),
+            ]
         else:
-            made = [keras.layers.Rescaling(scale.tolist(), shift.tolist(), name=name, dtype=layer.dtype_policy)]
+            made = [multiply_add(scale, shift, name, layer.dtype_policy)]
         if self._activation(layer) is not _LINEAR:
             made.append(keras.layers.Activation(self._activation(layer), name=f"{name}_activation"))
         return made
+
+
+def _rescaling(scale: np.ndarray, shift: np.ndarray, name: str, dtype: Any) -> keras.Layer:
+    return keras.layers.Rescaling(scale.tolist(), shift.tolist(), name=name, dtype=dtype)
 
 
 def _matrix_multiply_add(scale: np.ndarray, shift: np.ndarray, name: str, dtype: Any) -> keras.Layer:

@@ -113,6 +113,23 @@ def rounding_error(model: keras.Model, inputs: Any) -> float:
     return largest_errors(exact, rounded).relative
 
 
+def agree_in_float64(model: keras.Model, other: keras.Model, batches: list[Any], tolerance: float) -> bool:
+    """Whether two models that compute the same rounded differently: in float64 they are within the tolerance."""
+    for inputs in batches:
+        outputs = []
+        for one in (model, other):
+            with variables_restored(one), inference_mode(one), _computing_in_float64(one) as possible:
+                if not possible:
+                    return False
+                try:
+                    outputs.append(one(inputs, training=False))
+                except Exception:  # Any: whatever a layer has against float64, nothing is known then.
+                    return False
+        if not largest_errors(*outputs).relative <= tolerance:
+            return False
+    return True
+
+
 @contextlib.contextmanager
 def _computing_in_float64(model: keras.Model) -> Iterator[bool]:
     layers = layers_below(model)

@@ -10,7 +10,7 @@ class FoldedNormalization(NamedTuple):
 
     Attributes:
         name: the layer's, with the names of the nested models around it.
-        into: names of the layers that absorbed it; empty if it stayed as a multiply-add.
+        into: names of the layers that absorbed it; empty if it stayed, as a multiply-add.
         reason: why it was not absorbed; empty if it was.
     """
 
@@ -63,5 +63,5 @@ class FoldingReport(NamedTuple):
                 if self.not_finite
                 else ""
             )
-            + ("\nWhat stays is computed as one multiply-add, and everything else is as before." if stay else "")
+            + ("\nWhat stays is computed as a multiply-add, and everything else is as before." if stay else "")
         )

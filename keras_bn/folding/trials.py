@@ -1,6 +1,6 @@
 """Inputs on which two models are compared: what a person gave, or random numbers that the model takes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -8,11 +8,14 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bn.examples import as_arrays, dense, reason
+from keras_bn.folding.absorbing import idle_in_inference
+from keras_bn.folding.graph import Graph
 from keras_bn.inference import inference_mode
-from keras_bn.model import input_structure
+from keras_bn.model import channel_axes, graph_of, input_structure, statistics_of
 from keras_bn.state import variables_restored
 from keras_bn.warning import warn
 
+Normalized = Sequence[tuple[np.ndarray, np.ndarray] | None]
 KINDS = ("normal", "pixels", "zeros and ones")
 _FREE_SIZE = 64
 _CLOSE = 1e-3
@@ -50,10 +53,41 @@ def proof_batches(model: keras.Model, check: Any = None, argument: str = "check"
                 raise refusal
             return model(inputs, training=False)
 
-    return accepted_inputs(run, structure, argument)
+    return accepted_inputs(run, structure, argument, normalized=normalized_inputs(model))
 
 
-def random_inputs(structure: Any, kind: str, argument: str, batch: int = 3, seed: int = 0, size: int = 64) -> Any:
+def normalized_inputs(model: keras.Model) -> Normalized:
+    """What the normalizations that come first know of a model's inputs, flattened, where one does."""
+    if graph_of(model) is None:
+        return []
+    graph, known = Graph(model), []
+    for step in list(graph.steps):
+        if idle_in_inference(step.op):
+            graph.remove(step)
+    for value in graph.inputs:
+        layers = [step.op for step in graph.consumers(value) if isinstance(step.op, keras.layers.BatchNormalization)]
+        known.append(_normal(layers[0]) if layers else None)
+    return known
+
+
+def _normal(layer: keras.layers.BatchNormalization) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of the normalization's inputs, of a shape that broadcasts to theirs."""
+    mean, variance = statistics_of(layer)
+    rank = layer.input_spec.ndim
+    sizes = {axis % rank: size for axis, size in layer.input_spec.axes.items()}
+    shape = [sizes[axis] if axis in {one % rank for one in channel_axes(layer)} else 1 for axis in range(rank)]
+    return np.reshape(mean, shape), np.reshape(np.sqrt(variance + layer.epsilon), shape)
+
+
+def random_inputs(
+    structure: Any,
+    kind: str,
+    argument: str,
+    batch: int = 3,
+    seed: int = 0,
+    size: int = 64,
+    normalized: Normalized = (),
+) -> Any:
     """One batch of random numbers.
 
     Integers are 0 or 1, but uint8 pixels from 0 to 255.
@@ -65,13 +99,14 @@ def random_inputs(structure: Any, kind: str, argument: str, batch: int = 3, seed
         batch: how many examples, where the shape leaves it open.
         seed: of the numbers.
         size: what other free sizes become.
+        normalized: for each thing in the structure mean and standard deviation of normal numbers, or None for 0 and 1.
 
     Raises:
         ValueError: for inputs that are strings.
     """
     rng = np.random.default_rng(seed)
 
-    def draw(leaf: Any) -> tf.Tensor:
+    def draw(leaf: Any, known: tuple[np.ndarray, np.ndarray] | None) -> tf.Tensor:
         first, *others = [*leaf.shape] or [None]
         shape = (first or batch, *(other or size for other in others))
         dtype = tf.as_dtype(leaf.dtype)
@@ -79,12 +114,19 @@ def random_inputs(structure: Any, kind: str, argument: str, batch: int = 3, seed
             raise ValueError(f"`{argument}` must be given for a model that takes strings. Received: {argument}=None.")
         if not dtype.is_floating or kind == "zeros and ones":
             return tf.cast(rng.integers(0, 256 if dtype == tf.uint8 else 2, shape), dtype)
-        return tf.cast(rng.uniform(0, 255, shape) if kind == "pixels" else rng.normal(size=shape), dtype)
+        if kind == "pixels":
+            return tf.cast(rng.uniform(0, 255, shape), dtype)
+        mean, deviation = known or (0.0, 1.0)
+        return tf.cast(mean + deviation * rng.normal(size=shape), dtype)
 
-    return keras.tree.map_structure(draw, structure)
+    leaves = keras.tree.flatten(structure)
+    drawn = [draw(leaf, known) for leaf, known in zip(leaves, normalized or [None] * len(leaves), strict=True)]
+    return keras.tree.pack_sequence_as(structure, drawn)
 
 
-def accepted_inputs(run: Callable[[Any], Any], structure: Any, argument: str, batch: int = 3) -> list[Any]:
+def accepted_inputs(
+    run: Callable[[Any], Any], structure: Any, argument: str, batch: int = 3, normalized: Normalized = ()
+) -> list[Any]:
     """Batches of random numbers, those of each kind that `run` takes, with free sizes as large as it needs them.
 
     Batches of which all outputs are saturated prove little: they are left out where there are others, and where there
@@ -92,7 +134,7 @@ def accepted_inputs(run: Callable[[Any], Any], structure: Any, argument: str, ba
 
     Args:
         run: what takes them. It accepts a batch if it raises nothing and all its outputs have values.
-        structure, argument, batch: as for `random_inputs`.
+        structure, argument, batch, normalized: as for `random_inputs`.
 
     Raises:
         ValueError: when it takes none; says why, and what to give.
@@ -107,7 +149,7 @@ def accepted_inputs(run: Callable[[Any], Any], structure: Any, argument: str, ba
     for size in sizes:
         accepted, telling = [], []
         for kind in kinds:
-            inputs = random_inputs(structure, kind, argument, batch, size=size)
+            inputs = random_inputs(structure, kind, argument, batch, size=size, normalized=normalized)
             try:
                 outputs = keras.tree.flatten(run(inputs))
             except Exception as error:  # Any: a model may raise what it likes.

@@ -45,6 +45,15 @@ def test_every_normalization_changes_and_computes_the_same():
     np.testing.assert_array_equal(back(batch()), model(batch()))
 
 
+def test_what_only_rounds_otherwise_becomes_stock_with_a_warning():
+    x = np.random.default_rng(0).normal(1e6, 3.0, (64, 3)).astype("float32")
+    model = keras.Sequential([keras.Input((3,)), OURS(), keras.layers.Dense(2)])
+    keras_bn.recalibrate(model, x, verbose=0)
+    for check in (None, x):
+        with pytest.warns(UserWarning, match=r"the same in float64, and round differently: outputs differ by 0\.0"):
+            assert types(keras_bn.revert(model, check)) == [STOCK]
+
+
 def test_configuration_is_taken_along():
     ours = keras_bn.convert(nested_model())
     layers = [layer for layer in ours._flatten_layers() if isinstance(layer, OURS)]

@@ -232,7 +232,7 @@ def test_what_nobody_absorbs_stays_as_one_multiply_add():
         "ReLU 's' after it has no weights, and so nothing to absorb it with (Dense and convolutions have)"
     )
     assert reasons(folded)["b"] == ""
-    assert str(folded.report).endswith("What stays is computed as one multiply-add, and everything else is as before.")
+    assert str(folded.report).endswith("What stays is computed as a multiply-add, and everything else is as before.")
 
 
 class Twice(keras.layers.Dense):
@@ -478,7 +478,7 @@ def test_the_report_prints_counts_errors_and_reasons():
     assert text.startswith("1 of 2 normalizations absorbed; largest error ")
     *rows, last = text.splitlines()[3:]
     assert [line.split()[:2] for line in rows] == [["n", "d"], ["m", "-"]]
-    assert last.startswith("What stays is computed as one multiply-add")
+    assert last.startswith("What stays is computed as a multiply-add")
     assert "its output is an output of the model" in text
 
 
@@ -683,6 +683,60 @@ def test_models_that_name_the_class_are_folded_converted_and_exported(tmp_path, 
     mirrored = keras.Model(x, Named()(-scores))
     if not numbers_too:
         assert proof.errors_between(model, mirrored, [examples])[0].absolute == 1.0
+
+
+FAR = {
+    "Dense after it": ((3,), lambda: [keras.layers.Dense(2)]),
+    "an activation after it": ((3,), lambda: [keras.layers.Activation("gelu"), keras.layers.Dense(2)]),
+    "a convolution after it": ((5, 6, 3), lambda: [keras.layers.Conv2D(2, 3)]),
+    "another normalization after it": ((3,), lambda: [keras_bn.BatchNormalization(), keras.layers.ReLU()]),
+}
+
+
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+@pytest.mark.parametrize("name", FAR)
+def test_raw_features_far_from_zero_keep_their_digits(tmp_path, name, data_format):
+    shape, layers = FAR[name]
+    if data_format == "channels_first" and len(shape) > 1:
+        pytest.skip("convolutions with channels first need a GPU")
+    x = np.random.default_rng(0).normal(1e6, 3.0, (64, *shape)).astype("float32")
+    before = keras.config.image_data_format()
+    keras.config.set_image_data_format(data_format)
+    try:
+        norm = keras_bn.BatchNormalization()
+        model = unsettled(keras.Sequential([keras.Input(shape), norm, *layers()]))
+        norm.moving_mean.assign(np.full(3, 1e6))
+        norm.moving_variance.assign([4.0, 9.0, 16.0])
+        folded, report = keras_bn.fold(model)
+        exported = keras_bn.export(model, tmp_path)
+    finally:
+        keras.config.set_image_data_format(before)
+    in_float64 = keras.models.clone_model(
+        model, clone_function=lambda layer: type(layer).from_config({**layer.get_config(), "dtype": "float64"})
+    )
+    in_float64.set_weights(model.get_weights())
+    assert proof.errors_between(in_float64, folded, [x])[0].relative < 1e-6
+    assert report.relative_error < 1e-6
+    assert "its mean is too many standard deviations from zero" in report.normalizations[0].reason
+    served = tf.saved_model.load(str(exported.path)).signatures["serving_default"]
+    (answer,) = served(tf.constant(x)).values()
+    assert proof.largest_errors(in_float64(x), answer).relative < 1e-6
+
+
+@pytest.mark.parametrize("axis", [-1, 1])
+def test_random_inputs_of_a_normalization_are_as_its_statistics_say(axis):
+    sizes = (4, 30) if axis == 1 else (30, 4)
+    known, other = keras.Input(sizes), keras.Input(sizes)
+    norm = keras_bn.BatchNormalization(axis=axis)
+    model = keras.Model([known, other], keras.layers.Add()([norm(keras.layers.Dropout(0.5)(known)), other]))
+    norm.moving_mean.assign([0.0, -50.0, 1e4, 1e6])
+    norm.moving_variance.assign([1.0, 4.0, 1e4, 9.0])
+    drawn, unknown = trials.proof_batches(model)[0]
+    drawn = np.moveaxis(drawn.numpy().astype("float64"), axis, -1).reshape(-1, 4)
+    deviation = np.sqrt(np.array([1.0, 4.0, 1e4, 9.0]) + norm.epsilon)
+    np.testing.assert_allclose((drawn.mean(0) - [0.0, -50.0, 1e4, 1e6]) / deviation, 0, atol=0.5)
+    np.testing.assert_allclose(drawn.std(0) / deviation, 1, atol=0.5)
+    assert abs(np.std(unknown) - 1) < 0.3
 
 
 @pytest.mark.parametrize(("last", "ends"), [("softmax", (1, 0, 0)), ("tanh", (1, -1, 1)), ("relu", (0, 0, 0))])
