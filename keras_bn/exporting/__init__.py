@@ -1,10 +1,8 @@
 """export(): a trained model becomes a numbered SavedModel that a server can load and a person can query."""
 
-import contextlib
 import json
 import os
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +12,7 @@ import tensorflow as tf
 from keras_bn import arguments
 from keras_bn.drift.versions import SIGNATURE as DRIFT
 from keras_bn.exporting import given
+from keras_bn.exporting import saving as _saving
 from keras_bn.exporting import signatures as _signatures
 from keras_bn.exporting import versions as _versions
 from keras_bn.exporting import warmup as _warmup
@@ -193,9 +192,8 @@ def export(
             signatures[DRIFT] = original.concrete(original.drift, original.inputs, least)
         root = tf.Module()
         root.kept = _resources(served_model, observed, preprocess)
-        options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
-        with _versions.writing(base), _tracked():
-            tf.saved_model.save(root, os.fspath(folder), signatures=signatures, options=options)
+        with _versions.writing(base):
+            _saving.save(root, folder, signatures)
         _reached("model written")
         card = describe(model, signatures, labels, folding, accuracy, recalibration, folder)
         with _versions.writing(base):
@@ -240,21 +238,6 @@ def _resources(*owners: Any) -> list[Any]:
     return [*variables.values(), *tables]
 
 
-@contextlib.contextmanager
-def _tracked() -> Iterator[None]:
-    """Around what saves a graph: what this uses has to be found among the attributes of layers."""
-    try:
-        yield
-    except AssertionError as error:
-        captured = re.search(r"Trackable referencing this tensor = (.*)", str(error))
-        if captured is None:
-            raise
-        raise ValueError(
-            "`model` must have layers with all variables and tables that they use as attributes, made in `__init__` or "
-            f"`build`, so that they are saved. Received: {captured[1]}, which is an attribute of no layer."
-        ) from error
-
-
 def _check(
     folder: Path,
     original: _signatures.Serving,
@@ -267,7 +250,7 @@ def _check(
     for name in signatures:
         check_graph(folder, name, compiled_is_fine)
         check_shapes(folder, name)
-    loaded = tf.saved_model.load(os.fspath(folder))
+    loaded = _saving.load(folder)
     if examples is None:
         # Asked of what was written: it refuses sizes below the least, of which the model makes numbers all the same.
         served = loaded.signatures[SERVING]
@@ -276,15 +259,15 @@ def _check(
     else:
         batches = [given.seven_rows(examples)]
     of_model = [original.model_inputs(batch) for batch in batches]
-    errors = check_outputs(loaded.signatures[SERVING], original.predict, batches, tolerance, of_model)
+    errors = check_outputs(SERVING, loaded.signatures[SERVING], original.predict, batches, tolerance, of_model)
     asked = dict.fromkeys(signatures, batches[-1])
     if DRIFT in signatures:
-        check_outputs(loaded.signatures[DRIFT], original.drift, batches, tolerance, of_model)
+        check_outputs(DRIFT, loaded.signatures[DRIFT], original.drift, batches, tolerance, of_model)
     if BYTES in signatures:
         encoded = _warmup.encoded(batches[-1])
         asked[BYTES] = {BYTES: encoded}
         served = loaded.signatures[BYTES]
-        check_outputs(served, lambda _: original.predict(batches[-1]), [asked[BYTES]], tolerance, of_model)
+        check_outputs(BYTES, served, lambda _: original.predict(batches[-1]), [asked[BYTES]], tolerance, of_model)
     for name, batch in asked.items():
         check_rows(name, loaded.signatures[name], batch, tolerance, of_model)
     return errors

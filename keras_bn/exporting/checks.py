@@ -80,6 +80,7 @@ def check_shapes(folder: Path, signature: str) -> None:
 
 
 def check_outputs(
+    signature: str,
     served: Callable[..., Mapping[str, tf.Tensor]],
     expected: Callable[[Mapping[str, Any]], Mapping[str, tf.Tensor]],
     batches: list[dict[str, Any]],
@@ -89,6 +90,7 @@ def check_outputs(
     """The signature loaded afresh against the model itself.
 
     Args:
+        signature: its name.
         served: what was written.
         expected: what the model gives, by name; `served` may give more.
         batches: to ask both.
@@ -105,10 +107,12 @@ def check_outputs(
     worst = Errors(*np.max(errors, axis=0).tolist())
     if not tolerance.allows(worst.relative, model_batches):
         raise ValueError(
-            "`model` must compute the same when it is called and when it is served. Received: outputs that differ by "
-            f"{worst.relative:.3g} relative, {worst.absolute:.3g} absolute; allowed is {tolerance.value:g} relative. "
-            "Something in it is random, or is settled when Python runs and not by the data: sizes that an Input leaves "
-            "open, as of a `TimeDistributed`, may have to be given."
+            "`model` must compute the same when it is called and when it is served. Received: outputs of signature "
+            f"{signature!r} that differ by {worst.relative:.3g} relative, {worst.absolute:.3g} absolute; allowed is "
+            f"{tolerance.value:g} relative. Something in it is random, or is settled when Python runs and not by the "
+            "data: sizes that an Input leaves open, as of a `TimeDistributed`, may have to be given. Or it rounds so "
+            "much, as after a training that did not get far: then `tolerance` is the way out, and for the signature "
+            "'batch_norm_drift' `drift=False`."
         )
     return worst
 

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from absl import logging
 
 import keras_bn
 from keras_bn import exporting
@@ -40,7 +41,21 @@ def refused(tmp_path, model, match, **options):
 
 def test_a_model_that_computes_something_else_when_traced_is_refused(tmp_path):
     model = model_of(lambda x: x * (2.0 if tf.executing_eagerly() else 3.0))
-    refused(tmp_path, model, r"`model` must compute the same when it is called and when it is served.*0.5 relative")
+    refused(
+        tmp_path,
+        model,
+        r"`model` must compute the same when it is called and when it is served.*'serving_default'.*0.5 relative",
+    )
+
+
+def test_no_gradients_in_what_is_served_are_nothing_to_be_warned_of(tmp_path, caplog):
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.WARNING)
+    x = keras.Input((4,))
+    keras_bn.export(keras.Model(x, keras.layers.Dense(3, activation="swish")(x)), tmp_path)
+    assert "unsaved custom gradients" not in caplog.text
+    assert logging.get_verbosity() == logging.WARNING
+    logging.set_verbosity(level)
 
 
 def test_a_model_whose_rows_depend_on_each_other_is_refused(tmp_path):
