@@ -1,6 +1,7 @@
 """The REST API as an ASGI application: bodies come in whole, bounded and decompressed, answers go out."""
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -15,8 +16,8 @@ from keras_bn_serving.rest.predictions import SMALL_BYTES
 from keras_bn_serving.rest.server import RestServer
 from keras_bn_serving.sizes import size_text
 
-# An extension of ASGI's scope: the request's target as it came.
-TARGET = "keras_bn.target"
+# An extension of ASGI's scope: `target`, the request's as it came, and `abort`, which cuts its connection.
+EXTENSION = "keras_bn.connection"
 _ID_HEADER = request_ids.HEADER.encode()
 _LOOK_SECONDS = 0.1
 # Of a byte of a body: its piece, and the whole that is made of the pieces; of a small one, all that becomes of it.
@@ -35,7 +36,7 @@ class RestLimits:
     Attributes:
         body_bytes: A body as it comes over the wire.
         inflated_bytes: A body after decompression.
-        read_seconds: How long a body may take to arrive.
+        read_seconds: How long a body may take to arrive, and a client to take the next MiB of an answer.
     """
 
     body_bytes: int = 256 * 1024 * 1024
@@ -60,19 +61,34 @@ class _Watch:
     Attributes:
         receive: Tells whether its client has left.
         task: What answers it.
-        read_until: When its body has to be there.
-        reading: Whether its body is still to come.
-        late: Whether it was cancelled for its body.
+        until: When the client has to have done what is waited for, its body or to take an answer; None: nothing is.
+        looking: Whether its client may leave unnoticed otherwise: nothing is sent or received.
+        late: Whether it was cancelled for its time.
         gone: Whether it was cancelled for its client.
         waiting: What waits for its client to leave.
     """
 
-    __slots__ = ("gone", "late", "read_until", "reading", "receive", "task", "waiting")
+    __slots__ = ("gone", "late", "looking", "receive", "task", "until", "waiting")
 
-    def __init__(self, receive: _Receive, task: "asyncio.Task[Any] | None", read_until: float):
-        self.receive, self.task, self.read_until = receive, task, read_until
-        self.reading, self.late, self.gone = True, False, False
+    def __init__(self, receive: _Receive, task: "asyncio.Task[Any] | None", until: float):
+        self.receive, self.task, self.until = receive, task, until
+        self.looking, self.late, self.gone = False, False, False
         self.waiting: asyncio.Task[None] | None = None
+
+    def look(self) -> None:
+        """From now on the client is waited for no more, but may leave."""
+        self.until, self.looking = math.inf, True
+
+    def wait(self, until: float) -> None:
+        """From now on the client is waited for."""
+        self.until, self.looking = until, False
+        self.end()
+
+    def end(self) -> None:
+        """Whether the client leaves is of no interest any longer."""
+        if self.waiting is not None:
+            self.waiting.cancel()
+            self.waiting = None
 
     async def wait_until_gone(self) -> None:
         """Cancels the request once its client has left."""
@@ -88,38 +104,41 @@ class _Watch:
 
 
 class _Watcher:
-    """Looks after requests that take long: cancels those whose body does not come in time, or whose client has left.
+    """Looks after requests that take long: cancels those whose client does not do its part in time, or has left.
 
     One timer for all of them, every tenth of a second: most have their answer before that.
     """
 
-    def __init__(self, read_seconds: float):
-        self._read_seconds = read_seconds
+    def __init__(self, seconds: float):
+        self._seconds = seconds
         self._watched: set[_Watch] = set()
         self._timer: asyncio.TimerHandle | None = None
 
     def begin(self, receive: _Receive) -> _Watch:
-        """Looks after the request that the current task answers."""
+        """Looks after the request that the current task answers, whose body is still to come."""
         loop = asyncio.get_running_loop()
-        watch = _Watch(receive, asyncio.current_task(loop), loop.time() + self._read_seconds)
+        watch = _Watch(receive, asyncio.current_task(loop), loop.time() + self._seconds)
         self._watched.add(watch)
         if self._timer is None:
             self._timer = loop.call_later(_LOOK_SECONDS, self._look, loop)
         return watch
 
+    def wait(self, watch: _Watch) -> None:
+        """The client is to take what is sent to it now."""
+        watch.wait(asyncio.get_running_loop().time() + self._seconds)
+
     def end(self, watch: _Watch) -> None:
         """Looks after a request no longer."""
         self._watched.discard(watch)
-        if watch.waiting is not None:
-            watch.waiting.cancel()
+        watch.end()
 
     def _look(self, loop: asyncio.AbstractEventLoop) -> None:
         self._timer = loop.call_later(_LOOK_SECONDS, self._look, loop) if self._watched else None
         for watch in self._watched:
-            if watch.reading and loop.time() > watch.read_until:
-                watch.late = True
+            if loop.time() > watch.until:
+                watch.until, watch.late = math.inf, True
                 watch.cancel()
-            elif not watch.reading and watch.waiting is None:
+            elif watch.looking and watch.waiting is None:
                 watch.waiting = loop.create_task(watch.wait_until_gone())
 
 
@@ -146,28 +165,58 @@ class Application:
         target = _target(scope)
         request_id = request_ids.begin(headers.get(_ID_HEADER, b"").decode("latin-1"))
         watch = self._watcher.begin(receive)
-        with self._memory.share() as share:
-            try:
-                body = await self._read(scope, headers, receive, share)
-                watch.reading = False
-                response = await self._server.handle(Request(scope["method"], target, headers, body, share))
-            except _Refused as refusal:
-                response = self._server.refuse(refusal.status, refusal.reason)
-            except UnavailableError as error:
-                response = self._server.refuse(HTTPStatus.SERVICE_UNAVAILABLE, error.message)
-            except ResourceExhaustedError as error:
-                response = self._server.refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, error.message)
-            except _Gone:
-                return
-            except asyncio.CancelledError:
-                if watch.gone:
-                    return
-                if not watch.late:
-                    raise
-                response = self._server.refuse(HTTPStatus.REQUEST_TIMEOUT, "The request did not arrive in time.")
-            finally:
-                self._watcher.end(watch)
-            await _answer(response, send, scope["method"] == "HEAD", request_id)
+        try:
+            with self._memory.share() as share:
+                response = await self._respond(scope, Request(scope["method"], target, headers, b"", share), watch)
+                if response is not None:
+                    await self._answer(scope, response, send, request_id, watch)
+        finally:
+            self._watcher.end(watch)
+
+    async def _respond(self, scope: _Scope, request: Request, watch: _Watch) -> Response | None:
+        """The answer to a request whose body is still to come; None where nobody waits for it any longer."""
+        try:
+            body = await self._read(scope, request.headers, watch.receive, request.share)
+            watch.look()
+            return await self._server.handle(request._replace(body=body))
+        except _Refused as refusal:
+            return self._server.refuse(refusal.status, refusal.reason)
+        except UnavailableError as error:
+            return self._server.refuse(HTTPStatus.SERVICE_UNAVAILABLE, error.message)
+        except ResourceExhaustedError as error:
+            return self._server.refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, error.message)
+        except _Gone:
+            return None
+        except asyncio.CancelledError:
+            if watch.gone:
+                return None
+            if not watch.late:
+                raise
+            return self._server.refuse(HTTPStatus.REQUEST_TIMEOUT, "The request did not arrive in time.")
+
+    async def _answer(self, scope: _Scope, response: Response, send: _Send, request_id: str, watch: _Watch) -> None:
+        """Sends an answer piece by piece: a client that takes it slowly keeps the rest here, where it is counted."""
+        watch.late = False
+        headers = [
+            (b"content-type", response.content_type.encode()),
+            (b"content-length", str(len(response.body)).encode()),
+            (_ID_HEADER, request_id.encode()),
+            *((name.lower().encode(), value.encode()) for name, value in response.headers),
+        ]
+        body = b"" if scope["method"] == "HEAD" else response.body
+        last = max(len(body) - 1, 0) // _PIECE_BYTES * _PIECE_BYTES
+        self._watcher.wait(watch)
+        try:
+            await send({"type": "http.response.start", "status": int(response.status), "headers": headers})
+            for start in range(0, last, _PIECE_BYTES):
+                piece = body[start : start + _PIECE_BYTES]
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+                self._watcher.wait(watch)
+            await send({"type": "http.response.body", "body": body[last:] if last else body})
+        except asyncio.CancelledError:
+            if not watch.late:
+                raise
+            await _extension(scope)["abort"]()
 
     async def _read(self, scope: _Scope, headers: Mapping[bytes, bytes], receive: _Receive, share: Share) -> bytes:
         length = headers.get(b"content-length", b"")
@@ -206,23 +255,11 @@ class Application:
 
 def _target(scope: _Scope) -> str:
     """Returns what a request asks for: as it came, where the server tells, else put together again."""
-    told = scope.get("extensions", {}).get(TARGET)
+    told = _extension(scope)
     query = scope["query_string"]
     target = told["target"] if told else scope["raw_path"] + (b"?" + query if query else b"")
     return target.decode("latin-1")
 
 
-async def _answer(response: Response, send: _Send, head_only: bool, request_id: str) -> None:
-    headers = [
-        (b"content-type", response.content_type.encode()),
-        (b"content-length", str(len(response.body)).encode()),
-        (_ID_HEADER, request_id.encode()),
-        *((name.lower().encode(), value.encode()) for name, value in response.headers),
-    ]
-    await send({"type": "http.response.start", "status": int(response.status), "headers": headers})
-    body = b"" if head_only else response.body
-    # Piece by piece: a client that reads slowly keeps the rest here, where it is counted.
-    last = max(len(body) - 1, 0) // _PIECE_BYTES * _PIECE_BYTES
-    for start in range(0, last, _PIECE_BYTES):
-        await send({"type": "http.response.body", "body": body[start : start + _PIECE_BYTES], "more_body": True})
-    await send({"type": "http.response.body", "body": body[last:] if last else body})
+def _extension(scope: _Scope) -> Mapping[str, Any]:
+    return scope.get("extensions", {}).get(EXTENSION, {})

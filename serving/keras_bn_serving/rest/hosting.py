@@ -12,7 +12,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from keras_bn_serving.codec.answer import encode_error
-from keras_bn_serving.rest.application import TARGET, Application
+from keras_bn_serving.rest.application import EXTENSION, Application
 from keras_bn_serving.rest.messages import Response, html_error
 from keras_bn_serving.sizes import size_text
 
@@ -20,8 +20,10 @@ _log = logging.getLogger(__name__)
 _BACKLOG = 1024
 _MOST_CONNECTIONS = 4096
 _IDLE_SECONDS = 300
-_HEADER_SECONDS = 30.0
+# For what is still to come of a request, and for a client to take what was sent before its connection was closed.
+_REST_SECONDS = 30.0
 _HEADER_BYTES = 64 * 1024
+_AT_ONCE_BYTES = 64 * 1024
 _BARE_URL = re.compile(rb"^[a-zA-Z][a-zA-Z0-9+.-]*://[^/?#]+(?![^?#])")
 _REQUEST_LINE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+ \S+ HTTP/1\.[01]\r\n")
 
@@ -101,6 +103,8 @@ class _Transport:
         if not self._unsent:
             self._loop.call_soon(self.flush)
         self._unsent.append(data)
+        if len(data) > _AT_ONCE_BYTES:  # Whether more may be written is known only then.
+            self.flush()
 
     def is_closing(self) -> bool:
         return self._transport.is_closing()
@@ -108,6 +112,14 @@ class _Transport:
     def close(self) -> None:
         self.flush()
         self._transport.close()
+        self._cut_where_nothing_is_taken(0)
+
+    def _cut_where_nothing_is_taken(self, before: int) -> None:
+        left = self._transport.get_write_buffer_size()
+        if left and left == before:
+            self._transport.abort()
+        elif left:
+            self._loop.call_later(_REST_SECONDS, self._cut_where_nothing_is_taken, left)
 
     def flush(self) -> None:
         unsent, self._unsent = self._unsent, []
@@ -131,7 +143,7 @@ class _Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(_Transport(transport, self.loop))  # type: ignore[arg-type]
-        self._await_headers_in_time()
+        self._await_the_rest_in_time()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
@@ -156,7 +168,7 @@ class _Protocol(HttpToolsProtocol):
                 self._refuse(HTTPStatus.NOT_IMPLEMENTED)
             else:
                 self._refuse(HTTPStatus.BAD_REQUEST, f"Not an HTTP request: {error}")
-        self._await_headers_in_time()
+        self._await_the_rest_in_time()
 
     def on_message_begin(self) -> None:
         self._header_bytes = 0
@@ -177,7 +189,7 @@ class _Protocol(HttpToolsProtocol):
         # HTTP/1.0 knows neither the wish nor the answer to it.
         self.expect_100_continue = self.expect_100_continue and self.parser.get_http_version() != "1.0"
         # ASGI's path and query leave out what stands behind a number sign, and whether a question mark was there.
-        self.scope["extensions"] = {TARGET: {"target": self.url}}
+        self.scope["extensions"] = {EXTENSION: {"target": self.url, "abort": self._abort}}
         # uvicorn wants a path, which a whole URL need not have.
         self.url = _BARE_URL.sub(rb"\g<0>/", self.url)
         if not self.parser.should_upgrade():
@@ -206,6 +218,7 @@ class _Protocol(HttpToolsProtocol):
         super().on_response_complete()
         if self._ended and not self.pipeline and self.cycle.response_complete:
             self.transport.close()
+        self._await_the_rest_in_time()
 
     def _pass_over(self, rest: bytes) -> None:
         """Reads a request again without its offer of another protocol."""
@@ -236,17 +249,27 @@ class _Protocol(HttpToolsProtocol):
         self.transport.write(f"{head}content-length: {len(answer.body)}\r\n\r\n".encode() + answer.body)
         self.transport.close()
 
-    def _await_headers_in_time(self) -> None:
-        """Starts the clock where headers have come in part, or none yet, and stops it where they are whole."""
-        if not self._in_headers:
+    def _await_the_rest_in_time(self) -> None:
+        """Starts the clock where nobody else waits for what is still to come, and stops it where all is there.
+
+        That is where headers have come in part, or none yet, and where an answer was given before the body was whole.
+        """
+        answered = self.cycle is not None and self.cycle.response_complete and self.cycle.more_body
+        if not self._in_headers and not answered:
             self._stop_waiting()
         elif self._deadline is None:
-            self._deadline = self.loop.call_later(_HEADER_SECONDS, self._give_up)
+            self._deadline = self.loop.call_later(_REST_SECONDS, self._give_up)
 
     def _stop_waiting(self) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
+
+    async def _abort(self) -> None:
+        """Cuts the connection, and returns when it is known to be cut."""
+        self.transport.abort()
+        while not self.cycle.disconnected:
+            await asyncio.sleep(0)
 
     def _give_up(self) -> None:
         self._deadline = None
