@@ -139,6 +139,14 @@ def numbers(leaf: Any) -> np.ndarray:
     return dense(leaf).astype("float64")
 
 
+def rows(array: Any, first: int, last: int) -> Any:
+    """The examples from `first` on and before `last`, as many of them as there are."""
+    if isinstance(array, tf.SparseTensor):
+        others = [0] * (array.shape.rank - 1)
+        return tf.sparse.slice(array, [first, *others], [last - first, *array.shape[1:]])
+    return array[first:last]
+
+
 def dense(tensor: Any) -> np.ndarray:
     """As an array, where it is ragged or sparse with zeros for what is not there."""
     if isinstance(tensor, tf.RaggedTensor):

@@ -64,10 +64,11 @@ def recalibrate(
 
     Args:
         model: a built Keras model of any kind.
-        data: an array, a list or dictionary of arrays for several inputs, or a tuple of such inputs, targets and
-            weights or shorter; a `tf.data.Dataset`, also as a strategy distributes it, `keras.utils.PyDataset`,
-            generator or iterable of batches, each the inputs or a tuple `(inputs, targets, sample_weight)` or shorter.
-            A list of arrays is batches where the model has one input; lists of numbers are no arrays. Targets are not
+        data: an array, for several inputs a list, a dictionary or the structure that the model takes, or a tuple of
+            such inputs, targets and weights or shorter; a `tf.data.Dataset`, also as a strategy distributes it,
+            `keras.utils.PyDataset`, generator or iterable of batches, each the inputs or a tuple `(inputs, targets,
+            sample_weight)` or shorter. A list of arrays is batches where the model has one input, a tuple of arrays is
+            inputs where it has as many and tells them; lists of numbers are no arrays. Targets are not
             looked at, but beside arrays there have to be as many. A sample of weight 2 counts as two, one of weight
             0 not at all, and masks are obeyed; for the unbiased variances of `"algorithm2"` floats are reliabilities,
             as the `mask` of the layer.
