@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bn.model import graph_of
+from keras_bn.names import shown
 from keras_bn.warning import warn
 
 
@@ -222,7 +223,7 @@ def _as_array(argument: str, value: Any) -> Any:
     except (TypeError, ValueError, tf.errors.OpError) as error:
         raise TypeError(
             f"`{argument}` must be arrays of numbers, booleans or strings, each of one shape for all examples. "
-            f"Received: {value!r} of type {type(value).__name__}."
+            f"Received: {shown(value)} of type {type(value).__name__}."
         ) from error
 
 

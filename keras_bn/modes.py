@@ -12,7 +12,7 @@ import tensorflow as tf
 from keras_bn import arguments, ops
 from keras_bn.layer import BatchNormalization
 from keras_bn.model import batch_norms_below, layers_below, optimized_variables
-from keras_bn.names import listed
+from keras_bn.names import listed, shown
 from keras_bn.statistics import statistics_dtype
 from keras_bn.warning import warn
 
@@ -182,7 +182,7 @@ def batch_normalizations(model_or_layer: keras.Layer) -> list[keras.layers.Batch
     if not isinstance(model_or_layer, keras.Layer):
         raise TypeError(
             f"`model_or_layer` must be a Keras model or layer. Received: {type(model_or_layer).__name__}, "
-            f"{model_or_layer!r}."
+            f"{shown(model_or_layer)}."
         )
     layers = batch_norms_below(model_or_layer)
     if not layers:

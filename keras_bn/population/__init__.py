@@ -10,7 +10,7 @@ import numpy as np
 from keras_bn import arguments
 from keras_bn.drift.figures import distance, plain, summary
 from keras_bn.model import check_model, check_statistics, required_batch_norms, set_statistics, statistics_of
-from keras_bn.names import listed
+from keras_bn.names import listed, shown
 from keras_bn.population.accumulator import METHODS
 from keras_bn.population.batches import Batches
 from keras_bn.population.measurement import measure_as_it_stands, measure_joint, measure_repeated, measure_sequential
@@ -224,7 +224,7 @@ def apply_statistics(model: keras.Model, *measured: Mapping[str, Moments]) -> No
         if not isinstance(part, Mapping) or not all(isinstance(moments, Moments) for moments in part.values()):
             raise TypeError(
                 "`measured` must be mappings of names of layers to `keras_bn.Moments`, as `keras_bn.measure` returns. "
-                f"Received: {part!r}."
+                f"Received: {shown(part)}."
             )
         if not part:
             raise ValueError(
@@ -260,7 +260,7 @@ def chosen(model: keras.Model, layers: Any) -> tuple[dict[str, keras.layers.Batc
     if unknown:
         likely = difflib.get_close_matches(unknown[0], norms, 3)
         known = [*likely, *(name for name in norms if name not in likely)]
-        raise ValueError(f"`layers` must be a list of some of {listed(known)}. Received: layers={layers!r}.")
+        raise ValueError(f"`layers` must be a list of some of {listed(known)}. Received: layers={shown(layers)}.")
     return norms, list(layers)
 
 

@@ -12,6 +12,7 @@ import tensorflow as tf
 from keras_bn import arguments
 from keras_bn.examples import as_arrays, check_shapes, rows
 from keras_bn.model import check_one_argument, graph_of, input_structure
+from keras_bn.names import shown
 
 Batch = tuple[Any, Any]
 
@@ -41,7 +42,7 @@ class Batches:
         ):
             raise TypeError(
                 "`data` must be an array, a `tf.data.Dataset`, a `keras.utils.PyDataset` or an iterable of batches. "
-                f"Received: data={data!r} of type {type(data).__name__}."
+                f"Received: data={shown(data)} of type {type(data).__name__}."
             )
         self._data, self._steps, self._batch_size = data, steps, batch_size
         self._arrays: bool | None = None if isinstance(data, list) and _is_arrays(data) else _is_arrays(data)
@@ -170,7 +171,7 @@ def _refuse_numbers(data: Any) -> None:
         if isinstance(part, list) and isinstance(leaf, numbers.Number):
             raise TypeError(
                 "`data` must hold arrays, not lists of numbers; `np.asarray(...)` makes an array of one. "
-                f"Received: a list of {len(part)} that begins with {leaf!r}."
+                f"Received: a list of {len(part)} that begins with {shown(leaf)}."
             )
 
 
