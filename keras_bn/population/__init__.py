@@ -18,6 +18,7 @@ from keras_bn.population.moments import Moments
 from keras_bn.population.report import RecalibratedLayer, Recalibration
 from keras_bn.population.workers import Workers
 from keras_bn.state import variables_restored
+from keras_bn.statistics import has_variance
 from keras_bn.warning import warn
 
 ORDERS = ("sequential", "joint")
@@ -119,6 +120,7 @@ def recalibrate(
         for name, population in new.items():
             check_statistics("data", name, norms[name], population.mean, population.variance)
             set_statistics(norms[name], population.mean, population.variance)
+        _warn_of_single_values("data", [name for name, population in new.items() if not population.has_variance])
         seen = measure_repeated(model, norms, targets, batches, verbose) if order == "sequential" else {}
         report = Recalibration(
             method=method,
@@ -129,7 +131,7 @@ def recalibrate(
                     *population[:3],
                     *old[name],
                     norms[name].epsilon,
-                    *((None, None) if tolerance is None else population[3:]),
+                    *((None, None) if tolerance is None else population[3:5]),
                 )
                 for name, population in new.items()
             ],
@@ -248,6 +250,7 @@ def apply_statistics(model: keras.Model, *measured: Mapping[str, Moments]) -> No
         check_statistics("measured", name, norms[name], moments.mean, moments.variance)
     for name, moments in together.items():
         set_statistics(norms[name], moments.mean, moments.variance)
+    _warn_of_single_values("measured", [name for name, one in together.items() if not np.all(has_variance(one))])
 
 
 def chosen(model: keras.Model, layers: Any) -> tuple[dict[str, keras.layers.BatchNormalization], list[str]]:
@@ -262,6 +265,14 @@ def chosen(model: keras.Model, layers: Any) -> tuple[dict[str, keras.layers.Batc
         known = [*likely, *(name for name in norms if name not in likely)]
         raise ValueError(f"`layers` must be a list of some of {listed(known)}. Received: layers={shown(layers)}.")
     return norms, list(layers)
+
+
+def _warn_of_single_values(argument: str, layers: Sequence[str]) -> None:
+    if layers:
+        warn(
+            f"`{argument}` should have more than one value per channel, as a single one has no variance; give more "
+            f"examples. Received: a single one at {listed(layers)}, whose moving_variance is 0 there."
+        )
 
 
 def check_options(method: Any, order: Any, verbose: Any, tolerance: Any, layers: Any) -> float | None:

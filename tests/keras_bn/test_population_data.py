@@ -249,3 +249,34 @@ def test_sparse_tensors_are_split_into_batches_too(beside):
     ours, theirs = (keras_bn.measure(model, given, batch_size=7, verbose=0)["norm"] for given in (data, expected))
     np.testing.assert_allclose(ours.mean, theirs.mean, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(ours.count, theirs.count)
+
+
+def _two_norms():
+    layers = [keras.layers.BatchNormalization(name="first"), keras.layers.Dense(3), keras_bn.BatchNormalization()]
+    return keras.Sequential([keras.Input((4,)), *layers])
+
+
+def _measured_and_applied(model, data, **options):
+    keras_bn.apply_statistics(model, keras_bn.measure(model, data, verbose=0))
+
+
+@pytest.mark.parametrize(
+    ("use", "argument"), [(keras_bn.recalibrate, "data"), (_measured_and_applied, "measured")], ids=["at once", "apart"]
+)
+@pytest.mark.parametrize("data", ["one row", "one that counts", "one of weight 0.5"])
+def test_of_one_value_a_channel_a_warning_names_the_layers(use, argument, data):
+    x, one = numbers(), np.arange(40) == 3
+    given = {"one row": x[:1], "one that counts": (x, None, one), "one of weight 0.5": (x, None, one * 0.5)}[data]
+    model = _two_norms()
+    with pytest.warns(
+        UserWarning, match=rf"`{argument}` should have more than one value.*single one at \['first', 'batch_n"
+    ):
+        use(model, given, verbose=0)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("use", [keras_bn.recalibrate, _measured_and_applied], ids=["at once", "apart"])
+def test_of_values_that_are_all_the_same_nothing_is_said(use):
+    model = _two_norms()
+    use(model, np.ones((2, 4), "float32"), verbose=0)
+    np.testing.assert_array_equal(model.get_layer("first").moving_variance, np.zeros(4))
