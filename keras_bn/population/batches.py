@@ -104,7 +104,7 @@ class Batches:
             ValueError: when the model cannot take it, or there is none.
         """
         if isinstance(self._data, tf.data.Dataset | tf.distribute.DistributedDataset):
-            x, _, _ = _unpacked(self._data.element_spec)
+            x, _ = self._inputs_of(self._data.element_spec)
         else:
             first = next(iter(self), None)
             if first is None:
@@ -123,8 +123,20 @@ class Batches:
             yield self._kept[-1]
         self.length = len(self._kept)
 
-    def _ready(self, batch: Any) -> Batch:
+    def _inputs_of(self, batch: Any) -> Batch:
         x, _, weight = _unpacked(batch)
+        graph = graph_of(self._model)
+        takes = [] if graph is None else graph.inputs
+        if len(takes) > 1 and hasattr(x, "shape"):
+            raise ValueError(
+                f"`data` must have an array for each of the {len(takes)} inputs of the model, in a list or dictionary; "
+                "a tuple is `(inputs, targets, sample_weight)` or shorter. "
+                f"Received: one array of shape {x.shape}."
+            )
+        return x, weight
+
+    def _ready(self, batch: Any) -> Batch:
+        x, weight = self._inputs_of(batch)
         return keras.tree.map_structure(_as_tensor, as_arrays("data", x, self._model, least=0)), weight
 
     def _raw(self) -> Iterator[Any]:

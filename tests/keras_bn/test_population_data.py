@@ -233,6 +233,22 @@ def test_a_tuple_whose_first_part_fits_is_inputs_and_targets():
     assert keras_bn.measure(several, ([x, x], x), verbose=0)["norm"].count.max() == 40
 
 
+@pytest.mark.parametrize("kind", ["one array", "three of two", "data set"])
+def test_one_array_for_several_inputs_is_told_what_a_tuple_is(kind):
+    x = numbers()
+    model = small_model(*(keras.Input((4,), name=name) for name in "ab"))
+    data = {"one array": x, "three of two": (x, x, x[:, 0]), "data set": tf.data.Dataset.from_tensors((x, x))}[kind]
+    text = (
+        r"^`data` must have an array for each of the 2 inputs of the model, in a list or dictionary; a tuple is "
+        r"`\(inputs, targets, sample_weight\)` or shorter\. Received: one array of shape \(\d+, 4\)\.$"
+    )
+    with pytest.raises(ValueError, match=text):
+        keras_bn.recalibrate(model, data, verbose=0)
+    callback = keras_bn.Recalibrate(data)
+    with pytest.raises(ValueError, match=text.replace("\\d+", r"(\d+|None)")):
+        model.fit([x, x], x[:, :1], verbose=0, callbacks=[callback])
+
+
 @pytest.mark.parametrize("use", [keras_bn.recalibrate, keras_bn.measure, keras_bn.health])
 def test_a_placeholder_is_no_data(use):
     with pytest.raises(TypeError, match=r"`data` must be an array.*Received: data=<KerasTensor"):
