@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bn.model import graph_of
+from keras_bn.names import shown
 from keras_bn.warning import warn
 
 
@@ -139,6 +140,14 @@ def numbers(leaf: Any) -> np.ndarray:
     return dense(leaf).astype("float64")
 
 
+def rows(array: Any, first: int, last: int) -> Any:
+    """The examples from `first` on and before `last`, as many of them as there are."""
+    if isinstance(array, tf.SparseTensor):
+        others = [0] * (array.shape.rank - 1)
+        return tf.sparse.slice(array, [first, *others], [last - first, *array.shape[1:]])
+    return array[first:last]
+
+
 def dense(tensor: Any) -> np.ndarray:
     """As an array, where it is ragged or sparse with zeros for what is not there."""
     if isinstance(tensor, tf.RaggedTensor):
@@ -214,7 +223,7 @@ def _as_array(argument: str, value: Any) -> Any:
     except (TypeError, ValueError, tf.errors.OpError) as error:
         raise TypeError(
             f"`{argument}` must be arrays of numbers, booleans or strings, each of one shape for all examples. "
-            f"Received: {value!r} of type {type(value).__name__}."
+            f"Received: {shown(value)} of type {type(value).__name__}."
         ) from error
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from keras_bn import arguments
 from keras_bn.drift.figures import distance, plain, summary
 from keras_bn.model import affine_weights, broken_weights, check_model, named_batch_norms, statistics_of
+from keras_bn.names import shown
 from keras_bn.population import VERBOSE
 from keras_bn.population.accumulator import Accumulator
 from keras_bn.population.batches import Batches
@@ -41,7 +42,7 @@ def health(
     Args:
         model: a built Keras model.
         data: optional, what the model was trained on, as for `recalibrate`.
-        steps: number of batches, or None for all.
+        steps: number of batches of `data`, or None for all.
         batch_size: for arrays; that of training.
         verbose: 0 for no progress, 1 for a bar, 2 for a line at its end; "auto" for a bar on terminals and in notebooks
             and else the line.
@@ -55,6 +56,11 @@ def health(
     """
     check_model(model, built=True)
     arguments.choice("verbose", verbose, VERBOSE)
+    if data is None and steps is not None:
+        raise ValueError(
+            "`steps` must be None without `data`, whose batches it counts; give both. "
+            f"Received: steps={shown(steps)}, data=None."
+        )
     batches = None if data is None else Batches(data, steps, batch_size)
     layers = named_batch_norms(model)
     statistics = {name: statistics_of(layer) for name, layer in layers.items()}

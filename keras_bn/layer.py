@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from keras_bn import arguments, ops, updates
 from keras_bn.masks import aligned_weights
+from keras_bn.names import shown
 from keras_bn.ops.layouts import ragged_as_padded, ragged_as_values
 from keras_bn.ops.where import either
 from keras_bn.statistics import replica_count, statistics_dtype
@@ -302,7 +303,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         if mask is not None:
             raise ValueError(
                 "`mask` must be None for ragged inputs, of which all that is there counts; or pad them with "
-                f"`inputs.to_tensor()` and mask the padding too. Received: mask={mask}."
+                f"`inputs.to_tensor()` and mask the padding too. Received: mask={shown(mask)}."
             )
         if self._axes[0] > ragged.ragged_rank and self.virtual_batch_size is None:
             values, restore = ragged_as_values(ragged)

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from keras_bn.names import shown
+
 
 def aligned_weights(mask: Any, x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
     """`mask` with the rank of `x`: its axes are the first of `x`, as Keras's masks' are, else all but the channel axes.
@@ -42,7 +44,7 @@ def _weights(mask: Any) -> tf.Tensor:
     try:
         weights = tf.convert_to_tensor(mask)
     except (TypeError, ValueError) as error:
-        raise TypeError(f"{allowed} Received: mask={mask!r}.") from error
+        raise TypeError(f"{allowed} Received: mask={shown(mask)}.") from error
     if not (weights.dtype.is_floating or weights.dtype.is_integer or weights.dtype.is_bool):
         raise TypeError(f"{allowed} Received: mask of dtype {weights.dtype.name}.")
     known = None if weights.dtype.is_bool else tf.get_static_value(weights)

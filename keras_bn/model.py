@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from keras_bn.layer import BatchNormalization
 from keras_bn.masks import aligned_weights
+from keras_bn.names import shown
 from keras_bn.ops.layouts import as_rows
 from keras_bn.statistics import Moments, weighted_moments
 
@@ -26,7 +27,9 @@ def check_model(model: Any, built: bool = False) -> None:
         ValueError: when it is not built and has to be.
     """
     if not isinstance(model, keras.Model):
-        raise TypeError(f"`model` must be a `keras.Model`. Received: model={model!r} of type {type(model).__name__}.")
+        raise TypeError(
+            f"`model` must be a `keras.Model`. Received: model={shown(model)} of type {type(model).__name__}."
+        )
     if built and not model.built:
         raise ValueError(
             "`model` must be built: give it an `Input`, or call it once on a batch of data. "

@@ -12,10 +12,13 @@ import tensorflow as tf
 from keras_bn import arguments, ops
 from keras_bn.layer import BatchNormalization
 from keras_bn.model import batch_norms_below, layers_below, optimized_variables
-from keras_bn.names import listed
+from keras_bn.names import listed, shown
 from keras_bn.statistics import statistics_dtype
+from keras_bn.warning import warn
 
 STATISTICS = ("auto", "batch", "moving")
+# Where a layer keeps what `freeze` did to it.
+_FROZEN = "_keras_bn_frozen"
 
 
 class StatisticsSwitch:
@@ -86,18 +89,28 @@ def freeze(model_or_layer: keras.Layer) -> None:
         TypeError: If `model_or_layer` is not a Keras layer.
     """
     layers = batch_normalizations(model_or_layer)
+    # What an earlier `freeze` froze would get no room in an optimizer that was made since.
+    for frozen in _frozen_by_freeze(model_or_layer, layers):
+        frozen.undo()
     _build_optimizers(_owners(layers))
+    held = _below_frozen(model_or_layer)
     for layer in layers:
+        # Into `__dict__`, past Keras's tracking: this belongs to the process, not to the model.
+        layer.__dict__.pop(_FROZEN, None)
+        if layer.trainable:
+            layer.__dict__[_FROZEN] = _Frozen(layer, id(layer) in held)
         layer.trainable = False
     _trace_again(layers)
 
 
 def unfreeze(model_or_layer: keras.Layer) -> None:
-    """Lets all batch norms below a model learn again: the opposite of `freeze`, also of `layer.trainable = False`.
+    """Undoes `freeze`: all batch norms below a model that it stopped learn again, as far as they did before.
 
-    As `freeze`, it holds in the whole process. What the optimizer remembers stays, of gamma and beta as of all other
-    variables, where `freeze` came after `compile`. An optimizer that was made while they were frozen has no room for
-    them, and Keras knows no way to give it some.
+    It undoes nothing else: what had `trainable = False` before stays frozen, and so does what is in a model or layer
+    that got it since. Where there is nothing to undo and batch norms are frozen, in a model that was loaded say, a
+    warning names them. As `freeze`, it holds in the whole process. What the optimizer remembers stays, of gamma and
+    beta as of all other variables, where `freeze` came after `compile`. An optimizer that was made while they were
+    frozen has no room for them, and Keras knows no way to give it some.
 
     Args:
         model_or_layer: A model, a wrapper or a layer; its batch norms (ours and stock Keras's) are unfrozen.
@@ -107,10 +120,56 @@ def unfreeze(model_or_layer: keras.Layer) -> None:
         TypeError: If `model_or_layer` is not a Keras layer.
     """
     layers = batch_normalizations(model_or_layer)
-    _check_room(_owners(layers), layers)
+    frozen = _frozen_by_freeze(model_or_layer, layers)
+    _check_room(_owners(layers), [variable for one in frozen for variable in one.learning])
+    for one in frozen:
+        one.undo()
     for layer in layers:
-        layer.trainable = True
+        layer.__dict__.pop(_FROZEN, None)
+    others = [layer.name for layer in layers if not layer.trainable]
+    if others and not frozen:
+        warn(
+            "`model_or_layer` should have batch normalizations that `freeze` has frozen, in this process: `unfreeze` "
+            f"undoes that and nothing else. Received: {model_or_layer.name!r}, with {listed(others)} frozen otherwise, "
+            "which stay so; give them, and the model that they are in, `trainable = True` and compile again."
+        )
     _trace_again(layers)
+
+
+class _Frozen:
+    """What `freeze` found a layer to be that learned.
+
+    Args:
+        layer: a batch norm, trainable.
+        held: whether it is in a layer that is frozen itself.
+    """
+
+    def __init__(self, layer: keras.layers.BatchNormalization, held: bool):
+        self.held = held
+        # An activation may be a layer too.
+        self._parts = [(part, part.trainable) for part in [*layers_below(layer), *layer.variables]]
+
+    @property
+    def learning(self) -> list[keras.Variable]:
+        """The variables that learn once it is undone."""
+        return [part for part, trainable in self._parts if trainable and isinstance(part, keras.Variable)]
+
+    def undo(self) -> None:
+        for part, trainable in self._parts:  # The layer first, which hands it on to all others.
+            part.trainable = trainable
+
+
+def _frozen_by_freeze(model_or_layer: keras.Layer, layers: Iterable[keras.layers.BatchNormalization]) -> list[_Frozen]:
+    """What `freeze` did to `layers` and nobody has changed since, on a layer or a model that it is in."""
+    held = _below_frozen(model_or_layer)
+    of_layers = [(layer, layer.__dict__.get(_FROZEN)) for layer in layers if not layer.trainable]
+    return [frozen for layer, frozen in of_layers if frozen is not None and (frozen.held or id(layer) not in held)]
+
+
+def _below_frozen(model_or_layer: keras.Layer) -> set[int]:
+    """Of all that is in a model or layer that is frozen, the identities."""
+    containers = [layer for layer in layers_below(model_or_layer) if not layer.trainable]
+    return {id(layer) for container in containers for layer in layers_below(container) if layer is not container}
 
 
 def batch_normalizations(model_or_layer: keras.Layer) -> list[keras.layers.BatchNormalization]:
@@ -123,7 +182,7 @@ def batch_normalizations(model_or_layer: keras.Layer) -> list[keras.layers.Batch
     if not isinstance(model_or_layer, keras.Layer):
         raise TypeError(
             f"`model_or_layer` must be a Keras model or layer. Received: {type(model_or_layer).__name__}, "
-            f"{model_or_layer!r}."
+            f"{shown(model_or_layer)}."
         )
     layers = batch_norms_below(model_or_layer)
     if not layers:
@@ -142,17 +201,14 @@ def _build_optimizers(models: Iterable[keras.Model]) -> None:
                 optimizer.build(model.trainable_variables)
 
 
-def _check_room(models: Iterable[keras.Model], layers: list[keras.layers.BatchNormalization]) -> None:
-    affine = [
-        v for layer in layers for v in (getattr(layer, "gamma", None), getattr(layer, "beta", None)) if v is not None
-    ]
+def _check_room(models: Iterable[keras.Model], variables: Iterable[keras.Variable]) -> None:
     for model in models:
         optimizer = getattr(model, "optimizer", None)
         if optimizer is None or not optimizer.built:
             continue
         known = {id(variable) for variable in optimized_variables(optimizer)}
         below = {id(variable) for variable in model.variables}
-        missing = [v.path for v in affine if id(v) in below and id(v) not in known]
+        missing = [v.path for v in variables if id(v) in below and id(v) not in known]
         if missing:
             raise ValueError(
                 "`model_or_layer` must have been frozen after `compile`, so that the optimizer has room for its "

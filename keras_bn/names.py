@@ -12,6 +12,19 @@ def listed(values: Sequence[Any], most: int = 5) -> str:
     return f"{list(values[:most])}{more}"
 
 
+def shown(value: Any, most: int = 200) -> str:
+    """`value` as an error tells it, in one line: where it does not fit in, the shape of an array, or its beginning."""
+    text = repr(value)
+    if len(text) <= most and "\n" not in text:
+        return text
+    shape: Any = getattr(value, "shape", None)
+    if hasattr(shape, "__len__"):
+        dtype = getattr(value, "dtype", "numbers")
+        return f"<{type(value).__name__} of shape {tuple(shape)}, {getattr(dtype, 'name', dtype)}>"
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[:most]}..."
+
+
 def identifier(name: str) -> str:
     return re.sub(r"\W", "_", name)
 

@@ -11,8 +11,9 @@ from keras_bn.drift.figures import RowFigures, in_float64, merged, plain, pooled
 from keras_bn.drift.figures import distance as distance
 from keras_bn.drift.rows import row_figures
 from keras_bn.drift.versions import FiguresOf, asked_of_version
-from keras_bn.examples import as_arrays, computing_with
+from keras_bn.examples import as_arrays, computing_with, rows
 from keras_bn.model import check_weights_finite, required_batch_norms
+from keras_bn.names import shown
 
 
 def drift(model: Any, inputs: Any, batch_size: int = 32) -> list[dict[str, Any]]:
@@ -51,12 +52,12 @@ def drift(model: Any, inputs: Any, batch_size: int = 32) -> list[dict[str, Any]]
     else:
         raise TypeError(
             "`model` must be a `keras.Model` or the folder of an exported version. "
-            f"Received: model={model!r} of type {type(model).__name__}."
+            f"Received: model={shown(model)} of type {type(model).__name__}."
         )
     parts: dict[str, list[RowFigures]] = {}
     for first in range(0, int(arrays[0].shape[0]), batch_size):
         with computing_with("inputs", model):
-            by_layer = figures_of([array[first : first + batch_size] for array in arrays])
+            by_layer = figures_of([rows(array, first, first + batch_size) for array in arrays])
         for name, figures in by_layer.items():
             precise = RowFigures(*map(in_float64, figures))
             _check_finite(name, precise, first, model)

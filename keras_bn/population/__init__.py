@@ -10,7 +10,7 @@ import numpy as np
 from keras_bn import arguments
 from keras_bn.drift.figures import distance, plain, summary
 from keras_bn.model import check_model, check_statistics, required_batch_norms, set_statistics, statistics_of
-from keras_bn.names import listed
+from keras_bn.names import listed, shown
 from keras_bn.population.accumulator import METHODS
 from keras_bn.population.batches import Batches
 from keras_bn.population.measurement import measure_as_it_stands, measure_joint, measure_repeated, measure_sequential
@@ -18,6 +18,7 @@ from keras_bn.population.moments import Moments
 from keras_bn.population.report import RecalibratedLayer, Recalibration
 from keras_bn.population.workers import Workers
 from keras_bn.state import variables_restored
+from keras_bn.statistics import has_variance
 from keras_bn.warning import warn
 
 ORDERS = ("sequential", "joint")
@@ -64,10 +65,11 @@ def recalibrate(
 
     Args:
         model: a built Keras model of any kind.
-        data: an array, a list or dictionary of arrays for several inputs, or a tuple of such inputs, targets and
-            weights or shorter; a `tf.data.Dataset`, also as a strategy distributes it, `keras.utils.PyDataset`,
-            generator or iterable of batches, each the inputs or a tuple `(inputs, targets, sample_weight)` or shorter.
-            A list of arrays is batches where the model has one input; lists of numbers are no arrays. Targets are not
+        data: an array, for several inputs a list, a dictionary or the structure that the model takes, or a tuple of
+            such inputs, targets and weights or shorter; a `tf.data.Dataset`, also as a strategy distributes it,
+            `keras.utils.PyDataset`, generator or iterable of batches, each the inputs or a tuple `(inputs, targets,
+            sample_weight)` or shorter. A list of arrays is batches where the model has one input, a tuple of arrays is
+            inputs where it has as many and tells them; lists of numbers are no arrays. Targets are not
             looked at, but beside arrays there have to be as many. A sample of weight 2 counts as two, one of weight
             0 not at all, and masks are obeyed; for the unbiased variances of `"algorithm2"` floats are reliabilities,
             as the `mask` of the layer.
@@ -118,6 +120,7 @@ def recalibrate(
         for name, population in new.items():
             check_statistics("data", name, norms[name], population.mean, population.variance)
             set_statistics(norms[name], population.mean, population.variance)
+        _warn_of_single_values("data", [name for name, population in new.items() if not population.has_variance])
         seen = measure_repeated(model, norms, targets, batches, verbose) if order == "sequential" else {}
         report = Recalibration(
             method=method,
@@ -128,7 +131,7 @@ def recalibrate(
                     *population[:3],
                     *old[name],
                     norms[name].epsilon,
-                    *((None, None) if tolerance is None else population[3:]),
+                    *((None, None) if tolerance is None else population[3:5]),
                 )
                 for name, population in new.items()
             ],
@@ -223,7 +226,7 @@ def apply_statistics(model: keras.Model, *measured: Mapping[str, Moments]) -> No
         if not isinstance(part, Mapping) or not all(isinstance(moments, Moments) for moments in part.values()):
             raise TypeError(
                 "`measured` must be mappings of names of layers to `keras_bn.Moments`, as `keras_bn.measure` returns. "
-                f"Received: {part!r}."
+                f"Received: {shown(part)}."
             )
         if not part:
             raise ValueError(
@@ -247,6 +250,7 @@ def apply_statistics(model: keras.Model, *measured: Mapping[str, Moments]) -> No
         check_statistics("measured", name, norms[name], moments.mean, moments.variance)
     for name, moments in together.items():
         set_statistics(norms[name], moments.mean, moments.variance)
+    _warn_of_single_values("measured", [name for name, one in together.items() if not np.all(has_variance(one))])
 
 
 def chosen(model: keras.Model, layers: Any) -> tuple[dict[str, keras.layers.BatchNormalization], list[str]]:
@@ -259,8 +263,16 @@ def chosen(model: keras.Model, layers: Any) -> tuple[dict[str, keras.layers.Batc
     if unknown:
         likely = difflib.get_close_matches(unknown[0], norms, 3)
         known = [*likely, *(name for name in norms if name not in likely)]
-        raise ValueError(f"`layers` must be a list of some of {listed(known)}. Received: layers={layers!r}.")
+        raise ValueError(f"`layers` must be a list of some of {listed(known)}. Received: layers={shown(layers)}.")
     return norms, list(layers)
+
+
+def _warn_of_single_values(argument: str, layers: Sequence[str]) -> None:
+    if layers:
+        warn(
+            f"`{argument}` should have more than one value per channel, as a single one has no variance; give more "
+            f"examples. Received: a single one at {listed(layers)}, whose moving_variance is 0 there."
+        )
 
 
 def check_options(method: Any, order: Any, verbose: Any, tolerance: Any, layers: Any) -> float | None:

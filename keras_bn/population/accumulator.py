@@ -23,6 +23,7 @@ class Population(NamedTuple):
             batches' unbiased variances.
         standard_error: as `Accumulator.standard_error`.
         batches: how many there were.
+        has_variance: whether there was more than one value behind each channel.
     """
 
     count: Any
@@ -30,6 +31,7 @@ class Population(NamedTuple):
     variance: np.ndarray
     standard_error: float
     batches: int
+    has_variance: bool
 
 
 def is_settled(standard_error: float, batches: int, tolerance: float) -> bool:
@@ -133,7 +135,7 @@ class Accumulator:
         """By the `method` of `recalibrate`."""
         pooled = self.pooled
         count = float(np.max(pooled.count))
-        certainty = self.standard_error, self.batches
+        certainty = self.standard_error, self.batches, bool(np.all(has_variance(pooled)))
         if method == "pooled":
             return Population(count, pooled.mean, np.asarray(pooled.variance), *certainty)
         if self._means is None or not np.all(self._means.count > 0):

@@ -10,8 +10,9 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bn import arguments
-from keras_bn.examples import as_arrays, check_shapes
-from keras_bn.model import check_one_argument, graph_of
+from keras_bn.examples import as_arrays, check_shapes, rows
+from keras_bn.model import check_one_argument, graph_of, input_structure
+from keras_bn.names import shown
 
 Batch = tuple[Any, Any]
 
@@ -20,10 +21,10 @@ class Batches:
     """Goes through `data` as (inputs, sample_weight), as often as asked.
 
     Args:
-        data: inputs, split into batches of `batch_size`: an array, a list or dictionary of arrays, or a tuple
+        data: inputs, split into batches of `batch_size`: an array, a structure of arrays, or a tuple
             `(inputs,)`, `(inputs, targets)` or `(inputs, targets, sample_weight)`; or batches of such: a
             `tf.data.Dataset`, a `keras.utils.PyDataset`, any iterable, a generator. A generator can be gone through
-            only once, so its batches are kept in memory. A list of arrays is inputs or batches: `settled` decides. Of
+            only once, so its batches are kept in memory. A list or tuple of arrays may be inputs: `settled` decides. Of
             a batch that is distributed among replicas the part of each replica of this process is a batch.
         steps: number of batches to take, or None for all.
         batch_size: for arrays.
@@ -36,12 +37,12 @@ class Batches:
         _refuse_numbers(data)
         if isinstance(data, tuple) and len(data) > 3 and all(map(_is_arrays, data)):
             _unpacked(data)  # Refuses it: batches are in a list.
-        if isinstance(data, str | bytes) or not (
+        if isinstance(data, str | bytes | keras.KerasTensor) or not (
             _is_arrays(data) or isinstance(data, Iterable | keras.utils.PyDataset)
         ):
             raise TypeError(
                 "`data` must be an array, a `tf.data.Dataset`, a `keras.utils.PyDataset` or an iterable of batches. "
-                f"Received: data={data!r} of type {type(data).__name__}."
+                f"Received: data={shown(data)} of type {type(data).__name__}."
             )
         self._data, self._steps, self._batch_size = data, steps, batch_size
         self._arrays: bool | None = None if isinstance(data, list) and _is_arrays(data) else _is_arrays(data)
@@ -60,7 +61,11 @@ class Batches:
             self.length = None  # A batch counts as often as it has parts, of which some are empty.
 
     def settled(self, model: keras.Model) -> "Batches":
-        """Decides about a list of arrays: batches where `model` has one input, its inputs where it has several.
+        """Decides what lists and tuples of arrays are.
+
+        A list of arrays is batches where `model` has one input, and its inputs where it has several. A tuple of as
+        many arrays as it has inputs, of which the first alone would not do, is its inputs; so is a list or tuple with
+        others within that has the structure of its inputs.
 
         Raises:
             TypeError: for a model that takes its inputs as several arguments.
@@ -68,15 +73,23 @@ class Batches:
         """
         check_one_argument(model)
         self._model = model
-        if self._arrays is not None:
+        takes = [] if graph_of(model) is None else model.inputs
+        if isinstance(self._data, tuple):
+            if not _is_inputs(self._data, model, len(takes)):
+                return self
+            self._arrays, self._data = True, (self._data,)
+        elif self._arrays is not None:
             return self
-        if graph_of(model) is None:
+        elif any(map(_is_container, self._data)):
+            self._arrays = _is_inputs(self._data, model, len(takes))
+        elif takes:
+            self._arrays = len(takes) > 1
+        else:
             raise ValueError(
                 "`data` must say whether a list of arrays is inputs or batches, as a subclassed model does not tell "
                 "how many inputs it has: `([a, b],)` for inputs `[a, b]`, `[(a,), (b,)]` for batches. "
                 f"Received: a list of {len(self._data)} arrays."
             )
-        self._arrays = len(model.inputs) > 1
         length = self._length()
         self.length = length if self._steps is None or length is None else min(self._steps, length)
         return self
@@ -91,7 +104,7 @@ class Batches:
             ValueError: when the model cannot take it, or there is none.
         """
         if isinstance(self._data, tf.data.Dataset | tf.distribute.DistributedDataset):
-            x, _, _ = _unpacked(self._data.element_spec)
+            x, _ = self._inputs_of(self._data.element_spec)
         else:
             first = next(iter(self), None)
             if first is None:
@@ -110,19 +123,31 @@ class Batches:
             yield self._kept[-1]
         self.length = len(self._kept)
 
-    def _ready(self, batch: Any) -> Batch:
+    def _inputs_of(self, batch: Any) -> Batch:
         x, _, weight = _unpacked(batch)
+        graph = graph_of(self._model)
+        takes = [] if graph is None else graph.inputs
+        if len(takes) > 1 and hasattr(x, "shape"):
+            raise ValueError(
+                f"`data` must have an array for each of the {len(takes)} inputs of the model, in a list or dictionary; "
+                "a tuple is `(inputs, targets, sample_weight)` or shorter. "
+                f"Received: one array of shape {x.shape}."
+            )
+        return x, weight
+
+    def _ready(self, batch: Any) -> Batch:
+        x, weight = self._inputs_of(batch)
         return keras.tree.map_structure(_as_tensor, as_arrays("data", x, self._model, least=0)), weight
 
     def _raw(self) -> Iterator[Any]:
         if self._arrays:
             x, _, weight = _unpacked(self._data if isinstance(self._data, tuple) else (self._data,))
             for start in range(0, _rows(x), self._batch_size):
-                part = slice(start, start + self._batch_size)
+                end = start + self._batch_size
                 yield (
-                    keras.tree.map_structure(lambda a, p=part: a[p], x),
+                    keras.tree.map_structure(lambda a, start=start, end=end: rows(a, start, end), x),
                     None,
-                    None if weight is None else weight[part],
+                    None if weight is None else weight[start:end],
                 )
         elif isinstance(self._data, keras.utils.PyDataset):
             for i in range(self._length() or 0):
@@ -158,7 +183,7 @@ def _refuse_numbers(data: Any) -> None:
         if isinstance(part, list) and isinstance(leaf, numbers.Number):
             raise TypeError(
                 "`data` must hold arrays, not lists of numbers; `np.asarray(...)` makes an array of one. "
-                f"Received: a list of {len(part)} that begins with {leaf!r}."
+                f"Received: a list of {len(part)} that begins with {shown(leaf)}."
             )
 
 
@@ -210,13 +235,34 @@ def _take(batches: Iterable[Any], steps: int | None) -> Iterator[Any]:
 
 
 def _is_arrays(data: Any) -> bool:
-    """Inputs as `fit` takes them, or a tuple of them, targets and weights; not a list of batches that are tuples."""
+    """A structure of arrays, or a tuple of such, targets and weights; not a tuple of batches that are tuples."""
     if isinstance(data, tuple):
         x, *others = data or (None,)
         parts = [x, *(part for part in others if part is not None)]
         return len(others) < 3 and all(not isinstance(part, tuple) and _is_arrays(part) for part in parts)
-    leaves = list(data.values()) if isinstance(data, dict) else data if isinstance(data, list) else [data]
+    leaves = keras.tree.flatten(data)
     return bool(leaves) and all(isinstance(leaf, np.ndarray) or tf.is_tensor(leaf) for leaf in leaves)
+
+
+def _is_container(data: Any) -> bool:
+    return isinstance(data, dict | list | tuple)
+
+
+def _is_inputs(data: list | tuple, model: keras.Model, count: int) -> bool:
+    """Whether `data` in whole is what a model of `count` inputs takes, several arrays."""
+    if not (count > 1 and _is_arrays(list(data)) and len(keras.tree.flatten(data)) == count):
+        return False
+    flat = not any(map(_is_container, data))
+    return flat or _have_one_structure(data, input_structure(model))
+
+
+def _have_one_structure(one: Any, other: Any) -> bool:
+    """With lists and tuples taken for the same, as Keras does."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_have_one_structure(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(_have_one_structure, one, other))
+    return not _is_container(one) and not _is_container(other)
 
 
 def _is_endless(data: Any) -> bool:

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from keras_bn import statistics
+from keras_bn.names import shown
 from keras_bn.statistics import merge
 
 
@@ -84,7 +85,7 @@ class Moments(statistics.Moments):
 def _refuse(other: Any) -> NoReturn:
     raise TypeError(
         "Moments can be added to Moments only; `functools.reduce(operator.add, parts)` merges a list. "
-        f"Received: {other!r} of type {type(other).__name__}."
+        f"Received: {shown(other)} of type {type(other).__name__}."
     )
 
 
@@ -100,18 +101,18 @@ def _numbers(name: str, value: Any) -> np.ndarray:
         raise TypeError(_not_numbers(name, value, problem))
     result = numbers.astype("float64")
     if not np.all(np.isfinite(result)):
-        raise ValueError(f"`{name}` must be finite. Received: {name}={value!r}.")
+        raise ValueError(f"`{name}` must be finite. Received: {name}={shown(value)}.")
     return result
 
 
 def _not_numbers(name: str, value: Any, problem: str) -> str:
-    return f"`{name}` must be real numbers, of one shape. Received: {name}={value!r} {problem}."
+    return f"`{name}` must be real numbers, of one shape. Received: {name}={shown(value)} {problem}."
 
 
 def _not_negative(name: str, value: Any) -> np.ndarray:
     result = _numbers(name, value)
     if np.any(result < 0):
-        raise ValueError(f"`{name}` must not be negative. Received: {name}={value!r}.")
+        raise ValueError(f"`{name}` must not be negative. Received: {name}={shown(value)}.")
     return result
 
 

@@ -127,6 +127,17 @@ def test_several_inputs_come_from_a_npz_file_by_name(tmp_path):
     assert "it is an archive with 'config.json', which is no array" in said
 
 
+def test_nested_inputs_come_from_a_npz_file_by_name_too(tmp_path):
+    a, b, c = (keras.Input((2,), name=name) for name in "abc")
+    together = keras_bn.BatchNormalization(name="norm")(keras.layers.Concatenate()([a, b, c]))
+    keras.Model({"pairs": {"p": a, "q": b}, "other": c}, together).save(tmp_path / "m.keras")
+    arrays = {name: np.full((24, 2), n) + np.arange(24)[:, None] for n, name in enumerate("abc")}
+    np.savez(tmp_path / "x.npz", **arrays)
+    run("recalibrate", tmp_path / "m.keras", "--data", tmp_path / "x.npz", "--output", tmp_path / "r.keras")
+    mean = keras.models.load_model(tmp_path / "r.keras").get_layer("norm").moving_mean
+    np.testing.assert_allclose(mean, [11.5, 11.5, 12.5, 12.5, 13.5, 13.5])
+
+
 def test_layers_of_ones_own_are_imported_by_name(here, data):
     namespace = {}
     exec(SHIFTED, namespace)

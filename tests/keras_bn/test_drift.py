@@ -241,3 +241,11 @@ def test_the_client_refuses_data_that_is_not_finite_too():
         list(client_drift.operation(predict, x, 3))
     x[4, 2] = 0
     assert len(list(client_drift.operation(predict, x, 3))) == 3
+
+
+def test_sparse_examples_are_measured_as_dense_ones():
+    dense = np.random.default_rng(0).normal(size=(10, 4)).astype("float32")
+    dense[::2, 1:3] = 0
+    model = keras.Sequential([keras.Input((4,), sparse=True), keras.layers.Dense(3), keras_bn.BatchNormalization()])
+    rows = [keras_bn.drift(model, given, batch_size=3)[0]["kl"] for given in (tf.sparse.from_dense(dense), dense)]
+    assert rows[0] == pytest.approx(rows[1], rel=1e-5)

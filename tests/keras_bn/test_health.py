@@ -139,6 +139,11 @@ def test_the_picture_is_a_png(tmp_path):
     assert (tmp_path / "health.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+def test_steps_without_data_are_refused():
+    with pytest.raises(ValueError, match=r"`steps` must be None without `data`.*Received: steps=3, data=None\.$"):
+        keras_bn.health(keras.Sequential([keras.Input((4,)), keras_bn.BatchNormalization()]), steps=3)
+
+
 def test_a_picture_needs_data(tmp_path):
     with pytest.raises(ValueError, match=r"`data` must have been given to `health`"):
         keras_bn.health(three_norms()).save_picture(tmp_path / "health.png")

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import keras
@@ -190,6 +191,130 @@ def test_an_optimizer_made_while_layers_were_frozen_is_named_before_anything_cha
     before = _weights(model)
     model.fit(x, y, verbose=0)
     assert _moved(before, _weights(model)) == [True] * 4
+
+
+def _backbone_and_head(normalization):
+    keras.utils.set_random_seed(0)
+    backbone = keras.Sequential(
+        [keras.Input((4,)), normalization(name="first"), keras.layers.Dense(4), normalization(name="last")],
+        name="backbone",
+    )
+    layers = [backbone, normalization(name="head"), keras.layers.Dense(1)]
+    model = keras.Sequential([keras.Input((4,)), *layers])
+    return model, backbone
+
+
+def _learning(model):
+    """Names of the batch norms that learn in the next `fit`, gamma and statistics alike."""
+    layers = keras_bn.modes.batch_normalizations(model)
+    before = [[weight.numpy() for weight in layer.weights] for layer in layers]
+    model.fit(*_data(), verbose=0)
+    moved = [_moved(old, [w.numpy() for w in layer.weights]) for old, layer in zip(before, layers, strict=True)]
+    assert all(len(set(one)) == 1 for one in moved)
+    return {layer.name for layer, one in zip(layers, moved, strict=True) if one[0]}
+
+
+@LAYERS
+def test_a_layer_that_was_frozen_by_hand_stays_frozen(normalization):
+    model, backbone = _backbone_and_head(normalization)
+    model.compile("adam", "mse")
+    model.fit(*_data(), verbose=0)
+    backbone.get_layer("last").trainable = False
+    model.compile(model.optimizer, "mse")
+    for _ in range(2):
+        keras_bn.freeze(model)
+        keras_bn.freeze(model)
+        assert _learning(model) == set()
+        keras_bn.unfreeze(model)
+        assert _learning(model) == {"first", "head"}
+
+
+@LAYERS
+def test_a_backbone_that_was_frozen_before_compile_stays_frozen_and_the_head_learns_again(normalization):
+    model, backbone = _backbone_and_head(normalization)
+    backbone.trainable = False
+    model.compile("adam", "mse")
+    model.fit(*_data(), verbose=0)
+    remembered = [variable.numpy() for variable in model.optimizer.variables]
+    keras_bn.freeze(model)
+    keras_bn.unfreeze(model)
+    for variable, value in zip(model.optimizer.variables, remembered, strict=True):
+        np.testing.assert_array_equal(variable, value)
+    assert _learning(model) == {"head"}
+
+
+@LAYERS
+def test_a_backbone_that_was_frozen_since_stays_frozen(normalization):
+    model, backbone = _backbone_and_head(normalization)
+    model.compile("adam", "mse")
+    keras_bn.freeze(model)
+    backbone.trainable = False
+    model.compile("adam", "mse")
+    keras_bn.unfreeze(model)
+    assert _learning(model) == {"head"}
+    backbone.trainable = True
+    model.compile("adam", "mse")
+    assert _learning(model) == {"first", "last", "head"}
+
+
+def test_what_a_person_thaws_in_between_stays_thawed():
+    model, backbone = _backbone_and_head(keras_bn.BatchNormalization)
+    backbone.get_layer("first").trainable = False
+    keras_bn.freeze(model)
+    backbone.get_layer("first").trainable = True
+    keras_bn.unfreeze(model)
+    assert all(layer.trainable for layer in keras_bn.modes.batch_normalizations(model))
+
+
+def test_a_layer_that_learned_below_a_frozen_backbone_learns_again():
+    model, backbone = _backbone_and_head(keras_bn.BatchNormalization)
+    backbone.trainable = False
+    backbone.get_layer("last").trainable = True
+    keras_bn.freeze(model)
+    keras_bn.unfreeze(model)
+    assert [layer.trainable for layer in keras_bn.modes.batch_normalizations(backbone)] == [False, True]
+
+
+def test_weights_and_activations_of_a_layer_that_were_frozen_one_by_one_stay_so():
+    layer = keras_bn.BatchNormalization(activation=keras.layers.PReLU(), name="n")
+    model = keras.Sequential([keras.Input((4,)), layer, keras.layers.Dense(1)])
+    layer.gamma.trainable = False
+    layer.activation.trainable = False
+    keras_bn.freeze(model)
+    keras_bn.unfreeze(model)
+    assert layer.trainable
+    assert not layer.gamma.trainable
+    assert layer.beta.trainable
+    assert not layer.activation.trainable
+
+
+def test_a_second_freeze_makes_room_in_an_optimizer_that_came_after_the_first():
+    model, (x, y) = _model(keras_bn.BatchNormalization), _data()
+    keras_bn.freeze(model)
+    model.compile("adam", "mse")
+    keras_bn.freeze(model)
+    model.fit(x, y, verbose=0)
+    keras_bn.unfreeze(model)
+    assert _learning(model) == {"bn"}
+
+
+@pytest.mark.parametrize("unfrozen_before", [False, True])
+def test_unfreezing_what_freeze_did_not_freeze_says_that_it_stays(unfrozen_before):
+    model, backbone = _backbone_and_head(keras_bn.BatchNormalization)
+    backbone.trainable = False
+    if unfrozen_before:
+        keras_bn.freeze(model)
+        keras_bn.unfreeze(model)
+    with pytest.warns(UserWarning, match=r"`freeze`.*\['(first|last)', '(first|last)'\].*`trainable = True`"):
+        keras_bn.unfreeze(model)
+    assert not any(layer.trainable for layer in keras_bn.modes.batch_normalizations(backbone))
+
+
+def test_unfreezing_what_learns_anyway_says_nothing():
+    model = _model(keras_bn.BatchNormalization)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        keras_bn.unfreeze(model)
 
 
 REPLICAS = """

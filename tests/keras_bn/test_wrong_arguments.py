@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 
 import keras_bn
+from keras_bn.names import shown
 
 _X = np.random.default_rng(0).normal(size=(8, 4)).astype("float32")
 
@@ -182,6 +183,8 @@ OF_KERAS = (
     if keras.__version__.startswith("3.12.")
     else set()
 )
+# Around what a layer says Keras puts lines of its own.
+IN_LINES = {"BatchNormalization", "export", "load_torch_weights", "load_tf_keras_weights"}
 NAMES = (
     *("drift", "drift of a version", "recalibrate", "measure", "health", "Recalibrate", "fold", "convert", "revert"),
     *("freeze", "unfreeze", "use_statistics", "apply_statistics", "load_torch_weights", "load_tf_keras_weights"),
@@ -210,6 +213,9 @@ def test_what_is_wrong_is_said_of_the_argument(name, made, monkeypatch, tmp_path
             assert f"`{argument}`" in said, where
             assert "Received" in said, where
             assert "unavailable>" not in said, where
+            if name not in IN_LINES:
+                assert "\n" not in said, where
+                assert len(said) < 600, where
 
 
 def test_every_public_function_and_argument_is_in_the_table(made):
@@ -378,3 +384,17 @@ def test_weights_of_other_layers_are_finite_and_variances_not_negative(entry, va
     with pytest.raises(ValueError, match="weights to take over must be finite, and variances not negative"):
         keras_bn.load_torch_weights(layer, {**entries, entry: np.array(value)})
     assert layer.moving_variance.numpy().tolist() == [1, 1]
+
+
+def test_what_came_is_told_in_one_short_line():
+    cases = {
+        "'momentum'": "momentum",
+        "array([1., 2.])": np.array([1.0, 2.0]),
+        "<ndarray of shape (24, 4), float32>": np.zeros((24, 4), "float32"),
+        "<EagerTensor of shape (24, 4), int32>": tf.zeros((24, 4), tf.int32),
+        "<SparseTensor of shape (24, 4), float32>": tf.sparse.from_dense(tf.ones((24, 4))),
+        f"[{'0, ' * 66}0...": [0] * 1000,
+    }
+    for text, value in cases.items():
+        assert shown(value) == text
+    assert "\n" not in shown([np.zeros((24, 4)), {"a": np.zeros((24, 4))}])
