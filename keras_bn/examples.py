@@ -62,7 +62,7 @@ def check_kind(argument: str, name: str, values: Any, dtype: tf.DType) -> None:
         )
     if not dtype.is_integer or there == dtype or isinstance(values, tf.RaggedTensor | tf.SparseTensor):
         return
-    known = np.asarray(values).astype("float64" if there.is_floating else values.dtype)
+    known = np.asarray(values).astype("float64" if there.is_floating else there.as_numpy_dtype)
     if known.size and not (np.all(known == np.round(known)) and dtype.min <= known.min() <= known.max() <= dtype.max):
         raise ValueError(
             f"`{argument}` must be whole numbers from {dtype.min} to {dtype.max} for input {name!r}, which takes "

@@ -251,6 +251,16 @@ def test_numbers_in_lists_are_taken_for_arrays(tmp_path):
     assert keras_bn.fold(model, check=rows).report.absorbed == 1
 
 
+def test_tensors_of_wider_integers_are_taken_as_arrays_of_them_are():
+    inputs = keras.Input((2,), dtype="int32")
+    model = keras.Model(inputs, keras_bn.BatchNormalization()(keras.layers.CategoryEncoding(9)(inputs)))
+    x = np.array([[1, 2], [3, 8]])
+    for examples in (x, tf.constant(x, "int64")):
+        keras_bn.fold(model, check=examples)
+    with pytest.raises(ValueError, match=r"whole numbers from .* which takes int32. Received: dtype int64, with values"):
+        keras_bn.fold(model, check=tf.constant(x * 10**12, "int64"))
+
+
 def test_a_layer_of_integers_is_refused_and_inputs_of_integers_are_taken():
     for dtype in ("int32", "bool", "uint8"):
         with pytest.raises(ValueError, match=f"`dtype` must be one of floating point.* Received: dtype='{dtype}'"):
