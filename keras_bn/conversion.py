@@ -47,8 +47,9 @@ def convert(model: keras.Model, check: Any = None, **options: Any) -> Any:
     Nested models and wrappers are gone into; weights, compilation and the state of the optimizer are taken along. A
     functional or sequential model whose class has an `__init__` of its own becomes a plain one, without the methods of
     that class; compilation is taken along unless `compile` is the author's own. The copy is proved: both run on
-    `check`, or on random inputs where it is not given and the model tells what it takes, in inference mode; until it is
-    through, do not use the model in another thread.
+    `check`, or on random inputs where it is not given, for a subclassed model of the shapes that it was called with, in
+    inference mode; where none fit a subclassed model, a warning says that nothing was proved. Until it is through, do
+    not use the model in another thread.
 
     Args:
         model: built, of layers that can be made from their configuration.
@@ -188,9 +189,17 @@ def load_tf_keras_weights(layer: keras.layers.BatchNormalization, legacy_layer: 
 
 
 def _proved(model: keras.Model, new: Any, check: Any) -> Any:
-    if check is None and graph_of(model) is None:
+    try:
+        batches, allowed = proof_batches(model, check), Tolerance(model)
+    except ValueError as error:
+        if check is not None or graph_of(model) is not None:
+            raise
+        # What a subclassed model takes is a guess: its dtypes are not known, nor shapes of several arguments.
+        warn(
+            "`check` should be given, a batch of what the model takes: the copy of a subclassed model "
+            f"was not proved to compute the same, as no random inputs fit: {error}"
+        )
         return new
-    batches, allowed = proof_batches(model, check), Tolerance(model)
     try:
         errors, not_finite = errors_between(model, new, batches)
     except ValueError:

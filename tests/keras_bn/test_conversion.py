@@ -5,6 +5,7 @@ import zipfile
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import keras_bn
 
@@ -382,3 +383,72 @@ def test_a_file_of_a_reverted_model_does_not_name_this_library(tmp_path):
 
     assert "keras_bn" in named(model)
     assert "keras_bn" not in named(keras_bn.revert(model))
+
+
+@keras.saving.register_keras_serializable("test_conversion")
+class Scaled(keras.Model):
+    """Is not what its configuration says, once it was told to be another."""
+
+    def __init__(self, norm, **options):
+        super().__init__(**options)
+        self.norm, self.dense, self.factor = norm, keras.layers.Dense(3), 1.0
+
+    def call(self, x, training=None):
+        first = next(iter(x.values())) if isinstance(x, dict) else x
+        return self.factor * self.norm(self.dense(first), training=training)
+
+    def get_config(self):
+        return {"norm": keras.saving.serialize_keras_object(self.norm)}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(keras.saving.deserialize_keras_object(config["norm"]))
+
+
+@keras.saving.register_keras_serializable("test_conversion")
+class ScaledOfTwo(Scaled):
+    def build(self, x_shape, y_shape):
+        self.dense.build(x_shape)
+        self.norm.build((None, 3))
+
+    def call(self, x, y, training=None):
+        return super().call(x + y, training=training)
+
+
+@pytest.mark.parametrize("inputs", [batch((5, 4)), {"x": batch((5, 4))}], ids=["array", "dictionary"])
+def test_a_subclassed_model_is_proved_on_inputs_of_the_shapes_it_was_called_with(inputs, recwarn):
+    for change, norm in ((keras_bn.convert, STOCK()), (keras_bn.revert, OURS())):
+        model = Scaled(norm)
+        model(inputs)
+        unsettled(model)
+        np.testing.assert_allclose(change(model)(inputs), model(inputs), rtol=1e-5)
+        model.factor = 2.0
+        with pytest.raises(ValueError, match=r"the copy of it computes something else.*relative error 0.5"):
+            change(model)
+    assert not [str(w.message) for w in recwarn if "check" in str(w.message)]
+
+
+def test_a_subclassed_model_that_was_not_proved_is_called_that():
+    model = ScaledOfTwo(STOCK())
+    model(batch((5, 4)), batch((5, 4)))
+    model.factor = 2.0
+    with pytest.warns(UserWarning, match=r"`check` should be given.*not proved.*ScaledOfTwo.*2 known inputs"):
+        keras_bn.convert(model)
+
+    @keras.saving.register_keras_serializable("test_conversion")
+    class OfWords(Scaled):
+        def build(self, shape):
+            self.dense.build((None, 1))
+            self.norm.build((None, 3))
+
+        def call(self, x, training=None):
+            return super().call(keras.ops.expand_dims(keras.ops.cast(tf.strings.length(x), "float32"), -1))
+
+    model = OfWords(STOCK())
+    words = tf.constant(["a", "shirt"])
+    model(words)
+    with pytest.warns(UserWarning, match=r"`check` should be given.*not proved.*none of the random ones"):
+        keras_bn.convert(model)
+    model.factor = 2.0
+    with pytest.raises(ValueError, match=r"the copy of it computes something else.*relative error 0.5"):
+        keras_bn.convert(model, words)
