@@ -2,6 +2,8 @@
 
 import contextlib
 import re
+import reprlib
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
@@ -46,6 +48,23 @@ def as_arrays(argument: str, examples: Any, model: keras.Model | None = None, le
     if any(map(tf.is_tensor, there)):  # Keras takes arrays or tensors, and not both; strings are tensors.
         return keras.tree.map_structure(lambda leaf: None if leaf is None else _as_tensor(leaf), arrays)
     return arrays
+
+
+def check_is_array(argument: str, value: Any) -> None:
+    """Refuses what cannot hold examples: a number, a text, a path, a data set.
+
+    Raises:
+        TypeError: with the value, shortened.
+    """
+    is_stream = isinstance(value, tf.data.Dataset | Iterator)
+    has_rows = tuple(value.shape) != () if hasattr(value, "shape") else hasattr(value, "__len__")
+    if has_rows and not is_stream and not isinstance(value, str | bytes):
+        return
+    advice = "; of a data set take a batch, `next(iter(dataset))`, and of that the inputs" if is_stream else ""
+    raise TypeError(
+        f"`{argument}` must be arrays of numbers, booleans or strings, with the examples along the first axis{advice}. "
+        f"Received: {_short(value)} of type {type(value).__name__}."
+    )
 
 
 def check_kind(argument: str, name: str, values: Any, dtype: tf.DType) -> None:
@@ -205,6 +224,7 @@ def _arrays_in(argument: str, examples: Any) -> Any:
 
 
 def _as_array(argument: str, value: Any) -> Any:
+    check_is_array(argument, value)
     if isinstance(value, tf.RaggedTensor | tf.SparseTensor) or tf.is_tensor(value):
         return value
     try:
@@ -214,8 +234,12 @@ def _as_array(argument: str, value: Any) -> Any:
     except (TypeError, ValueError, tf.errors.OpError) as error:
         raise TypeError(
             f"`{argument}` must be arrays of numbers, booleans or strings, each of one shape for all examples. "
-            f"Received: {value!r} of type {type(value).__name__}."
+            f"Received: {_short(value)} of type {type(value).__name__}."
         ) from error
+
+
+def _short(value: Any) -> str:
+    return reprlib.repr(value) if isinstance(value, list | tuple) else textwrap.shorten(repr(value), 80)
 
 
 def _as_tensor(leaf: Any) -> Any:

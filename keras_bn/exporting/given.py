@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bn import arguments
-from keras_bn.examples import check_kind, computing_with, numbers, rows_not_finite, warn_of_rows
+from keras_bn.examples import check_is_array, check_kind, computing_with, numbers, rows_not_finite, warn_of_rows
 from keras_bn.exporting.checks import ROWS
 from keras_bn.exporting.signatures import Serving, input_structure
 from keras_bn.names import argument
@@ -61,6 +61,8 @@ def examples(
 ) -> dict[str, tf.Tensor]:
     """What was given to warm a server up with, by input name, once the model has computed with it."""
     inputs = original.inputs
+    if len(inputs) == 1 and not isinstance(warmup, Mapping):
+        warmup = _of_one_input(warmup, next(iter(inputs.values())))
     structure = input_structure(model)
     takes_list = isinstance(structure, list | tuple) and len(inputs) > 1
     in_order = warmup if takes_list and isinstance(warmup, list | tuple) else [warmup]
@@ -69,6 +71,8 @@ def examples(
         served = dict(zip((leaf.name for leaf in keras.tree.flatten(structure)), inputs, strict=True))
         by_name = {served.get(name, argument(name)): value for name, value in by_name.items()}
     if by_name.keys() != inputs.keys() or len(in_order) > len(inputs):
+        if not isinstance(warmup, Mapping):
+            check_is_array("warmup", warmup)
         alternative = "a list of arrays in their order" if takes_list else "an array where there is one input"
         got = sorted(warmup) if isinstance(warmup, Mapping) else type(warmup).__name__
         raise ValueError(
@@ -88,8 +92,25 @@ def examples(
     return tensors
 
 
+def _of_one_input(warmup: Any, spec: tf.TensorSpec) -> Any:
+    """The array in a list of one; a list of what has the rank of an example is the examples."""
+    if not isinstance(warmup, list | tuple):
+        return warmup
+    arrays = [value for value in warmup if len(getattr(value, "shape", ())) == spec.shape.rank]
+    if not arrays:
+        return warmup
+    if len(warmup) > 1:
+        raise ValueError(
+            f"`warmup` must be an array for the one input {spec.name!r}, without targets; batches are put together by "
+            f"`np.concatenate`. Received: a {type(warmup).__name__} of {len(warmup)}, the first of shape "
+            f"{tuple(arrays[0].shape)}."
+        )
+    return arrays[0]
+
+
 def _example(name: str, given: Any, spec: tf.TensorSpec, least: list[int]) -> tf.Tensor:
     """What is given for one input, as a tensor that the model can compute with."""
+    check_is_array("warmup", given)
     try:
         value = np.asarray(given)
     except ValueError as error:
