@@ -21,9 +21,11 @@ from keras_bn.exporting.checks import (
     ROWS,
     check_graph,
     check_keeps_no_state,
+    check_layer_names,
     check_outputs,
     check_rows,
     check_shapes,
+    check_variable_names,
 )
 from keras_bn.exporting.signatures import BYTES, SERVING
 from keras_bn.folding import FoldingReport, fold_proved_on
@@ -167,6 +169,7 @@ def export(
         )
     check_finite(model)
     check_keeps_no_state(model)
+    check_layer_names(model)
     if fold and graph_of(model) is None:
         raise ValueError(
             "`fold` must be False for a subclassed model, as what it does is known to its own `call` only: its "
@@ -184,6 +187,7 @@ def export(
         check = None if examples is None else original.model_inputs(examples)
         served_model, folding = fold_proved_on(model, check, "warmup", tolerance)
     observed = model if drift and batch_norms_below(model) else None
+    check_variable_names(served_model, observed)
     serving = _signatures.Serving(served_model, preprocess, jit_compile, named_after=original)
     with _versions.temporary_sibling(base) as folder:
         _reached("folder made")
