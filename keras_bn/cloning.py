@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import keras
 from keras_bn.configuration import own_objects_known
 from keras_bn.examples import reason
 from keras_bn.model import compile_arguments, graph_of, layers_below, new_input_layers, nodes_of, optimized_variables
-from keras_bn.state import copy_state
+from keras_bn.state import copy_state, copy_vocabularies
 
 # Changes the configuration of a normalization in place, and gives the layers that have to follow it. `alone` says
 # whether any can follow: inside a wrapper there is no place for them.
@@ -87,9 +88,13 @@ def _copy_leaf(layer: keras.Layer, old_class: Any, rewrite: Rewrite) -> list[ker
             config = keras.saving.serialize_keras_object(layer)
         config.pop("compile_config", None)
         following = _rewrite_all(config, rewrite, is_norm) if is_norm or _norms_below(layer, old_class) else []
-        with _from_configuration(layer):
+        with _from_configuration(layer), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Model .* had a build config")  # It may be built below, or is refused.
             # Not `safe_mode`: nothing here comes from elsewhere, and the model's own functions are wanted.
             made: Any = keras.saving.deserialize_keras_object(config, custom_objects=custom, safe_mode=False)
+            if type(made).build is keras.Model.build:  # Some layers cannot be called without their vocabulary.
+                copy_vocabularies(layer, made)
+                made.build_from_config(layer.get_build_config())
     left = [norm.name for norm in _norms_below(made, old_class)]
     if left:
         raise ValueError(

@@ -90,7 +90,9 @@ def _custom(layer: keras.Layer, leave_out: set[str]) -> dict[str, Any]:
 
     for one in layers_below(layer):
         add(one)
-        for value in vars(one).values():
+        for attribute, value in vars(one).items():
+            if callable(getattr(keras.Layer, attribute, None)):
+                continue  # What Keras puts around `build` and `quantize` of each layer, and we around `call`.
             for part in value if isinstance(value, list | tuple) else [value]:
                 if not isinstance(part, keras.Layer | keras.Variable):
                     add(part)

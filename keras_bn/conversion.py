@@ -14,6 +14,7 @@ from keras_bn.folding.proof import Tolerance, agree_in_float64, check_repeats, e
 from keras_bn.folding.trials import proof_batches
 from keras_bn.layer import BatchNormalization
 from keras_bn.model import check_model, check_weights_finite, graph_of, set_statistics
+from keras_bn.names import shown
 from keras_bn.warning import warn
 
 _STOCK = {"module": "keras.layers", "class_name": "BatchNormalization", "registered_name": None}
@@ -47,8 +48,9 @@ def convert(model: keras.Model, check: Any = None, **options: Any) -> Any:
     Nested models and wrappers are gone into; weights, compilation and the state of the optimizer are taken along. A
     functional or sequential model whose class has an `__init__` of its own becomes a plain one, without the methods of
     that class; compilation is taken along unless `compile` is the author's own. The copy is proved: both run on
-    `check`, or on random inputs where it is not given and the model tells what it takes, in inference mode; until it is
-    through, do not use the model in another thread.
+    `check`, or on random inputs where it is not given, for a subclassed model of the shapes that it was called with, in
+    inference mode; where none fit a subclassed model, a warning says that nothing was proved. Until it is through, do
+    not use the model in another thread.
 
     Args:
         model: built, of layers that can be made from their configuration.
@@ -141,10 +143,10 @@ def load_torch_weights(
     if not isinstance(state_dict, Mapping):
         raise TypeError(
             "`state_dict` must be a mapping of names to tensors or arrays. "
-            f"Received: state_dict={state_dict!r} of type {type(state_dict).__name__}."
+            f"Received: state_dict={shown(state_dict)} of type {type(state_dict).__name__}."
         )
     if not isinstance(prefix, str):
-        raise TypeError(f"`prefix` must be a string. Received: prefix={prefix!r}.")
+        raise TypeError(f"`prefix` must be a string. Received: prefix={shown(prefix)}.")
     epsilon = arguments.number("epsilon", epsilon, 0.0)
     dot = f"{prefix}." if prefix and not prefix.endswith(".") else prefix
     entries = {name: state_dict.get(dot + name) for name in ("weight", "bias", "running_mean", "running_var")}
@@ -159,7 +161,7 @@ def load_torch_weights(
             )
         raise ValueError(
             f"`prefix` must be that of a batch norm with running statistics, one of {known}. "
-            f"Received: prefix={prefix!r}."
+            f"Received: prefix={shown(prefix)}."
         )
     values = {name: None if value is None else _entry(dot + name, value) for name, value in entries.items()}
     _load(layer, values["weight"], values["bias"], values["running_mean"], values["running_var"], epsilon)
@@ -179,7 +181,7 @@ def load_tf_keras_weights(layer: keras.layers.BatchNormalization, legacy_layer: 
     _check_layer(layer)
     if not getattr(legacy_layer, "built", False) or not hasattr(legacy_layer, "moving_variance"):
         raise ValueError(
-            f"`legacy_layer` must be a batch normalization that is built. Received: legacy_layer={legacy_layer!r}."
+            f"`legacy_layer` must be a batch normalization that is built. Received: legacy_layer={shown(legacy_layer)}."
         )
     gamma = None if legacy_layer.gamma is None else _array(legacy_layer.gamma)
     beta = None if legacy_layer.beta is None else _array(legacy_layer.beta)
@@ -188,9 +190,17 @@ def load_tf_keras_weights(layer: keras.layers.BatchNormalization, legacy_layer: 
 
 
 def _proved(model: keras.Model, new: Any, check: Any) -> Any:
-    if check is None and graph_of(model) is None:
+    try:
+        batches, allowed = proof_batches(model, check), Tolerance(model)
+    except ValueError as error:
+        if check is not None or graph_of(model) is not None:
+            raise
+        # What a subclassed model takes is a guess: its dtypes are not known, nor shapes of several arguments.
+        warn(
+            "`check` should be given, a batch of what the model takes: the copy of a subclassed model "
+            f"was not proved to compute the same, as no random inputs fit: {error}"
+        )
         return new
-    batches, allowed = proof_batches(model, check), Tolerance(model)
     try:
         errors, not_finite = errors_between(model, new, batches)
     except ValueError:
@@ -254,7 +264,7 @@ def _check_layer(layer: Any) -> None:
     if not isinstance(layer, keras.layers.BatchNormalization):
         raise TypeError(
             "`layer` must be a batch normalization, ours or stock. "
-            f"Received: layer={layer!r} of type {type(layer).__name__}."
+            f"Received: layer={shown(layer)} of type {type(layer).__name__}."
         )
 
 

@@ -49,6 +49,23 @@ def as_arrays(argument: str, examples: Any, model: keras.Model | None = None, le
     return arrays
 
 
+def check_is_array(argument: str, value: Any) -> None:
+    """Refuses what cannot hold examples: a number, a text, a path, a data set.
+
+    Raises:
+        TypeError: with the value, shortened.
+    """
+    is_stream = isinstance(value, tf.data.Dataset | Iterator)
+    has_rows = tuple(value.shape) != () if hasattr(value, "shape") else hasattr(value, "__len__")
+    if has_rows and not is_stream and not isinstance(value, str | bytes):
+        return
+    advice = "; of a data set take a batch, `next(iter(dataset))`, and of that the inputs" if is_stream else ""
+    raise TypeError(
+        f"`{argument}` must be arrays of numbers, booleans or strings, with the examples along the first axis{advice}. "
+        f"Received: {shown(value)} of type {type(value).__name__}."
+    )
+
+
 def check_kind(argument: str, name: str, values: Any, dtype: tf.DType) -> None:
     """Refuses values that are another kind of thing than an input: strings, complex numbers, or for integers fractions.
 
@@ -63,7 +80,7 @@ def check_kind(argument: str, name: str, values: Any, dtype: tf.DType) -> None:
         )
     if not dtype.is_integer or there == dtype or isinstance(values, tf.RaggedTensor | tf.SparseTensor):
         return
-    known = np.asarray(values).astype("float64" if there.is_floating else values.dtype)
+    known = np.asarray(values).astype("float64" if there.is_floating else there.as_numpy_dtype)
     if known.size and not (np.all(known == np.round(known)) and dtype.min <= known.min() <= known.max() <= dtype.max):
         raise ValueError(
             f"`{argument}` must be whole numbers from {dtype.min} to {dtype.max} for input {name!r}, which takes "
@@ -214,6 +231,7 @@ def _arrays_in(argument: str, examples: Any) -> Any:
 
 
 def _as_array(argument: str, value: Any) -> Any:
+    check_is_array(argument, value)
     if isinstance(value, tf.RaggedTensor | tf.SparseTensor) or tf.is_tensor(value):
         return value
     try:

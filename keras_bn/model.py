@@ -225,8 +225,23 @@ def new_input_layers(model: Any) -> list[keras.layers.InputLayer]:
 
 
 def input_structure(model: Any) -> Any:
-    """What a functional or sequential model takes: symbolic tensors, in its author's structure."""
-    return graph_of(model).input
+    """What a model takes: symbolic tensors, in its author's structure; of a subclassed one as it was called, any rows.
+
+    Raises:
+        ValueError: when `model` is subclassed and was not called with one argument.
+    """
+    graph = graph_of(model)
+    if graph is not None:
+        return graph.input
+    shapes = list((getattr(model, "_build_shapes_dict", None) or {}).values())
+    if len(shapes) != 1:
+        raise ValueError(
+            "`model` must be functional, sequential, or subclassed with one argument to `call` and called once. "
+            f"Received: model={model.name!r} of type {type(model).__name__}, with {len(shapes)} known inputs."
+        )
+    return keras.tree.map_shape_structure(
+        lambda shape: keras.KerasTensor((None, *shape[1:]), dtype=model.input_dtype, name="keras_tensor"), shapes[0]
+    )
 
 
 def mask_of(tensor: Any) -> Any:

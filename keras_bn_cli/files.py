@@ -5,6 +5,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import sys
 import textwrap
 import uuid
@@ -292,6 +293,24 @@ def _advice(error: Exception) -> str:
     text = textwrap.shorten(text, 300)
     if "safe_mode" in text or "Lambda" in text:
         return "it holds Python code (a Lambda layer), which only --trust runs."
+    if "No model config found" in text:
+        return 'it holds weights only; `model.save("model.keras")` saves the whole model.'
+    unknown = re.search(r"Unknown layer: '(\w+)'", text)
+    if unknown is not None and _is_operation(unknown[1]):
+        return (
+            f"it needs {unknown[1]!r}. Operations of `keras.ops` are in no .h5 file: save the model as .keras. "
+            "Where it is a class of your own, --import MODULE names the module that has it."
+        )
     if "Could not locate" in text or "Unknown" in text:
         return f"{text} --import MODULE names the module that has it."
     return text or type(error).__name__
+
+
+def _is_operation(name: str) -> bool:
+    """Whether a class of Keras's is called that which can stand in a graph and is no layer."""
+    import keras
+
+    classes = [keras.Operation]
+    for known in classes:  # Grows meanwhile.
+        classes += [below for below in known.__subclasses__() if not issubclass(below, keras.Layer)]
+    return any(known.__name__ == name and known.__module__.startswith("keras.") for known in classes)

@@ -21,15 +21,18 @@ from keras_bn.exporting.checks import (
     ROWS,
     check_graph,
     check_keeps_no_state,
+    check_layer_names,
     check_outputs,
     check_rows,
     check_shapes,
+    check_variable_names,
 )
 from keras_bn.exporting.signatures import BYTES, SERVING
 from keras_bn.folding import FoldingReport, fold_proved_on
 from keras_bn.folding.proof import Errors, Tolerance
 from keras_bn.folding.trials import accepted_inputs
 from keras_bn.model import batch_norms_below, check_finite, check_model, graph_of, layers_below
+from keras_bn.names import shown
 from keras_bn.population.report import Recalibration
 
 # Called with the name of each stage as it is reached.
@@ -155,7 +158,7 @@ def export(
     version = given.version_number(version)
     labels = given.class_names(labels)
     if preprocess is not None and not callable(preprocess):
-        raise TypeError(f"`preprocess` must be a function or a Keras layer. Received: preprocess={preprocess!r}.")
+        raise TypeError(f"`preprocess` must be a function or a Keras layer. Received: preprocess={shown(preprocess)}.")
     fold, jit_compile = arguments.flag("fold", fold), arguments.flag("jit_compile", jit_compile)
     overwrite, drift = arguments.flag("overwrite", overwrite), arguments.flag("drift", drift)
     accuracy = arguments.optional_number("accuracy", accuracy, 0.0, 1.0)
@@ -163,10 +166,11 @@ def export(
     if recalibration is not None and not isinstance(recalibration, Recalibration):
         raise TypeError(
             "`recalibration` must be what `keras_bn.recalibrate` returned, or None. "
-            f"Received: recalibration={recalibration!r} of type {type(recalibration).__name__}."
+            f"Received: recalibration={shown(recalibration)} of type {type(recalibration).__name__}."
         )
     check_finite(model)
     check_keeps_no_state(model)
+    check_layer_names(model)
     if fold and graph_of(model) is None:
         raise ValueError(
             "`fold` must be False for a subclassed model, as what it does is known to its own `call` only: its "
@@ -184,6 +188,7 @@ def export(
         check = None if examples is None else original.model_inputs(examples)
         served_model, folding = fold_proved_on(model, check, "warmup", tolerance)
     observed = model if drift and batch_norms_below(model) else None
+    check_variable_names(served_model, observed)
     serving = _signatures.Serving(served_model, preprocess, jit_compile, named_after=original)
     with _versions.temporary_sibling(base) as folder:
         _reached("folder made")

@@ -1,8 +1,9 @@
 """Checks of a SavedModel that was just written: each says no with the reason, or says nothing."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import keras
 import numpy as np
@@ -19,6 +20,10 @@ ROWS = 7
 _PYTHON_OPS = {"PyFunc", "PyFuncStateless", "EagerPyFunc"}
 _WRITES = ("Assign", "ResourceApply", "ResourceScatter", "ResourceSparseApply", "ResourceStridedSliceAssign")
 
+_SCOPE_INSIDE = re.compile(r"[A-Za-z0-9_.>-]*")
+_VARIABLE = re.compile(r"[A-Za-z0-9.][A-Za-z0-9_.\\/>-]*")
+_SCOPE = re.compile(r"([A-Za-z0-9.][A-Za-z0-9_.>-]*)?")
+
 
 def check_keeps_no_state(model: keras.Model) -> None:
     """Before anything is written: that no request would be answered by what another one left behind.
@@ -33,6 +38,42 @@ def check_keeps_no_state(model: keras.Model) -> None:
                 f"Received: layer {layer.name!r} with stateful=True; make the model with stateful=False and give it "
                 "the weights, `new.set_weights(model.get_weights())`."
             )
+
+
+def check_layer_names(model: keras.Model) -> None:
+    """Before anything is traced: that the name of each layer can be one of TensorFlow's scopes.
+
+    Raises:
+        ValueError: naming the layer.
+    """
+    for layer in layers_below(model):
+        # An input's name is none of a scope, and becomes one of a signature in any case.
+        allowed = _SCOPE_INSIDE if layer is not model else _SCOPE
+        if not isinstance(layer, keras.layers.InputLayer) and not allowed.fullmatch(layer.name):
+            _refuse_name(f"layer {layer.name!r} of type {type(layer).__name__}")
+
+
+def check_variable_names(*models: keras.Model | None) -> None:
+    """Before anything is written: that TensorFlow can copy all variables under their names, which begin with a layer's.
+
+    Raises:
+        ValueError: naming the variable.
+    """
+    for model in models:
+        for variable in [] if model is None else model.variables:
+            name = variable.value.name.removesuffix(":0")  # It need not be the path, for what was built by itself.
+            if not _VARIABLE.fullmatch(name):
+                _refuse_name(f"variable {name!r}")
+
+
+def _refuse_name(what: str) -> NoReturn:
+    raise ValueError(
+        "`model` must have layers and variables whose names TensorFlow takes: ASCII letters, digits, `_`, `.`, `-` and "
+        "`>`, and outermost a letter, a digit or `.` in front; a class that begins with `_` gives another by itself. "
+        "Make the layer with a `name`, and give the new model the weights, "
+        "`new.set_weights(model.get_weights())`. "
+        f"Received: {what}."
+    )
 
 
 def check_graph(folder: Path, signature: str, compiled_is_fine: bool) -> None:

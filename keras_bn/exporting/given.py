@@ -9,10 +9,10 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bn import arguments
-from keras_bn.examples import check_kind, computing_with, numbers, rows_not_finite, warn_of_rows
+from keras_bn.examples import check_is_array, check_kind, computing_with, numbers, rows_not_finite, warn_of_rows
 from keras_bn.exporting.checks import ROWS
 from keras_bn.exporting.signatures import Serving, input_structure
-from keras_bn.names import argument
+from keras_bn.names import argument, shown
 from keras_bn.warning import warn
 
 
@@ -36,21 +36,21 @@ def class_names(labels: Any) -> list[str] | None:
     labels = labels.tolist() if isinstance(labels, np.ndarray) else labels
     is_sequence = isinstance(labels, Sequence) and not isinstance(labels, str | bytes)
     if not is_sequence or not all(isinstance(label, str) for label in labels):
-        raise TypeError(f"{allowed} Received: labels={labels!r}.")
+        raise TypeError(f"{allowed} Received: labels={shown(labels)}.")
     blank = [number for number, label in enumerate(labels) if not label.strip()]
     if blank:
-        raise ValueError(f"{allowed} Received: {labels[blank[0]]!r} for class {blank[0]}, counted from 0.")
+        raise ValueError(f"{allowed} Received: {shown(labels[blank[0]])} for class {blank[0]}, counted from 0.")
     broken = [number for number, label in enumerate(labels) if label.encode(errors="ignore").decode() != label]
     if broken:
         raise ValueError(
             "`labels` must be text, which half of a surrogate pair is not. "
-            f"Received: {labels[broken[0]]!r} for class {broken[0]}, counted from 0."
+            f"Received: {shown(labels[broken[0]])} for class {broken[0]}, counted from 0."
         )
     twice = [label for label, times in collections.Counter(labels).items() if times > 1]
     if twice:  # Refused it is not: ImageNet has two classes that are called "crane".
         warn(
             "`labels` should be another string for each class, as `top_labels` tells classes of one name not apart. "
-            f"Received: {twice[0]!r} for classes {[n for n, label in enumerate(labels) if label == twice[0]]}"
+            f"Received: {shown(twice[0])} for classes {[n for n, label in enumerate(labels) if label == twice[0]]}"
             f"{f', and {len(twice) - 1} more' if len(twice) > 1 else ''}."
         )
     return list(labels)
@@ -61,6 +61,8 @@ def examples(
 ) -> dict[str, tf.Tensor]:
     """What was given to warm a server up with, by input name, once the model has computed with it."""
     inputs = original.inputs
+    if len(inputs) == 1 and not isinstance(warmup, Mapping):
+        warmup = _of_one_input(warmup, next(iter(inputs.values())))
     structure = input_structure(model)
     takes_list = isinstance(structure, list | tuple) and len(inputs) > 1
     in_order = warmup if takes_list and isinstance(warmup, list | tuple) else [warmup]
@@ -69,6 +71,8 @@ def examples(
         served = dict(zip((leaf.name for leaf in keras.tree.flatten(structure)), inputs, strict=True))
         by_name = {served.get(name, argument(name)): value for name, value in by_name.items()}
     if by_name.keys() != inputs.keys() or len(in_order) > len(inputs):
+        if not isinstance(warmup, Mapping):
+            check_is_array("warmup", warmup)
         alternative = "a list of arrays in their order" if takes_list else "an array where there is one input"
         got = sorted(warmup) if isinstance(warmup, Mapping) else type(warmup).__name__
         raise ValueError(
@@ -88,8 +92,25 @@ def examples(
     return tensors
 
 
+def _of_one_input(warmup: Any, spec: tf.TensorSpec) -> Any:
+    """The array in a list of one; a list of what has the rank of an example is the examples."""
+    if not isinstance(warmup, list | tuple):
+        return warmup
+    arrays = [value for value in warmup if len(getattr(value, "shape", ())) == spec.shape.rank]
+    if not arrays:
+        return warmup
+    if len(warmup) > 1:
+        raise ValueError(
+            f"`warmup` must be an array for the one input {spec.name!r}, without targets; batches are put together by "
+            f"`np.concatenate`. Received: a {type(warmup).__name__} of {len(warmup)}, the first of shape "
+            f"{tuple(arrays[0].shape)}."
+        )
+    return arrays[0]
+
+
 def _example(name: str, given: Any, spec: tf.TensorSpec, least: list[int]) -> tf.Tensor:
     """What is given for one input, as a tensor that the model can compute with."""
+    check_is_array("warmup", given)
     try:
         value = np.asarray(given)
     except ValueError as error:

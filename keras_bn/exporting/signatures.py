@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_bn import model as _model
 from keras_bn.drift.figures import RowFigures
 from keras_bn.drift.rows import row_figures
 from keras_bn.exporting import inputs as _inputs
@@ -16,7 +17,7 @@ from keras_bn.exporting.preprocessing import Preprocessing
 from keras_bn.folding.proof import refuse_random
 from keras_bn.folding.trials import Normalized, normalized_inputs
 from keras_bn.inference import inference_mode
-from keras_bn.names import argument, identifier, unique
+from keras_bn.names import argument, identifier, shown, unique
 from keras_bn.state import seeds_of
 
 Tensors = Mapping[str, tf.Tensor]
@@ -57,7 +58,7 @@ class Serving:
         if preprocess is not None and (len(leaves) != 1 or len(leaves[0].shape) != 4):
             raise ValueError(
                 "`preprocess` must be None for a model that does not take one batch of pictures, rank 4. "
-                f"Received: preprocess={preprocess!r} for inputs of shapes {[leaf.shape for leaf in leaves]}."
+                f"Received: preprocess={shown(preprocess)} for inputs of shapes {[leaf.shape for leaf in leaves]}."
             )
         names = _input_names(leaves, _keys(self._structure))
         self.inputs = {
@@ -215,15 +216,7 @@ def input_structure(model: keras.Model) -> Any:
         return model.inputs[0]
     if getattr(model, "inputs", None):
         return model.input
-    shapes = list(model._build_shapes_dict.values()) if getattr(model, "_build_shapes_dict", None) else []
-    if len(shapes) != 1:
-        raise ValueError(
-            "`model` must be functional, sequential, or subclassed with one argument to `call` and called once. "
-            f"Received: model={model.name!r} of type {type(model).__name__}, with {len(shapes)} known inputs."
-        )
-    return keras.tree.map_shape_structure(
-        lambda shape: keras.KerasTensor(shape, dtype=model.input_dtype, name="keras_tensor"), shapes[0]
-    )
+    return _model.input_structure(model)
 
 
 def _keys(structure: Any) -> list[str] | None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import keras
 
-from keras_bn.model import graph_of, mask_of, new_input_layers, nodes_of
+from keras_bn.model import check_model, graph_of, mask_of, new_input_layers, nodes_of
 
 
 class Value:
@@ -59,14 +59,17 @@ class Graph:
         outputs: a `Value` for each output of the model, flattened.
 
     Raises:
-        ValueError: when `model` is subclassed: what it does is known to its `call` only.
+        ValueError: when `model` is not built, or subclassed: what it does is known to its `call` only.
     """
 
     def __init__(self, model: keras.Model):
+        if isinstance(model, keras.Sequential):
+            check_model(model, built=True)
         if graph_of(model) is None:
             raise ValueError(
-                "`model` must be a functional or sequential Keras model that is built; what a subclassed one does "
-                f"is known to its own `call` only. Received: model={model.name!r} of type {type(model).__name__}."
+                "`model` must be a functional or sequential Keras model; what a subclassed one does, or a sequential "
+                "one of which the first layer takes several tensors, is known to its own `call` only. "
+                f"Received: model={model.name!r} of type {type(model).__name__}."
             )
         self._model = model
         self.steps: list[Step] = []

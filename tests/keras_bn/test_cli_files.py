@@ -152,6 +152,24 @@ def test_layers_of_ones_own_are_imported_by_name(here, data):
     assert said.endswith(" Did you mean --import shifted_layers?\n")
 
 
+def test_a_file_of_weights_alone_is_called_that(tmp_path):
+    small_model().save_weights(tmp_path / "a.weights.h5")
+    said = run("health", tmp_path / "a.weights.h5", code=1).stderr
+    assert said.endswith('it holds weights only; `model.save("model.keras")` saves the whole model.\n')
+
+
+@pytest.mark.parametrize("suffix", ["keras", "h5"])
+def test_operations_of_keras_are_in_files_of_keras_only(suffix, tmp_path):
+    inputs = keras.Input((3,))
+    y = keras.ops.tanh(keras_bn.BatchNormalization(name="norm")(inputs))
+    keras.Model(inputs, y).save(tmp_path / f"model.{suffix}")
+    ran = run("health", tmp_path / f"model.{suffix}", code=int(suffix == "h5"))
+    if suffix == "keras":
+        assert "norm" in ran.stdout
+    else:
+        assert "'Tanh'. Operations of `keras.ops` are in no .h5 file: save the model as .keras." in ran.stderr
+
+
 @pytest.mark.parametrize("suffix", ["keras", "h5"])
 def test_code_in_a_file_runs_only_when_it_is_trusted(suffix, tmp_path):
     path = tmp_path / f"code.{suffix}"

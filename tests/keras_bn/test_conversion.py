@@ -5,6 +5,7 @@ import zipfile
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import keras_bn
 
@@ -382,3 +383,126 @@ def test_a_file_of_a_reverted_model_does_not_name_this_library(tmp_path):
 
     assert "keras_bn" in named(model)
     assert "keras_bn" not in named(keras_bn.revert(model))
+
+
+@keras.saving.register_keras_serializable("test_conversion")
+class Scaled(keras.Model):
+    """Is not what its configuration says, once it was told to be another."""
+
+    def __init__(self, norm, **options):
+        super().__init__(**options)
+        self.norm, self.dense, self.factor = norm, keras.layers.Dense(3), 1.0
+
+    def call(self, x, training=None):
+        first = next(iter(x.values())) if isinstance(x, dict) else x
+        return self.factor * self.norm(self.dense(first), training=training)
+
+    def get_config(self):
+        return {"norm": keras.saving.serialize_keras_object(self.norm)}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(keras.saving.deserialize_keras_object(config["norm"]))
+
+
+@keras.saving.register_keras_serializable("test_conversion")
+class ScaledOfTwo(Scaled):
+    def build(self, x_shape, y_shape):
+        self.dense.build(x_shape)
+        self.norm.build((None, 3))
+
+    def call(self, x, y, training=None):
+        return super().call(x + y, training=training)
+
+
+@pytest.mark.parametrize("inputs", [batch((5, 4)), {"x": batch((5, 4))}], ids=["array", "dictionary"])
+def test_a_subclassed_model_is_proved_on_inputs_of_the_shapes_it_was_called_with(inputs, recwarn):
+    for change, norm in ((keras_bn.convert, STOCK()), (keras_bn.revert, OURS())):
+        model = Scaled(norm)
+        model(inputs)
+        unsettled(model)
+        np.testing.assert_allclose(change(model)(inputs), model(inputs), rtol=1e-5)
+        model.factor = 2.0
+        with pytest.raises(ValueError, match=r"the copy of it computes something else.*relative error 0.5"):
+            change(model)
+    assert not [str(w.message) for w in recwarn if "check" in str(w.message)]
+
+
+def test_a_subclassed_model_that_was_not_proved_is_called_that():
+    model = ScaledOfTwo(STOCK())
+    model(batch((5, 4)), batch((5, 4)))
+    model.factor = 2.0
+    with pytest.warns(UserWarning, match=r"`check` should be given.*not proved.*ScaledOfTwo.*2 known inputs"):
+        keras_bn.convert(model)
+
+    @keras.saving.register_keras_serializable("test_conversion")
+    class OfWords(Scaled):
+        def build(self, shape):
+            self.dense.build((None, 1))
+            self.norm.build((None, 3))
+
+        def call(self, x, training=None):
+            return super().call(keras.ops.expand_dims(keras.ops.cast(tf.strings.length(x), "float32"), -1))
+
+    model = OfWords(STOCK())
+    words = tf.constant(["a", "shirt"])
+    model(words)
+    with pytest.warns(UserWarning, match=r"`check` should be given.*not proved.*none of the random ones"):
+        keras_bn.convert(model)
+    model.factor = 2.0
+    with pytest.raises(ValueError, match=r"the copy of it computes something else.*relative error 0.5"):
+        keras_bn.convert(model, words)
+
+
+@keras.saving.register_keras_serializable("test_conversion")
+class Inner(keras.layers.Layer):
+    def build(self, shape):
+        self.kernel = self.add_weight(shape=(shape[-1], 3))
+
+    def call(self, x):
+        return x @ self.kernel
+
+
+@keras.saving.register_keras_serializable("test_conversion")
+class Outer(keras.layers.Layer):
+    """With a layer of the author's inside, and a normalization."""
+
+    def __init__(self, norm=None, **options):
+        super().__init__(**options)
+        self.inner, self.norm = Inner(), norm or STOCK(scale=False)
+
+    def build(self, shape):
+        self.inner.build(shape)
+        if not self.norm.built:  # It is, where it was made from its configuration.
+            self.norm.build((None, 3))
+
+    def call(self, x, training=None):
+        return self.norm(self.inner(x), training=training)
+
+    def get_config(self):
+        return {**super().get_config(), "norm": keras.saving.serialize_keras_object(self.norm)}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(keras.saving.deserialize_keras_object(config.pop("norm")), **config)
+
+
+@pytest.mark.parametrize("norm", [STOCK, OURS])
+def test_a_model_whose_statistics_are_chosen_for_a_while_is_converted(norm):
+    inner = keras.Sequential([keras.Input((4,)), norm(), norm()])
+    model = unsettled(keras.Sequential([keras.Input((6, 4)), keras.layers.TimeDistributed(inner)]))
+    with keras_bn.use_statistics(model, "batch"):
+        ours = keras_bn.convert(model)
+    np.testing.assert_allclose(ours(batch()), model(batch()), rtol=1e-5)
+
+
+def test_layers_of_the_author_within_one_another_go_both_ways():
+    model = unsettled(keras.Sequential([keras.Input((4,)), Outer(STOCK()), STOCK(), Outer()]))
+    ours = keras_bn.convert(model)
+    assert types(ours) == [OURS, OURS, OURS]
+    np.testing.assert_allclose(ours(batch((5, 4))), model(batch((5, 4))), rtol=1e-5)
+    back = keras_bn.revert(ours)
+    assert types(back) == [STOCK, STOCK, STOCK]
+    np.testing.assert_array_equal(back(batch((5, 4))), model(batch((5, 4))))
+    folded, _ = keras_bn.fold(ours)
+    np.testing.assert_allclose(folded(batch((5, 4))), model(batch((5, 4))), rtol=1e-4, atol=1e-5)

@@ -1,6 +1,7 @@
 """export(): models that must not be served are refused, and nothing that was there is harmed."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -299,3 +300,43 @@ def test_examples_replace_the_random_numbers_of_the_check(tmp_path):
     assert keras_bn.export(model, tmp_path / "shares", warmup=examples).errors.relative < 1e-4
     with pytest.raises(ValueError, match=r"`warmup` must be given, a batch of what.*answered: InvalidArg.*: [^E]"):
         keras_bn.export(model, tmp_path / "shares")
+
+
+@pytest.mark.parametrize("fold", [True, False])
+@pytest.mark.parametrize("name", ["a b", "sch\u00f6n", "a:b", "a\\b"])
+@pytest.mark.parametrize("place", ["layer", "nested", "model"])
+def test_layers_whose_names_are_no_scopes_are_named(name, place, fold, tmp_path):
+    names = {"layer": None, "nested": None, "model": None, place: name}
+    inner = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, name=names["layer"])], name=names["nested"])
+    model = keras.Sequential([keras.Input((3,)), inner, keras_bn.BatchNormalization()], name=names["model"])
+    kind = "Dense" if place == "layer" else "Sequential"
+    received = rf"layer {re.escape(repr(name))} of type {kind}\.$"
+    text = f"^`model` must have layers and variables whose names TensorFlow takes: .* Received: {received}"
+    with pytest.raises(ValueError, match=text):
+        keras_bn.export(model, tmp_path, fold=fold)
+    assert list(tmp_path.iterdir()) == []
+
+
+class _Hidden(keras.layers.Layer):
+    def build(self, shape):
+        self.kernel = self.add_weight(shape=(shape[-1], 2))
+
+    def call(self, x):
+        return x @ self.kernel
+
+
+def test_names_with_an_underscore_in_front_are_refused_only_where_tensorflow_does(tmp_path):
+    text = "whose names TensorFlow takes.*a class that begins with `_`.*Received: {}"
+    inputs = keras.Input((3,), name="_an input")
+    outermost = keras.Model(inputs, keras_bn.BatchNormalization()(_Hidden(name="_x")(inputs)))
+    with pytest.raises(ValueError, match=text.format("variable '_x/")):
+        keras_bn.export(outermost, tmp_path)
+    built_by_itself = keras.layers.Dense(2, name="_y")
+    built_by_itself.build((None, 3))
+    with pytest.raises(ValueError, match=text.format("variable '_y/")):
+        keras_bn.export(keras.Sequential([inputs, built_by_itself, keras_bn.BatchNormalization()]), tmp_path)
+    with pytest.raises(ValueError, match=text.format("layer '_m' of type Sequential")):
+        keras_bn.export(keras.Sequential([keras.Input((3,)), keras_bn.BatchNormalization()], name="_m"), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    within = keras.Sequential([inputs, _Hidden(), keras_bn.BatchNormalization()])
+    keras_bn.export(within, tmp_path, fold=False)

@@ -491,6 +491,21 @@ def test_wrong_models_are_named():
         keras_bn.fold(3)
     with pytest.raises(ValueError, match=r"`model` must be a functional or sequential Keras model.*type Subclassed"):
         keras_bn.fold(Subclassed())
+    two = keras.Sequential([keras.layers.Concatenate(), keras_bn.BatchNormalization()])
+    two((np.ones((2, 3)), np.ones((2, 1))))
+    with pytest.raises(ValueError, match=r"of which the first layer takes several tensors.*type Sequential"):
+        keras_bn.fold(two)
+
+
+def test_a_sequential_model_that_is_not_built_is_called_that():
+    layers = [keras.layers.Dense(2), keras_bn.BatchNormalization()]
+    text = r"`model` must be built: give it an `Input`, or call it once on a batch of data. Received: model='{}', which"
+    for model in (keras.Sequential(layers, name="open"), keras.Sequential([keras.Sequential(layers)], name="open")):
+        with pytest.raises(ValueError, match=text.format("open")):
+            keras_bn.fold(model)
+    model = keras.Sequential(layers)
+    model(np.ones((2, 3)))
+    keras_bn.fold(model)
 
 
 def on_random_images(network, n=24, size=64):

@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import pathlib
 
 import keras
 import numpy as np
@@ -184,7 +185,7 @@ OF_KERAS = (
     else set()
 )
 # Around what a layer says Keras puts lines of its own.
-IN_LINES = {"BatchNormalization", "export", "load_torch_weights", "load_tf_keras_weights"}
+IN_LINES = {"BatchNormalization"}
 NAMES = (
     *("drift", "drift of a version", "recalibrate", "measure", "health", "Recalibrate", "fold", "convert", "revert"),
     *("freeze", "unfreeze", "use_statistics", "apply_statistics", "load_torch_weights", "load_tf_keras_weights"),
@@ -255,6 +256,58 @@ def test_numbers_in_lists_are_taken_for_arrays(tmp_path):
     assert keras_bn.drift(version, rows) == keras_bn.drift(version, {"inputs": rows}) == expected
     assert keras_bn.drift(model, rows) == keras_bn.drift(model, _X)
     assert keras_bn.fold(model, check=rows).report.absorbed == 1
+
+
+def test_tensors_of_wider_integers_are_taken_as_arrays_of_them_are():
+    inputs = keras.Input((2,), dtype="int32")
+    model = keras.Model(inputs, keras_bn.BatchNormalization()(keras.layers.CategoryEncoding(9)(inputs)))
+    x = np.array([[1, 2], [3, 8]])
+    for examples in (x, tf.constant(x, "int64")):
+        keras_bn.fold(model, check=examples)
+    with pytest.raises(ValueError, match=r"whole numbers .* which takes int32. Received: dtype int64, with values"):
+        keras_bn.fold(model, check=tf.constant(x * 10**12, "int64"))
+
+
+@pytest.mark.parametrize(
+    ("given", "received"),
+    [
+        (1e-3, r"0\.001 of type float"),
+        (True, "True of type bool"),
+        ("x.npy", "'x.npy' of type str"),
+        (pathlib.Path("x.npy"), r"\w+Path\('x.npy'\) of type \w+Path"),
+        (np.float32(3), r".*3.0.* of type float32"),
+        (tf.constant(3), ".*3.* of type EagerTensor"),
+        (len, "<built-in function len> of type .*"),
+        (tf.data.Dataset.range(3).batch(2), "<_BatchDataset .* of type _BatchDataset"),
+        (iter([np.zeros((2, 3))]), "<list_iterator object .* of type list_iterator"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+@pytest.mark.parametrize("inputs", [1, 2])
+def test_what_holds_no_examples_is_called_no_array(given, received, inputs, tmp_path):
+    takes = [keras.Input((3,), name=f"x{number}") for number in range(inputs)]
+    model = keras.Model(takes, keras_bn.BatchNormalization()(keras.layers.Concatenate()([*takes, takes[0]])))
+    advice = r"; of a data set take a batch, `next\(iter\(dataset\)\)`, and of that the inputs"
+    is_stream = isinstance(given, tf.data.Dataset) or hasattr(given, "__next__")
+    text = rf"must be arrays of numbers, .* along the first axis{advice if is_stream else ''}\. Received: {received}\.$"
+    with pytest.raises(TypeError, match=f"^`check` {text}"):
+        keras_bn.fold(model, given)
+    with pytest.raises(TypeError, match=f"^`check` {text}"):
+        keras_bn.convert(model, given)
+    with pytest.raises(TypeError, match=f"^`warmup` {text}"):
+        keras_bn.export(model, tmp_path, warmup=given)
+
+
+def test_warmup_with_targets_is_refused_in_words_and_a_list_of_the_one_input_is_taken(tmp_path):
+    model = keras.Sequential([keras.Input((3,), name="x"), keras_bn.BatchNormalization()])
+    x = np.ones((4, 3), "float32")
+    for second in (np.arange(4), x):
+        with pytest.raises(
+            ValueError, match=r"an array for the one input 'x', without targets.*a tuple of 2, .*\(4, 3\)"
+        ):
+            keras_bn.export(model, tmp_path, warmup=(x, second))
+    for warmup in ([x], list(x)):
+        keras_bn.export(model, tmp_path, warmup=warmup)
 
 
 def test_a_layer_of_integers_is_refused_and_inputs_of_integers_are_taken():
