@@ -152,3 +152,11 @@ def test_answers_of_more_values_than_memory_holds_as_text_are_refused(row_format
     vast = np.broadcast_to(np.float32(0), (2**12, 2**12 + 1))
     with pytest.raises(ResourceExhaustedError, match="The answer has 16781312 values; in JSON at most 16777216"):
         encode_predict({"y": vast}, row_format=row_format)
+
+
+@pytest.mark.parametrize("count", [1, 100])
+def test_answers_flush_numbers_that_are_too_small_to_be_normal_and_keep_their_sign(count: int):
+    values = np.tile(np.array([1e-40, -1e-40, 0.0, -0.0, -2e-38, 1.0], np.float32), count)
+    (text,) = encode_predict({"y": values}, False).decode().split("[")[1:]
+    words = [word.rstrip(",") for word in text.split("]")[0].split()]
+    assert words == ["0.0", "-0.0", "0.0", "-0.0", "-2e-38", "1.0"] * count

@@ -3,10 +3,11 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tensorflow as tf
 from keras_bn_serving.engine.servable import Servable
-from keras_bn_serving.errors import ServingError
+from keras_bn_serving.errors import Code, ServingError
 from keras_bn_serving.sizes import exact_size_text, size_text
 
 DATA, INDEX, GRAPH = "variables/variables.data-00000-of-00001", "variables/variables.index", "saved_model.pb"
@@ -46,6 +47,56 @@ def test_a_version_with_a_broken_file_is_named_and_its_weights_where_they_are_me
     if name == DATA and spoil is not Path.unlink:
         assert said.startswith(f"Cannot load the weights in {broken / 'variables'}: ")
         assert said.endswith("; copy or export the version anew")
+
+
+def _saved_by_hand(folder: Path, tags: list[str], asset_twice: bool = False) -> Path:
+    """As programs of TensorFlow 1 do it; what is fetched is what is fed."""
+    v1 = tf.compat.v1
+    words = folder.parent / "words.txt"
+    words.write_text("a\n")
+    with tf.Graph().as_default(), v1.Session() as session:
+        x, sparse = v1.placeholder(tf.float32, [None], "x"), v1.sparse_placeholder(tf.float32, [None, 4])
+        asset = tf.constant(str(words), name="asset")
+        for _ in range(1 + asset_twice):
+            v1.add_to_collection(v1.GraphKeys.ASSET_FILEPATHS, asset)
+        info = v1.saved_model.build_tensor_info
+        signatures = {
+            name: v1.saved_model.build_signature_def({"x": info(tensor)}, {"y": info(x)}, "tensorflow/serving/predict")
+            for name, tensor in (("same", x), ("sparse", sparse))
+        }
+        builder = v1.saved_model.Builder(str(folder))
+        assets = v1.get_collection(v1.GraphKeys.ASSET_FILEPATHS)
+        builder.add_meta_graph_and_variables(session, tags, signatures, assets_collection=assets)
+        builder.save()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("same", "x:0 is both fed and fetched."),
+        ("sparse", "Tensor :0, specified in either feed_devices or fetch_devices was not found in the Graph"),
+    ],
+)
+def test_what_tensorflow_refuses_to_run_is_said_in_its_words(tmp_path, name, said):
+    servable = Servable(_saved_by_hand(tmp_path / "1", ["serve"]))
+    with pytest.raises(ServingError, match=said) as caught:
+        servable.run(servable.signature(name), {"x": np.ones(2, np.float32)})
+    assert caught.value.code is Code.INVALID_ARGUMENT
+
+
+def test_a_savedmodel_without_the_tag_of_servers_is_not_found(tmp_path):
+    with pytest.raises(
+        ServingError, match=r"Could not find meta graph def matching supplied tags: \{ serve \}"
+    ) as caught:
+        Servable(_saved_by_hand(tmp_path / "1", ["train"]))
+    assert caught.value.code is Code.NOT_FOUND
+
+
+def test_an_asset_that_is_named_twice_is_refused(tmp_path):
+    with pytest.raises(ServingError, match=r'Endpoint "asset:0" fed more than once\.') as caught:
+        Servable(_saved_by_hand(tmp_path / "1", ["serve"], asset_twice=True))
+    assert caught.value.code is Code.INVALID_ARGUMENT
 
 
 @pytest.mark.parametrize(

@@ -155,13 +155,15 @@ def test_a_tensor_without_elements_may_carry_anything():
     "dtype: DT_STRING tensor_shape { dim { size: 4611686018427387904 } dim { size: 8 } dim { size: 0 } }",
     'dtype: DT_FLOAT tensor_shape { dim { size: 1 } } tensor_content: "abc"',
     'dtype: DT_FLOAT tensor_shape { dim { size: 1 } } tensor_content: "abcdefgh"',
+    r'dtype: DT_BOOL tensor_shape { dim { size: 3 } } tensor_content: "\000\001\002"',
     r'dtype: DT_STRING tensor_shape { dim { size: 2 } } tensor_content: "\001"',
     r'dtype: DT_STRING tensor_shape { dim { size: 2 } } tensor_content: "\001\001a"',
     r'dtype: DT_STRING tensor_shape { dim { size: 2 } } tensor_content: "\001\001abc"',
     r'dtype: DT_STRING tensor_shape { dim { size: 1 } } tensor_content: "\200\200\200\200\200\001"',
     "dtype: DT_FLOAT tensor_shape {" + "dim { size: 1 }" * 300 + "}",
 ], ids=["no type", "reference", "resource", "negative", "huge", "huge and empty", "huge and empty strings", "short",
-        "long", "a length is missing", "string too short", "string too long", "no end", "dimensions"])  # fmt: skip
+        "long", "no truth value", "a length is missing", "string too short", "string too long", "no end",
+        "dimensions"])  # fmt: skip
 def test_what_does_not_fit_together_is_refused_by_name(text: str):
     with pytest.raises(InvalidArgumentError, match=r"^INVALID_ARGUMENT: tensor parsing error: x$"):
         read(text)

@@ -26,6 +26,7 @@ _FEW = 64
 # Between these, numbers are written without an exponent whether with six digits or with nine.
 _SMALLEST_POWER = -4
 _POWERS = np.array([10.0**power for power in range(_SMALLEST_POWER, 7)])
+_SMALLEST_NORMAL = np.finfo(np.float32).tiny
 _SCALES = np.array([10.0**power for power in range(13)])
 
 
@@ -167,7 +168,10 @@ def _values(name: str, array: np.ndarray, indent: str) -> list[str]:
 
 def _decimals(flat: np.ndarray) -> list[str]:
     """Writes floats: six digits where they give the number back, else as many as its type may need."""
-    if flat.dtype != np.float32 or len(flat) < _FEW:
+    if flat.dtype != np.float32:
+        return _printed(flat)
+    flat = _without_subnormals(flat)
+    if len(flat) < _FEW:
         return _printed(flat)
     with np.errstate(invalid="ignore"):  # A signaling NaN becomes a quiet one.
         wide = flat.astype(np.float64)
@@ -175,6 +179,7 @@ def _decimals(flat: np.ndarray) -> list[str]:
     plain = (size >= _POWERS[0]) & (size < _POWERS[-1])
     # Digits before the point, and none for what is written otherwise.
     digits = np.where(plain, np.searchsorted(_POWERS, size, side="right") + _SMALLEST_POWER, 0)
+    plain |= size == 0
     # Both products are exact: a float32 has 24 bits, and five to the twelfth power 28.
     short = _rounded(wide, _SCALES[6 - digits])
     rounded = np.where(short.astype(np.float32) == flat, short, _rounded(wide, _SCALES[9 - digits]))
@@ -184,6 +189,12 @@ def _decimals(flat: np.ndarray) -> list[str]:
     for position, text in zip(others.tolist(), _printed(flat[others]), strict=True):
         texts[position] = text
     return texts
+
+
+def _without_subnormals(flat: np.ndarray) -> np.ndarray:
+    """Zeros in the place of what a processor takes for zero that flushes them, as TensorFlow Serving tells it to."""
+    tiny = (np.abs(flat) < _SMALLEST_NORMAL) & (flat != 0)
+    return np.where(tiny, np.copysign(np.float32(0), flat), flat) if tiny.any() else flat
 
 
 def _rounded(numbers: np.ndarray, scales: np.ndarray) -> np.ndarray:

@@ -70,6 +70,8 @@ def to_array(message: Any, name: str) -> np.ndarray:
         return _filled(_values(message, encoding), size).view(encoding.element).reshape(shape)
     if len(message.tensor_content) != size * encoding.element.itemsize:
         raise _problem(name)
+    if encoding.element == np.bool_ and message.tensor_content.translate(None, b"\x00\x01"):
+        raise _problem(name)
     return np.frombuffer(message.tensor_content, encoding.element).reshape(shape)
 
 

@@ -1,12 +1,13 @@
 """One loaded version of a SavedModel: its signatures, and how to run them."""
 
+import contextlib
 import logging
 import math
 import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -168,21 +169,28 @@ class Servable:
                             f"{name_set(signature.outputs)}."
                         )
                 # `make_callable` has the same speed only without a feed list; a run through it costs six times this.
-                self._callables[key] = self._session._make_callable_from_options(
-                    config_pb2.CallableOptions(
-                        feed=[signature.tensors["inputs"][name] for name in sorted(signature.inputs)],
-                        fetch=[signature.tensors["outputs"][name] for name in output_names],
-                        run_options=self._limit if limited else None,
-                    )
+                options = config_pb2.CallableOptions(
+                    feed=[signature.tensors["inputs"][name] for name in sorted(signature.inputs)],
+                    fetch=[signature.tensors["outputs"][name] for name in output_names],
+                    run_options=self._limit if limited else None,
                 )
+                with _errors_of_tensorflow():
+                    self._callables[key] = self._session._make_callable_from_options(options)
             return self._callables[key]
+
+
+@contextlib.contextmanager
+def _errors_of_tensorflow() -> Iterator[None]:
+    try:
+        yield
+    except tf.errors.OpError as error:
+        raise ServingError(error.message, Code(error.error_code)) from error
 
 
 def _call(run: object, arrays: Iterable[np.ndarray], output_names: Sequence[str]) -> dict[str, np.ndarray]:
     try:
-        values = run(*arrays)  # type: ignore[operator]
-    except tf.errors.OpError as error:
-        raise ServingError(error.message, Code(error.error_code)) from error
+        with _errors_of_tensorflow():
+            values = run(*arrays)  # type: ignore[operator]
     except UnicodeDecodeError as error:
         # TensorFlow's message quotes bytes of the request, which Python cannot read.
         raise InvalidArgumentError(error.object.decode(errors="surrogateescape")) from error
@@ -203,7 +211,12 @@ def _load(path: str, options: LoadOptions) -> tuple[meta_graph_pb2.MetaGraphDef,
     session = tf.compat.v1.Session(graph=graph, config=config)
     try:
         with graph.as_default():
-            return tf.compat.v1.saved_model.loader.load(session, [_TAG], path), session
+            meta_graph = tf.compat.v1.saved_model.loader.load(session, [_TAG], path)
+        _check_assets(meta_graph)
+        return meta_graph, session
+    except ServingError:
+        session.close()
+        raise
     except tf.errors.OpError as error:
         session.close()
         # Of the files of weights TensorFlow says at most which part of which of them it was reading.
@@ -214,7 +227,23 @@ def _load(path: str, options: LoadOptions) -> tuple[meta_graph_pb2.MetaGraphDef,
         raise ServingError(text, Code(error.error_code)) from error
     except (OSError, DecodeError, ValueError, TypeError, KeyError, RuntimeError) as error:
         session.close()
+        if isinstance(error, RuntimeError) and "MetaGraphDef associated with tags" in str(error):
+            raise NotFoundError(
+                f"Could not find meta graph def matching supplied tags: {{ {_TAG} }}. The SavedModel is at {path}."
+            ) from error
         raise ServingError(f"Cannot load the SavedModel at {path}: {error}", Code.DATA_LOSS) from error
+
+
+def _check_assets(meta_graph: meta_graph_pb2.MetaGraphDef) -> None:
+    """Refuses an asset that is named twice, which TensorFlow Serving feeds twice, and so does not load."""
+    assets = list(meta_graph.asset_file_def)
+    if not assets:  # As TensorFlow 1 writes them.
+        packed = meta_graph.collection_def["saved_model_assets"].any_list.value
+        assets = [meta_graph_pb2.AssetFileDef.FromString(one.value) for one in packed]
+    names = [asset.tensor_info.name for asset in assets]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise InvalidArgumentError(f'Endpoint "{twice[0]}" fed more than once.')
 
 
 def _reason(error: tf.errors.OpError) -> str:
