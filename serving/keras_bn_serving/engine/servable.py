@@ -238,8 +238,8 @@ def _check_assets(meta_graph: meta_graph_pb2.MetaGraphDef) -> None:
     """Refuses an asset that is named twice, which TensorFlow Serving feeds twice, and so does not load."""
     assets = list(meta_graph.asset_file_def)
     if not assets:  # As TensorFlow 1 writes them.
-        packed = meta_graph.collection_def["saved_model_assets"].any_list.value
-        assets = [meta_graph_pb2.AssetFileDef.FromString(one.value) for one in packed]
+        collection = meta_graph.collection_def.get("saved_model_assets", meta_graph_pb2.CollectionDef())
+        assets = [meta_graph_pb2.AssetFileDef.FromString(one.value) for one in collection.any_list.value]
     names = [asset.tensor_info.name for asset in assets]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
