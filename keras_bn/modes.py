@@ -96,9 +96,7 @@ def freeze(model_or_layer: keras.Layer) -> None:
     held = _below_frozen(model_or_layer)
     for layer in layers:
         # Into `__dict__`, past Keras's tracking: this belongs to the process, not to the model.
-        layer.__dict__.pop(_FROZEN, None)
-        if layer.trainable:
-            layer.__dict__[_FROZEN] = _Frozen(layer, id(layer) in held)
+        layer.__dict__[_FROZEN] = _Frozen(layer, id(layer) in held) if layer.trainable else None
         layer.trainable = False
     _trace_again(layers)
 
@@ -107,10 +105,10 @@ def unfreeze(model_or_layer: keras.Layer) -> None:
     """Undoes `freeze`: all batch norms below a model that it stopped learn again, as far as they did before.
 
     It undoes nothing else: what had `trainable = False` before stays frozen, and so does what is in a model or layer
-    that got it since. Where there is nothing to undo and batch norms are frozen, in a model that was loaded say, a
-    warning names them. As `freeze`, it holds in the whole process. What the optimizer remembers stays, of gamma and
-    beta as of all other variables, where `freeze` came after `compile`. An optimizer that was made while they were
-    frozen has no room for them, and Keras knows no way to give it some.
+    that got it since. Where all batch norms are frozen and `freeze` has seen none of them, in a model that was loaded
+    say, all learn again; where some are, a warning names them. As `freeze`, it holds in the whole process. What the
+    optimizer remembers stays, of gamma and beta as of all other variables, where `freeze` came after `compile`. An
+    optimizer that was made while they were frozen has no room for them, and Keras knows no way to give it some.
 
     Args:
         model_or_layer: A model, a wrapper or a layer; its batch norms (ours and stock Keras's) are unfrozen.
@@ -121,16 +119,23 @@ def unfreeze(model_or_layer: keras.Layer) -> None:
     """
     layers = batch_normalizations(model_or_layer)
     frozen = _frozen_by_freeze(model_or_layer, layers)
-    _check_room(_owners(layers), [variable for one in frozen for variable in one.learning])
+    others = [layer for layer in layers if not layer.trainable and _FROZEN not in layer.__dict__]
+    thawed = others if len(others) == len(layers) else []
+    learning = [variable for one in frozen for variable in one.learning]
+    learning += [v for layer in thawed for v in (layer.gamma, layer.beta) if v is not None]
+    _check_room(_owners(layers), learning)
     for one in frozen:
         one.undo()
+    for layer in thawed:
+        layer.trainable = True
     for layer in layers:
-        layer.__dict__.pop(_FROZEN, None)
-    others = [layer.name for layer in layers if not layer.trainable]
-    if others and not frozen:
+        if layer.trainable:
+            layer.__dict__.pop(_FROZEN, None)
+    if others and not frozen and not thawed:
         warn(
             "`model_or_layer` should have batch normalizations that `freeze` has frozen, in this process: `unfreeze` "
-            f"undoes that and nothing else. Received: {model_or_layer.name!r}, with {listed(others)} frozen otherwise, "
+            f"undoes that and nothing else. Received: {model_or_layer.name!r}, with "
+            f"{listed([layer.name for layer in others])} frozen otherwise, "
             "which stay so; give them, and the model that they are in, `trainable = True` and compile again."
         )
     _trace_again(layers)
