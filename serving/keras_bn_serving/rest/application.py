@@ -61,7 +61,7 @@ class _Watch:
     Attributes:
         receive: Tells whether its client has left.
         task: What answers it.
-        until: When the client has to have done what is waited for, its body or to take an answer; None: nothing is.
+        until: When the client has to have done what is waited for, its body or to take an answer; infinite: nothing is.
         looking: Whether its client may leave unnoticed otherwise: nothing is sent or received.
         late: Whether it was cancelled for its time.
         gone: Whether it was cancelled for its client.
@@ -214,9 +214,10 @@ class Application:
                 self._watcher.wait(watch)
             await send({"type": "http.response.body", "body": body[last:] if last else body})
         except asyncio.CancelledError:
-            if not watch.late:
+            if watch.late:
+                await _extension(scope)["abort"]()
+            elif not watch.gone:
                 raise
-            await _extension(scope)["abort"]()
 
     async def _read(self, scope: _Scope, headers: Mapping[bytes, bytes], receive: _Receive, share: Share) -> bytes:
         length = headers.get(b"content-length", b"")
