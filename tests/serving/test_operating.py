@@ -226,7 +226,7 @@ def test_a_client_of_a_body_that_is_too_large_reads_why(busy: RunningServer):
     connection.request("POST", "/v1/models/m:predict", b" " * (257 * MEBIBYTE))
     response = connection.getresponse()
     assert response.status == 413
-    assert b"268435456" in response.read()
+    assert b"256.0 MiB" in response.read()
     connection.close()
 
 
